@@ -1,0 +1,263 @@
+"""The public losses: arguments are checked here, once, and the implementation is chosen here.
+
+Formulas: docs/method.md and the docstrings of :mod:`gkd_d2.ops.reference`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gkd_d2.ops import fused, reference
+
+WEIGHTINGS = ("gradient", "attention", "uniform")
+RECTIFIERS = ("abs", "relu")
+IMPLEMENTATIONS = ("auto", "reference", "fused")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of the four losses; a loss of weight 0 is not computed.
+
+    Attributes:
+        gradient: of ``loss_gkd_gradient``, the difference of the gradient maps.
+        box: of ``loss_bmfi_box``, imitation of objects and their context.
+        attention: of ``loss_bmfi_attention``, imitation of channel and spatial attention.
+        image: of ``loss_bmfi_image``, imitation of the whole image.
+
+    Raises:
+        ValueError: a weight is negative or not finite.
+    """
+
+    gradient: float = 0.5
+    box: float = 1e-3
+    attention: float = 5e-4
+    image: float = 1e-3
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"loss weight {name} is {value}, but must be a finite number >= 0")
+
+    def __bool__(self) -> bool:
+        return any(dataclasses.astuple(self))
+
+    def scaled(self, factor: float) -> LossWeights:
+        """All four weights times ``factor``."""
+        return LossWeights(*(factor * value for value in dataclasses.astuple(self)))
+
+    def need_student_grad(self) -> bool:
+        """Whether the student's feature gradients enter any loss."""
+        return self.gradient > 0
+
+    def need_teacher_grad(self, weighting: str) -> bool:
+        """Whether the teacher's feature gradients enter any loss under ``weighting``."""
+        return self.gradient > 0 or (weighting == "gradient" and (self.box > 0 or self.image > 0))
+
+
+def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> Tensor:
+    """The gradient-guided map of one level: see :func:`gkd_d2.ops.reference.gradient_map`.
+
+    Args:
+        feature: N,C,H,W, any floating dtype.
+        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``.
+        rectifier: "abs" or "relu".
+
+    Returns:
+        N,H,W in [0, 1], float32 (float64 for float64 features); differentiable in ``feature``.
+
+    Raises:
+        ValueError: shapes disagree or the rectifier is unknown.
+    """
+    _check_choice("rectifier", rectifier, RECTIFIERS)
+    if feature.dim() != 4 or feature.shape != gradient.shape:
+        raise ValueError(
+            f"feature and gradient must have one shape N,C,H,W, got {tuple(feature.shape)} and {tuple(gradient.shape)}"
+        )
+    return reference.gradient_map(feature, gradient, rectifier)
+
+
+def box_context_mask(
+    boxes: list[Tensor],
+    image_size: tuple[int, int],
+    feature_size: tuple[int, int],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The box context mask of one level: see :func:`gkd_d2.ops.reference.box_context_mask`.
+
+    Args:
+        boxes: N tensors K,4, xyxy, pixels of the padded batch.
+        image_size: (height, width) of the padded batch in pixels.
+        feature_size: (height, width) of the level in cells.
+        device: of the result; default: that of the boxes.
+        dtype: of the result; default: torch's default dtype.
+
+    Returns:
+        N,H,W.
+
+    Raises:
+        ValueError: a box tensor is not K,4 or a size is not positive.
+    """
+    _check_boxes(boxes, image_size)
+    _check_size("feature_size", feature_size)
+    return reference.box_context_mask(boxes, image_size, feature_size, device=device, dtype=dtype)
+
+
+def distillation_losses(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_grad: list[Tensor] | None,
+    teacher_grad: list[Tensor] | None,
+    boxes: list[Tensor],
+    image_size: tuple[int, int],
+    *,
+    weights: LossWeights,
+    temperature: float = 0.5,
+    weighting: str = "gradient",
+    rectifier: str = "abs",
+    implementation: str = "auto",
+) -> dict[str, Tensor]:
+    """The four distillation losses of a batch, weighted and summed over L levels.
+
+    Args:
+        student: L tensors N,C,H,W (C, H, W may differ per level); the only argument that receives a gradient.
+        teacher: L tensors of the same shapes.
+        student_grad: L tensors of the same shapes: the student's own detection loss's gradient with respect to
+            ``student``. May be None where ``weights.need_student_grad()`` is False.
+        teacher_grad: the same of the teacher. May be None where ``weights.need_teacher_grad(weighting)`` is False.
+        boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
+        image_size: (height, width) of the padded batch in pixels.
+        weights: of the four losses.
+        temperature: of the attention softmax, > 0.
+        weighting: of the imitation: "gradient", "attention" or "uniform".
+        rectifier: of the gradient maps: "abs" or "relu".
+        implementation: "reference" (PyTorch), "fused" (the extension) or "auto": fused where the extension is built
+            for the features' device, else reference.
+
+    Returns:
+        ``loss_gkd_gradient``, ``loss_bmfi_box``, ``loss_bmfi_attention``, ``loss_bmfi_image``: scalars of float32
+        (float64 for float64 features).
+
+    Raises:
+        ValueError: lists, shapes, dtypes or devices disagree, a needed gradient is None, or an option is unknown.
+        RuntimeError: ``implementation`` is "fused" and the extension is not built for the device.
+    """
+    check_options(temperature, weighting, rectifier, implementation)
+    _check_boxes(boxes, image_size)
+    if not weights.need_student_grad():
+        student_grad = None
+    elif student_grad is None:
+        raise ValueError("student_grad is None, but loss_gkd_gradient needs it")
+    if not weights.need_teacher_grad(weighting):
+        teacher_grad = None
+    elif teacher_grad is None:
+        raise ValueError("teacher_grad is None, but loss_gkd_gradient and the weighting 'gradient' need it")
+    _check_levels(student, teacher, student_grad, teacher_grad, len(boxes))
+    compute = _choose(implementation, student[0].device)
+    return compute(
+        list(student),
+        list(teacher),
+        student_grad,
+        teacher_grad,
+        list(boxes),
+        image_size,
+        weights=weights,
+        temperature=temperature,
+        weighting=weighting,
+        rectifier=rectifier,
+    )
+
+
+def check_options(temperature: float, weighting: str, rectifier: str, implementation: str) -> None:
+    """Check the options of :func:`distillation_losses` before there are features.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+    _check_choice("weighting", weighting, WEIGHTINGS)
+    _check_choice("rectifier", rectifier, RECTIFIERS)
+    _check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}, but must be a finite number > 0")
+
+
+def _choose(implementation: str, device: torch.device):
+    """The function that computes the losses."""
+    if implementation == "reference":
+        return reference.distillation_losses
+    reason = fused.unavailable_reason(device)
+    if reason is None:
+        return fused.distillation_losses
+    if implementation == "fused":
+        raise RuntimeError(f"implementation 'fused' is not available: {reason}")
+    _log_fallback(reason)
+    return reference.distillation_losses
+
+
+@cache
+def _log_fallback(reason: str) -> None:
+    """Say once per reason that the slower implementation is used."""
+    logging.getLogger(__name__).warning("The reference implementation of the losses is used: %s", reason)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) <= 0:
+        raise ValueError(f"{name} is {tuple(size)}, but must be (height, width), both positive")
+
+
+def _check_boxes(boxes: list[Tensor], image_size: tuple[int, int]) -> None:
+    _check_size("image_size", image_size)
+    for index, box in enumerate(boxes):
+        if box.dim() != 2 or box.shape[1] != 4 or not box.is_floating_point():
+            raise ValueError(
+                f"boxes[{index}] is a tensor of shape {tuple(box.shape)} and {box.dtype}, but must be K,4 and floating"
+            )
+
+
+def _check_levels(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_grad: list[Tensor] | None,
+    teacher_grad: list[Tensor] | None,
+    num_images: int,
+) -> None:
+    """Every list must match ``student`` in length, and its tensors in shape, dtype and device."""
+    if len(student) == 0:
+        raise ValueError("student is an empty list: there is no level to distil")
+    for name, tensors in (("teacher", teacher), ("student_grad", student_grad), ("teacher_grad", teacher_grad)):
+        if tensors is None:
+            continue
+        if len(tensors) != len(student):
+            raise ValueError(f"student has {len(student)} levels, but {name} has {len(tensors)}")
+        for level, (s, other) in enumerate(zip(student, tensors)):
+            for what, wanted, got in (
+                ("shape", tuple(s.shape), tuple(other.shape)),
+                ("dtype", s.dtype, other.dtype),
+                ("device", s.device, other.device),
+            ):
+                if wanted != got:
+                    raise ValueError(f"student[{level}] has {what} {wanted}, but {name}[{level}] has {got}")
+    for level, s in enumerate(student):
+        if s.dim() != 4 or 0 in s.shape[1:] or not s.is_floating_point():
+            raise ValueError(
+                f"student[{level}] has shape {tuple(s.shape)} and {s.dtype}, but must be N,C,H,W, floating"
+            )
+        if (s.dtype, s.device) != (student[0].dtype, student[0].device):
+            raise ValueError(
+                f"student[{level}] is {s.dtype} on {s.device}, "
+                f"but student[0] is {student[0].dtype} on {student[0].device}"
+            )
+        if s.shape[0] != num_images or num_images == 0:
+            raise ValueError(f"student[{level}] holds {s.shape[0]} images, but boxes are given for {num_images}")
