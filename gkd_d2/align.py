@@ -1,0 +1,45 @@
+"""The 1x1 convolution that brings student features to the teacher's number of channels."""
+
+from __future__ import annotations
+
+import torch
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+
+class AlignConv(nn.Conv2d):
+    """A linear map of channels, student -> teacher. It has no bias, so that gradients have an exact counterpart.
+
+    Args:
+        student_channels: channels of the student's level.
+        teacher_channels: channels of the teacher's level.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__(student_channels, teacher_channels, kernel_size=1, bias=False)
+        weight_init.c2_xavier_fill(self)
+
+    @torch.no_grad()
+    def align_gradient(self, gradient: Tensor) -> Tensor:
+        """The detection loss's gradient with respect to the aligned feature.
+
+        The loss does not pass through this convolution S = W F, so its gradient with respect to S is only defined by
+        the chain rule: W^T dS = dF. The solution of least norm is taken (of least squares where there are fewer
+        teacher than student channels). With it the gradient map of S equals the map of F, whatever W is. Only the
+        spatial mean of a gradient enters the losses, so only the mean is solved for.
+
+        Args:
+            gradient: N,C_student,H,W, with respect to the student's own feature.
+
+        Returns:
+            N,C_teacher,H,W, constant over H and W.
+        """
+        # Autocast and half precision have no solver. Unlike lstsq this one lets a NaN through, for the trainer to see.
+        with torch.autocast(gradient.device.type, enabled=False):
+            weight = self.weight.flatten(1).to(torch.promote_types(gradient.dtype, torch.float32))
+            mean = gradient.to(weight.dtype).mean(dim=(2, 3)).t()
+            if weight.shape[0] >= weight.shape[1]:
+                aligned = weight @ torch.linalg.solve_ex(weight.t() @ weight, mean)[0]
+            else:
+                aligned = torch.linalg.solve_ex(weight @ weight.t(), weight @ mean)[0]
+        return aligned.t().to(gradient.dtype)[:, :, None, None].expand(-1, -1, *gradient.shape[2:])

@@ -1,0 +1,124 @@
+"""The config node GKD and what follows from it."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.config import CfgNode, get_cfg
+
+DISTILLER = "GKDDistiller"
+
+
+def add_gkd_config(cfg: CfgNode) -> None:
+    """Add the node GKD with its defaults to a Detectron2 config.
+
+    Args:
+        cfg: changed in place; the student is described by its MODEL node.
+    """
+    cfg.GKD = CfgNode()
+
+    cfg.GKD.STUDENT = CfgNode()
+    # Meta-architecture of the student: GeneralizedRCNN or RetinaNet. All else about it stands in MODEL.
+    cfg.GKD.STUDENT.META_ARCHITECTURE = ""
+    # Copy every non-backbone tensor of the teacher whose name and shape the student has too, when the model is
+    # built. What MODEL.WEIGHTS or a resumed checkpoint holds is loaded later and wins.
+    cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
+
+    cfg.GKD.TEACHER = CfgNode()
+    # The teacher's own training config, relative to the working folder or to the folder of --config-file.
+    cfg.GKD.TEACHER.CONFIG_FILE = ""
+    # The teacher's checkpoint; it must set every parameter of the teacher.
+    cfg.GKD.TEACHER.WEIGHTS = ""
+    # Names of the teacher's levels, one for each of GKD.FEATURES, where they differ from the student's.
+    cfg.GKD.TEACHER.FEATURES = []
+
+    # Levels to distil. Empty: those that the heads of both networks use, without max-pooled copies of others.
+    cfg.GKD.FEATURES = []
+
+    # Weights of the four losses; at 0.0 a loss is not computed.
+    cfg.GKD.LOSS_WEIGHTS = CfgNode()
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.5
+    cfg.GKD.LOSS_WEIGHTS.BOX = 1e-3
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = 5e-4
+    cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
+    # Over so many iterations the four weights grow linearly to their values; 0: no ramp.
+    cfg.GKD.WARMUP_ITERS = 0
+
+    # Temperature of the attention softmax, > 0.
+    cfg.GKD.TEMPERATURE = 0.5
+    # What weighs channels and cells in the imitation: gradient, attention or uniform.
+    cfg.GKD.WEIGHTING = "gradient"
+    # What makes the gradient maps non-negative: abs or relu.
+    cfg.GKD.RECTIFIER = "abs"
+    # Who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
+    cfg.GKD.IMPLEMENTATION = "auto"
+
+
+def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
+    """Make GKD.TEACHER.CONFIG_FILE absolute where it is found beside the student's config file.
+
+    Args:
+        cfg: changed in place; a path that exists relative to the working folder, or nowhere, stays as it is.
+        config_file: the file that ``cfg`` was read from.
+    """
+    name = cfg.GKD.TEACHER.CONFIG_FILE
+    beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), name)
+    if name and not os.path.exists(name) and os.path.exists(beside):
+        cfg.GKD.TEACHER.CONFIG_FILE = beside
+
+
+def detector_config(cfg: CfgNode) -> CfgNode:
+    """The config of the plain detector that ``cfg`` trains: of the student where ``cfg`` is a distiller's.
+
+    Returns:
+        A frozen copy whose MODEL.META_ARCHITECTURE is the detector's own.
+
+    Raises:
+        ValueError: GKD.STUDENT.META_ARCHITECTURE is not set.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
+        if cfg.GKD.STUDENT.META_ARCHITECTURE in ("", DISTILLER):
+            raise ValueError(
+                f"GKD.STUDENT.META_ARCHITECTURE is {cfg.GKD.STUDENT.META_ARCHITECTURE!r}: set it to the student's "
+                "meta-architecture, GeneralizedRCNN or RetinaNet"
+            )
+        cfg.MODEL.META_ARCHITECTURE = cfg.GKD.STUDENT.META_ARCHITECTURE
+    cfg.freeze()
+    return cfg
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's config, read from GKD.TEACHER.CONFIG_FILE.
+
+    Args:
+        cfg: the distiller's config.
+
+    Returns:
+        A frozen config of a plain detector on the student's device, with GKD.TEACHER.WEIGHTS as its weights.
+
+    Raises:
+        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set.
+        FileNotFoundError: the config file does not exist.
+    """
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        if not cfg.GKD.TEACHER[key]:
+            raise ValueError(f"GKD.TEACHER.{key} is empty: a teacher needs its config file and its checkpoint")
+    path = cfg.GKD.TEACHER.CONFIG_FILE
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file: give the config the teacher was trained with, "
+            "relative to the working folder or to the folder of --config-file"
+        )
+    teacher = get_cfg()
+    add_gkd_config(teacher)
+    teacher.merge_from_file(path)
+    teacher = detector_config(teacher)
+    teacher.defrost()
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS
+    # Its pictures would overwrite the student's.
+    teacher.VIS_PERIOD = 0
+    teacher.freeze()
+    return teacher

@@ -1,0 +1,256 @@
+"""GKDDistiller: the meta-architecture that trains a student under a frozen teacher."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from gkd_d2.align import AlignConv
+from gkd_d2.config import detector_config, teacher_config
+from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.losses import LossWeights, check_options, distillation_losses
+from gkd_d2.pairing import check_pair, pair_levels
+from gkd_d2.teacher import FrozenTeacher, build_teacher, separate_random_stream
+
+_STUDENT = "student."
+
+
+@META_ARCH_REGISTRY.register()
+class GKDDistiller(nn.Module):
+    """A student detector that learns from its own losses and from the features of a frozen teacher.
+
+    In training it returns the student's loss dictionary with the four distillation losses added; otherwise it is the
+    student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
+    ``align.``: a checkpoint of it loads into the plain student, and one of the plain student into it.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: FrozenTeacher,
+        student_features: list[str],
+        teacher_features: list[str],
+        weights: LossWeights,
+        warmup_iters: int = 0,
+        temperature: float = 0.5,
+        weighting: str = "gradient",
+        rectifier: str = "abs",
+        implementation: str = "auto",
+        seed: int = 0,
+    ):
+        """
+        Args:
+            student: a detector that :func:`gkd_d2.detector.split_detector` knows.
+            teacher: built and loaded.
+            student_features: names of the student's levels to distil.
+            teacher_features: the teacher's names of the same levels.
+            weights: of the four losses.
+            warmup_iters: over so many iterations the weights grow linearly to their values.
+            temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
+            seed: of the random stream that initialises the align convolutions.
+
+        Raises:
+            ValueError: an option is unknown or out of range.
+        """
+        super().__init__()
+        check_options(temperature, weighting, rectifier, implementation)
+        if warmup_iters < 0:
+            raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
+        self.student = student
+        self.student_features = student_features
+        self.teacher_features = teacher_features
+        self.weights = weights
+        self.warmup_iters = warmup_iters
+        self.options = {
+            "temperature": temperature,
+            "weighting": weighting,
+            "rectifier": rectifier,
+            "implementation": implementation,
+        }
+        self._teacher = teacher
+        self._split: SplitDetector = split_detector(student)
+        with separate_random_stream(torch.device("cpu"), seed):
+            self.align = self._build_align()
+        self._register_state_dict_hook(_drop_student_prefix)
+        self._register_load_state_dict_pre_hook(_add_student_prefix)
+        self.register_load_state_dict_post_hook(_name_missing_as_saved)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Build the student, then the teacher, and check that they belong together."""
+        student_cfg, teacher_cfg = detector_config(cfg), teacher_config(cfg)
+        student = META_ARCH_REGISTRY.get(student_cfg.MODEL.META_ARCHITECTURE)(student_cfg)
+        split = split_detector(student)
+        seed = max(cfg.SEED, 0)
+        teacher = build_teacher(teacher_cfg, seed)
+        check_pair(split, teacher.split, student_cfg, teacher_cfg)
+        student_features, teacher_features = pair_levels(
+            split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
+        )
+        if cfg.GKD.STUDENT.INIT_FROM_TEACHER:
+            copy_heads(teacher.model, student)
+        return {
+            "student": student,
+            "teacher": teacher,
+            "student_features": student_features,
+            "teacher_features": teacher_features,
+            "weights": LossWeights(**{key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}),
+            "warmup_iters": cfg.GKD.WARMUP_ITERS,
+            "temperature": cfg.GKD.TEMPERATURE,
+            "weighting": cfg.GKD.WEIGHTING,
+            "rectifier": cfg.GKD.RECTIFIER,
+            "implementation": cfg.GKD.IMPLEMENTATION,
+            "seed": seed,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """The student's device."""
+        return self.student.device
+
+    def forward(self, batched_inputs: list[dict]):
+        """
+        Args:
+            batched_inputs: as for Detectron2's meta-architectures.
+
+        Returns:
+            In training a dictionary of scalar losses: the student's own, and ``loss_gkd_gradient``,
+            ``loss_bmfi_box``, ``loss_bmfi_attention``, ``loss_bmfi_image``, already weighted. Otherwise the student's
+            detections. With all weights 0 the student's own training forward, untouched.
+
+        Raises:
+            RuntimeError: a level carries no gradient, or the two networks' features differ in size.
+        """
+        if not (self.training and self.weights):
+            return self.student(batched_inputs)
+        need_teacher_grad = self.weights.need_teacher_grad(self.options["weighting"])
+        teacher, teacher_grad = self._teacher.features(
+            batched_inputs, self.teacher_features, with_gradients=need_teacher_grad
+        )
+        images, features = self._split.features(batched_inputs)
+        self._check_trained(features)
+        # The heads get aliases, so that gradients are those of the heads alone, as the teacher's are, and not also
+        # of levels that the pyramid derives from others.
+        head_inputs = {name: feature.view_as(feature) for name, feature in features.items()}
+        losses = self._split.losses(images, head_inputs, batched_inputs)
+        student_grad = None
+        if self.weights.need_student_grad():
+            student_grad = feature_gradients(losses, head_inputs, self.student_features, retain_graph=True)
+        student, student_grad = self._aligned([features[name] for name in self.student_features], student_grad)
+        self._check_sizes(student, teacher)
+        boxes = [x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs]
+        distillation = distillation_losses(
+            student,
+            teacher,
+            student_grad,
+            teacher_grad,
+            boxes,
+            tuple(images.tensor.shape[-2:]),
+            weights=self.weights.scaled(self._ramp()),
+            **self.options,
+        )
+        return {**losses, **distillation}
+
+    def _ramp(self) -> float:
+        """The factor of the four weights at this iteration."""
+        return min(1.0, (get_event_storage().iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+
+    def _build_align(self) -> nn.ModuleDict:
+        """One convolution for every level whose channels differ; none where no loss would train it."""
+        if not self.weights:
+            return nn.ModuleDict()
+        ours, theirs = self._split.output_shape(), self._teacher.split.output_shape()
+        pairs = zip(self.student_features, self.teacher_features)
+        channels = {name: (ours[name].channels, theirs[other].channels) for name, other in pairs}
+        return nn.ModuleDict({name: AlignConv(*pair) for name, pair in channels.items() if pair[0] != pair[1]})
+
+    def _aligned(self, features: list[Tensor], gradients: list[Tensor] | None):
+        """Features and gradients, brought to the teacher's number of channels where it differs."""
+        convs = [self.align[name] if name in self.align else None for name in self.student_features]  # noqa: SIM401
+        features = [feature if conv is None else conv(feature) for conv, feature in zip(convs, features)]
+        if gradients is not None:
+            gradients = [g if conv is None else conv.align_gradient(g) for conv, g in zip(convs, gradients)]
+        return features, gradients
+
+    def _check_trained(self, features: dict[str, Tensor]) -> None:
+        for name in self.student_features:
+            if not features[name].requires_grad:
+                raise RuntimeError(
+                    f"the student's {name} carries no gradient, so the distillation losses would teach nothing: "
+                    "is the student's whole backbone frozen?"
+                )
+
+    def _check_sizes(self, student: list[Tensor], teacher: list[Tensor]) -> None:
+        for name, ours, theirs in zip(self.student_features, student, teacher):
+            if ours.shape != theirs.shape:
+                raise RuntimeError(
+                    f"the student's {name} is {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)} (N,C,H,W) for "
+                    "one batch: the two networks pad or downsample differently and can't be paired"
+                )
+
+    def _apply(self, fn, recurse=True):
+        # The teacher is no submodule, but follows the student to its device.
+        self._teacher.to(fn)
+        return super()._apply(fn, recurse)
+
+
+def copy_heads(teacher: nn.Module, student: nn.Module) -> list[str]:
+    """Copy every tensor outside the backbone whose name and shape agree, and log what was copied.
+
+    Args:
+        teacher: the detector to copy from.
+        student: the detector to copy to, changed in place.
+
+    Returns:
+        The names of the copied tensors.
+
+    Raises:
+        ValueError: there is none.
+    """
+    source, target = teacher.state_dict(), student.state_dict()
+    heads = [name for name in target if not name.startswith("backbone.")]
+    copied = [name for name in heads if name in source and source[name].shape == target[name].shape]
+    if not copied:
+        raise ValueError(
+            "GKD.STUDENT.INIT_FROM_TEACHER is set, but no tensor outside the backbone has one name and shape in both"
+        )
+    for name in copied:
+        target[name].copy_(source[name])
+    left = sorted(set(heads) - set(copied))
+    logging.getLogger(__name__).info(
+        "Copied %d of %d non-backbone tensors from the teacher: %s%s",
+        len(copied),
+        len(heads),
+        ", ".join(copied),
+        f". Left as they were: {', '.join(left)}" if left else "",
+    )
+    return copied
+
+
+def _drop_student_prefix(module, state_dict, prefix, local_metadata) -> None:
+    """State-dict hook: ``student.x`` is saved as ``x``, the modules' versions included."""
+    start = prefix + _STUDENT
+    for names in (state_dict, state_dict._metadata):
+        for key in [k for k in names if k.startswith(start)]:
+            names[prefix + key[len(start) :]] = names.pop(key)
+
+
+def _add_student_prefix(state_dict, prefix, *args) -> None:
+    """Load hook: ``x`` is the student's unless it is an align convolution's."""
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if not name.startswith(("align.", _STUDENT)):
+            state_dict[prefix + _STUDENT + name] = state_dict.pop(key)
+
+
+def _name_missing_as_saved(module, incompatible) -> None:
+    """Load hook: what is missing or unexpected is reported under the name it has in a checkpoint."""
+    for keys in incompatible:
+        keys[:] = [key.replace(_STUDENT, "", 1) if key.startswith(_STUDENT) else key for key in keys]

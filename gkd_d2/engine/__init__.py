@@ -1,0 +1,1 @@
+"""What runs a training: the trainer and the checks before it."""

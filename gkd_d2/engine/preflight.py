@@ -1,0 +1,117 @@
+"""What a run needs is looked for before anything is built."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from gkd_d2.config import DISTILLER, teacher_config
+from gkd_d2.data.builtin import check_datasets
+
+
+class PreflightError(Exception):
+    """A run can't start; the text says for every missing thing what to put where."""
+
+
+def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+    """Look for the device, the data, the weights and the teacher that ``cfg`` names.
+
+    Weights at a URL are fetched into Detectron2's cache.
+
+    Args:
+        cfg: the config of the run.
+        eval_only: whether it only evaluates.
+        resume: whether it starts from the last checkpoint in OUTPUT_DIR, where there is one.
+
+    Raises:
+        PreflightError: something is missing; all of it is listed.
+    """
+    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_weights(cfg, eval_only, resume)]
+    if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
+        problems += _teacher(cfg)
+    if problems:
+        raise PreflightError("This run can't start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def _device(cfg: CfgNode) -> list[str]:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        return [
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: add the arguments "
+            "`--num-gpus 0 MODEL.DEVICE cpu` to run on the CPU"
+        ]
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        return ["SOLVER.AMP.ENABLED needs a GPU in Detectron2: set it to False with MODEL.DEVICE cpu"]
+    return []
+
+
+def _datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
+    problems = []
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    if not names or not (eval_only or cfg.DATASETS.TRAIN):
+        problems.append(f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use")
+    broken: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        try:
+            check_datasets([name])
+        except (KeyError, OSError) as error:
+            # Training and test set often lie in one folder, whose absence is said once.
+            reason = error.args[0] if isinstance(error, KeyError) else str(error)
+            broken.setdefault(reason, []).append(name)
+            continue
+        # Datasets in COCO's form that Detectron2 or the user registered.
+        metadata = MetadataCatalog.get(name)
+        for key in ("json_file", "image_root"):
+            path = metadata.get(key)
+            if path and not PathManager.exists(path):
+                problems.append(f"DATASETS names {name}, whose {key} {path} does not exist: put it there")
+    return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
+
+
+def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
+    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return []
+    if eval_only and not cfg.MODEL.WEIGHTS:
+        return ["MODEL.WEIGHTS is empty: an evaluation needs the checkpoint to evaluate"]
+    reason = _unreadable(cfg.MODEL.WEIGHTS)
+    if reason:
+        return [
+            f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. Set MODEL.WEIGHTS to a file that holds these weights, "
+            "fetched on another machine if need be; or to '' to train from scratch"
+        ]
+    return []
+
+
+def _teacher(cfg: CfgNode) -> list[str]:
+    try:
+        teacher_config(cfg)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS)
+    if reason:
+        return [
+            f"GKD.TEACHER.WEIGHTS is {cfg.GKD.TEACHER.WEIGHTS}: {reason}. Train the teacher first, "
+            f"`python tools/train_net.py --config-file {cfg.GKD.TEACHER.CONFIG_FILE}`, or set GKD.TEACHER.WEIGHTS to "
+            "the checkpoint of one"
+        ]
+    return []
+
+
+def _unreadable(path: str) -> str:
+    """Why weights can't be read, or nothing."""
+    if not path:
+        return ""
+    if "://" in path:
+        print(f"Fetching {path}, unless Detectron2's cache holds it", flush=True)
+    try:
+        # The downloader's own report of a failure would stand before the one that says what to do.
+        with contextlib.redirect_stderr(io.StringIO()):
+            local = PathManager.get_local_path(path)
+    except Exception as error:  # every kind of URL has its own
+        return f"it can't be fetched ({error or type(error).__name__})"
+    return "" if os.path.isfile(local) else "there is no such file"

@@ -1,0 +1,110 @@
+"""Which levels a teacher and a student share, and the refusal of pairs that do not match."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from gkd_d2.detector import SplitDetector
+
+
+def pair_levels(
+    student: SplitDetector, teacher: SplitDetector, student_levels: list[str], teacher_levels: list[str]
+) -> tuple[list[str], list[str]]:
+    """The levels to distil, as the student and the teacher name them.
+
+    Args:
+        student: the student.
+        teacher: the teacher.
+        student_levels: GKD.FEATURES; empty: the levels that the heads of both networks use, by stride, without
+            max-pooled copies of other levels.
+        teacher_levels: GKD.TEACHER.FEATURES; empty: the same names as the student's.
+
+    Returns:
+        Two lists of equal length.
+
+    Raises:
+        ValueError: a level does not exist, is not used by a head, or its strides differ; or there is none.
+    """
+    if not student_levels and teacher_levels:
+        raise ValueError("GKD.TEACHER.FEATURES is set, so GKD.FEATURES must name the student's level for each of them")
+    if not student_levels:
+        shared = student.head_features() & teacher.head_features()
+        shared -= student.pooled_features() | teacher.pooled_features()
+        student_levels = sorted(shared, key=lambda name: student.output_shape()[name].stride)
+        if not student_levels:
+            raise ValueError(
+                f"the student's heads use {_names(student)}, the teacher's {_names(teacher)}: they share no level; "
+                "set GKD.FEATURES and GKD.TEACHER.FEATURES"
+            )
+    teacher_levels = list(teacher_levels or student_levels)
+    if len(teacher_levels) != len(student_levels):
+        raise ValueError(
+            f"GKD.FEATURES has {len(student_levels)} levels, {', '.join(student_levels)}, but GKD.TEACHER.FEATURES "
+            f"has {len(teacher_levels)}, {', '.join(teacher_levels)}"
+        )
+    for key, detector, levels in (
+        ("GKD.FEATURES", student, student_levels),
+        ("GKD.TEACHER.FEATURES", teacher, teacher_levels),
+    ):
+        if len(set(levels)) != len(levels):
+            raise ValueError(f"{key} names a level twice: {', '.join(levels)}")
+        absent = [name for name in levels if name not in detector.head_features()]
+        if absent:
+            raise ValueError(f"{key} names {', '.join(absent)}, but the heads use {_names(detector)} only")
+    for ours, theirs in zip(student_levels, teacher_levels):
+        strides = student.output_shape()[ours].stride, teacher.output_shape()[theirs].stride
+        if strides[0] != strides[1]:
+            raise ValueError(
+                f"the student's {ours} has stride {strides[0]}, the teacher's {theirs} has stride {strides[1]}: "
+                "pair levels of equal stride by GKD.FEATURES and GKD.TEACHER.FEATURES"
+            )
+    return list(student_levels), teacher_levels
+
+
+def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Refuse a teacher that detects other things, or sees other pictures, than the student.
+
+    Args:
+        student: the student.
+        teacher: the teacher.
+        cfg: the student's config.
+        teacher_cfg: the teacher's config.
+
+    Raises:
+        ValueError: classes, channel order, channels of the image or padding differ.
+    """
+    classes = _class_names(cfg), _class_names(teacher_cfg)
+    if student.num_classes != teacher.num_classes or (None not in classes and classes[0] != classes[1]):
+        raise ValueError(
+            f"the student detects {student.num_classes} classes ({_listed(classes[0])}), the teacher "
+            f"{teacher.num_classes} ({_listed(classes[1])}): a teacher must be trained on the student's classes"
+        )
+    for what, ours, theirs in (
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT),
+        ("the number of values in MODEL.PIXEL_MEAN", len(cfg.MODEL.PIXEL_MEAN), len(teacher_cfg.MODEL.PIXEL_MEAN)),
+        # What images are padded to decides the size of every level.
+        ("the backbone's size_divisibility", *(s.model.backbone.size_divisibility for s in (student, teacher))),
+        ("the backbone's padding", *(_padding(s) for s in (student, teacher))),
+    ):
+        if ours != theirs:
+            raise ValueError(f"{what} is {ours} for the student and {theirs} for the teacher, but they see one batch")
+
+
+def _padding(detector: SplitDetector) -> dict:
+    """Constraints beyond size_divisibility, which Detectron2 0.5 does not have."""
+    return getattr(detector.model.backbone, "padding_constraints", {})
+
+
+def _names(detector: SplitDetector) -> str:
+    return ", ".join(sorted(detector.head_features()))
+
+
+def _class_names(cfg: CfgNode) -> list[str] | None:
+    """Class names of the training set, where it is registered with them."""
+    names = [n for n in cfg.DATASETS.TRAIN if n in MetadataCatalog.list()]
+    return getattr(MetadataCatalog.get(names[0]), "thing_classes", None) if names else None
+
+
+def _listed(names: list[str] | None) -> str:
+    return ", ".join(names) if names else "names not known"

@@ -1,0 +1,121 @@
+"""The teacher: a detector that is asked for features and their gradients, and never changes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from gkd_d2.checkpoint import CompleteCheckpointer
+from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+
+
+@contextlib.contextmanager
+def separate_random_stream(device: torch.device, seed: int):
+    """Within it torch draws from a stream of ``seed``; after it, as if nothing had been drawn.
+
+    Args:
+        device: whose generator is set beside the CPU's.
+        seed: of the stream.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
+    """Build a teacher and load its weights, drawing nothing from the global random stream.
+
+    Args:
+        cfg: from :func:`gkd_d2.config.teacher_config`.
+        seed: of the teacher's random stream, >= 0.
+
+    Raises:
+        ValueError: the checkpoint leaves a parameter unset, or the meta-architecture is not known.
+    """
+    with separate_random_stream(torch.device("cpu"), seed):
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    try:
+        CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    except ValueError as error:
+        raise ValueError(
+            f"GKD.TEACHER.WEIGHTS {cfg.MODEL.WEIGHTS} is no checkpoint of the detector that GKD.TEACHER.CONFIG_FILE "
+            f"describes: {error}"
+        ) from None
+    return FrozenTeacher(model, seed)
+
+
+class FrozenTeacher:
+    """A detector whose parameters, buffers, running statistics and moving averages stay as they are.
+
+    It is no ``nn.Module`` on purpose: so it is no part of the distiller's state_dict, optimizer or
+    DistributedDataParallel.
+
+    Args:
+        model: a detector that :func:`gkd_d2.detector.split_detector` knows; frozen in place.
+        seed: of its random stream; each iteration and process draws from its own part of it, so that a resumed run
+            draws what an uninterrupted one would.
+    """
+
+    def __init__(self, model: nn.Module, seed: int):
+        self.model = model
+        self.split: SplitDetector = split_detector(model)
+        self._seed = seed
+        model.requires_grad_(False).eval()
+        # Heads return losses only in training mode; norms and dropout stay in evaluation mode.
+        for head in self.split.head_modules():
+            for module in head.modules():
+                module.training = not isinstance(module, (_NormBase, _DropoutNd))
+
+    def to(self, apply) -> None:
+        """Apply ``apply`` to every tensor, as :meth:`nn.Module._apply` does for ``.to``, ``.cuda`` and the like."""
+        self.model._apply(apply)
+
+    def features(
+        self, batched_inputs: list[dict], levels: list[str], *, with_gradients: bool
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The teacher's features and the gradient of its own detection loss with respect to them.
+
+        Args:
+            batched_inputs: the student's augmented batch with its ground truth.
+            levels: names of the teacher's levels.
+            with_gradients: whether the losses and gradients are computed at all.
+
+        Returns:
+            One feature N,C,H,W a level, and one gradient N,C,H,W a level or None.
+
+        Raises:
+            RuntimeError: a level has no part in the losses.
+        """
+        with torch.no_grad():
+            images, features = self.split.features(batched_inputs)
+        wanted = [features[name] for name in levels]
+        if not with_gradients:
+            return wanted, None
+        leaves = {name: feature.detach().requires_grad_(name in levels) for name, feature in features.items()}
+        with self._own_streams():
+            losses = self.split.losses(images, leaves, batched_inputs)
+        return wanted, feature_gradients(losses, leaves, levels, retain_graph=False)
+
+    @contextlib.contextmanager
+    def _own_streams(self):
+        """The teacher's own random draws, names of scalars and moving averages, none of which outlives the call."""
+        storage = get_event_storage()
+        attributes = vars(self.model)
+        averages = {k: attributes[k] for k in self.split.running_attributes if k in attributes}
+        seed = self._seed + storage.iter * comm.get_world_size() + comm.get_rank()
+        with separate_random_stream(self.model.device, seed), storage.name_scope("teacher"):
+            yield
+        for name in self.split.running_attributes:
+            attributes.pop(name, None)
+        attributes.update(averages)

@@ -1,0 +1,59 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tiny import calm, detector_config
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED_DATA = PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The project's root folder."""
+    return PROJECT
+
+
+@pytest.fixture
+def kitti_sample() -> Path:
+    """81 real KITTI images, which lie beside the project where it is developed."""
+    folder = SHARED_DATA / "kitti_sample"
+    if not folder.is_dir():
+        pytest.skip("the KITTI sample does not lie beside this project")
+    return folder
+
+
+# The tests' tensors are so small that more threads cost time, much of it where others use the cores too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def distiller_config(tmp_path):
+    """A function that makes the config of a distiller, with its teacher's config and checkpoint on disk."""
+
+    def make(kind: str = "faster", *, teacher_channels: int = 16, teacher_width: int = 16, **student) -> CfgNode:
+        teacher = detector_config(kind, channels=teacher_channels, width=teacher_width)
+        torch.manual_seed(100)
+        torch.save({"model": calm(build_model(teacher)).state_dict()}, tmp_path / "teacher.pth")
+        (tmp_path / "teacher.yaml").write_text(teacher.dump())
+        cfg = detector_config(kind, **student)
+        cfg.GKD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "GKDDistiller"
+        cfg.GKD.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
+        cfg.GKD.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
+        return cfg
+
+    return make

@@ -1,0 +1,80 @@
+"""The configs in the project and how a config becomes a student's and a teacher's."""
+
+import os
+
+import pytest
+from detectron2.config import get_cfg
+
+from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config, teacher_config
+
+DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
+
+
+def read(path):
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.merge_from_file(str(path))
+    resolve_teacher_config(cfg, str(path))
+    return cfg
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_kitti_configs(project, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = read(project / "configs" / f"gkd_{name}_kitti.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "GKDDistiller"
+    student, teacher = detector_config(cfg), teacher_config(cfg)
+    baseline = read(project / "configs" / "baselines" / f"{name}_kitti.yaml")
+    assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert (student.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (50, 101)
+    assert student.MODEL.WEIGHTS.endswith("ImageNetPretrained/MSRA/R-50.pkl")
+    assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).OUTPUT_DIR == os.path.dirname(cfg.GKD.TEACHER.WEIGHTS)
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WARMUP_ITERS) == (16, 0.02, 500)
+    epoch = 5985 / 16
+    assert solver.MAX_ITER == pytest.approx(12 * epoch, abs=2)
+    assert solver.STEPS == pytest.approx((8 * epoch, 11 * epoch), abs=2)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).SOLVER.MAX_ITER == pytest.approx(24 * epoch, abs=4)
+    # Baseline and distilled student differ in nothing but the distillation.
+    for key in ("SOLVER", "INPUT", "DATASETS", "SEED"):
+        assert baseline[key] == cfg[key]
+    model = cfg.MODEL.clone()
+    model.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
+    assert model == baseline.MODEL
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_toy_configs(project, name):
+    cfg = read(project / "configs" / "toy" / f"gkd_{name}.yaml")
+    baseline = read(project / "configs" / "toy" / "baselines" / f"{name}.yaml")
+    teacher = teacher_config(cfg)
+    assert teacher.MODEL.META_ARCHITECTURE == detector_config(cfg).MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert cfg.SOLVER == baseline.SOLVER
+    assert teacher.SOLVER.MAX_ITER > cfg.SOLVER.MAX_ITER
+    assert cfg.MODEL.DEVICE == teacher.MODEL.DEVICE == "cpu"
+
+
+def test_teacher_config_is_found_from_the_working_folder_first(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.GKD.TEACHER.CONFIG_FILE = "teacher.yaml"
+    (tmp_path / "configs" / "teacher.yaml").touch()
+    resolve_teacher_config(cfg, "configs/student.yaml")
+    assert cfg.GKD.TEACHER.CONFIG_FILE == str(tmp_path / "configs" / "teacher.yaml")
+    cfg.GKD.TEACHER.CONFIG_FILE = "teacher.yaml"
+    (tmp_path / "teacher.yaml").touch()
+    resolve_teacher_config(cfg, "configs/student.yaml")
+    assert cfg.GKD.TEACHER.CONFIG_FILE == "teacher.yaml"
+
+
+def test_a_distilled_student_can_be_a_teacher(distiller_config, tmp_path):
+    """Its config says GKDDistiller, its checkpoint is a plain student's."""
+    cfg = distiller_config("retinanet")
+    (tmp_path / "distilled.yaml").write_text(cfg.dump())
+    cfg.GKD.TEACHER.CONFIG_FILE = str(tmp_path / "distilled.yaml")
+    teacher = teacher_config(cfg)
+    assert teacher.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS

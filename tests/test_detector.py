@@ -1,0 +1,104 @@
+"""Splits are the detectors' own forward, to the bit."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import detector_config, training_batch
+
+from gkd_d2.detector import feature_gradients, split_detector
+
+
+@pytest.mark.parametrize("kind", ["faster", "cascade", "mask", "retinanet"])
+def test_split_is_bit_equal_to_own_forward(kind):
+    model = build_model(detector_config(kind)).train()
+    twin = copy.deepcopy(model)
+    batch = training_batch(((90, 120), (96, 100), (64, 64)), masks=kind == "mask")
+    split = split_detector(twin)
+    with EventStorage(), EventStorage() as storage:
+        for _ in range(2):  # RetinaNet's normaliser moves with every call
+            torch.manual_seed(3)
+            losses = model(batch)
+            state = torch.get_rng_state()
+            torch.manual_seed(3)
+            split_losses = split.losses(*split.features(batch), batch)
+            assert torch.equal(state, torch.get_rng_state())
+            assert list(losses) == list(split_losses)
+            for name in losses:
+                assert torch.equal(losses[name], split_losses[name]), name
+        sum(losses.values()).backward()
+        sum(split_losses.values()).backward()
+        assert storage.histories()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, twin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet"])
+def test_training_pictures_are_made_as_by_the_detector(kind):
+    cfg = detector_config(kind)
+    cfg.VIS_PERIOD = 1
+    model = build_model(cfg).train()
+    batch = training_batch()
+    pictures = []
+    for compute in (model, lambda b: split_detector(model).losses(*split_detector(model).features(b), b)):
+        with EventStorage() as storage:
+            torch.manual_seed(3)
+            compute(batch)
+            pictures.append([name for name, *_ in storage._vis_data])
+    assert pictures[0] == pictures[1]
+
+
+def test_what_the_heads_use():
+    faster, retinanet = (split_detector(build_model(detector_config(kind))) for kind in ("faster", "retinanet"))
+    assert faster.head_features() == {"p2", "p3", "p4", "p5", "p6"}
+    assert faster.pooled_features() == {"p6"}
+    assert retinanet.head_features() == {"p3", "p4", "p5", "p6", "p7"}
+    assert retinanet.pooled_features() == set()
+    assert faster.num_classes == retinanet.num_classes == 3
+
+
+def test_other_meta_architectures_are_refused():
+    with pytest.raises(ValueError, match="Linear can't be distilled: known .* GeneralizedRCNN, RetinaNet"):
+        split_detector(torch.nn.Linear(1, 1))
+
+
+def test_batch_without_ground_truth_is_refused():
+    split = split_detector(build_model(detector_config("faster")).train())
+    batch = training_batch()
+    del batch[1]["instances"]
+    with EventStorage(), pytest.raises(ValueError, match="without 'instances'"):
+        split.losses(*split.features(batch), batch)
+
+
+def test_feature_gradients_equal_a_finite_difference():
+    split = split_detector(build_model(detector_config("retinanet")).train().double())
+    batch = training_batch()
+    with EventStorage():
+        with torch.no_grad():
+            images, features = split.features(batch)
+        features = {name: f.detach().requires_grad_() for name, f in features.items()}
+
+        def loss(shift):
+            split.model.loss_normalizer = 100
+            moved = features | {"p4": features["p4"].detach() + shift}
+            return sum(split.losses(images, moved, batch).values()).item()
+
+        split.model.loss_normalizer = 100
+        (gradient,) = feature_gradients(split.losses(images, features, batch), features, ["p4"], retain_graph=False)
+        # Along the gradient itself: Detectron2 keeps anchors and targets in float32, so a small slope would drown.
+        direction = gradient / gradient.norm()
+        slope = (loss(1e-2 * direction) - loss(-1e-2 * direction)) / 2e-2
+    assert slope == pytest.approx(gradient.norm().item(), rel=1e-2)
+
+
+def test_a_level_without_part_in_the_losses_is_named():
+    used, unused = (torch.ones(1, requires_grad=True) for _ in range(2))
+    with pytest.raises(RuntimeError, match="levels p9 have no part in the losses loss_cls"):
+        feature_gradients({"loss_cls": 2 * used}, {"p2": used, "p9": unused}, ["p2", "p9"], retain_graph=False)
+    with pytest.raises(RuntimeError, match="returned no loss"):
+        feature_gradients({}, {"p2": used}, ["p2"], retain_graph=False)

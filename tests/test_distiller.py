@@ -1,0 +1,289 @@
+"""The distiller: what it adds to a student's training, and what it leaves alone."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
+from tiny import ARCHITECTURES, training_batch
+
+from gkd_d2.config import detector_config, teacher_config
+from gkd_d2.detector import split_detector
+from gkd_d2.losses import LossWeights, distillation_losses
+from gkd_d2.teacher import build_teacher
+
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+
+
+def set_weights(cfg, gradient, box, attention, image):
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = gradient
+    cfg.GKD.LOSS_WEIGHTS.BOX = box
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = attention
+    cfg.GKD.LOSS_WEIGHTS.IMAGE = image
+
+
+def train(model, cfg, batch, steps):
+    """Plain training; returns the loss dictionaries as numbers."""
+    model.train()
+    optimizer = build_optimizer(cfg, model)
+    history = []
+    with EventStorage() as storage:
+        for _ in range(steps):
+            losses = model(batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            storage.step()
+            history.append({name: value.item() for name, value in losses.items()})
+    return history
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_losses_equal_an_independent_computation(kind, distiller_config):
+    """The four terms from the two networks run one after the other by hand."""
+    cfg = distiller_config(kind)
+    cfg.GKD.FEATURES = ["p3", "p4"]
+    distiller = build_model(cfg).train()
+    batch = training_batch(((90, 120), (96, 100), (64, 64)))
+    with EventStorage():
+        torch.manual_seed(1)
+        losses = distiller(batch)
+        student = split_detector(distiller.student)
+        torch.manual_seed(1)
+        if kind == "retinanet":
+            distiller.student.loss_normalizer = 100
+        images, features = student.features(batch)
+        leaves = {name: f.detach().requires_grad_() for name, f in features.items()}
+        own = student.losses(images, leaves, batch)
+        sum(own.values()).backward()
+        teacher = build_teacher(teacher_config(cfg), seed=cfg.SEED)
+        teacher_features, teacher_grads = teacher.features(batch, ["p3", "p4"], with_gradients=True)
+    expected = distillation_losses(
+        [features["p3"], features["p4"]],
+        teacher_features,
+        [leaves["p3"].grad, leaves["p4"].grad],
+        teacher_grads,
+        [x["instances"].gt_boxes.tensor for x in batch],
+        tuple(images.tensor.shape[2:]),
+        weights=LossWeights(),
+    )
+    assert set(losses) == set(own) | set(NAMES)
+    for name, value in {**own, **expected}.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-9, msg=name)
+        assert losses[name] > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [16, 8])
+def test_all_four_losses_fall_on_a_repeated_batch(kind, channels, distiller_config):
+    cfg = distiller_config(kind, channels=channels)
+    cfg.SOLVER.BASE_LR = 0.005
+    distiller = build_model(cfg)
+    history = train(distiller, cfg, training_batch(), 20)
+    assert len(distiller.align) == (0 if channels == 16 else len(distiller.student_features))
+    for name in NAMES:
+        first = sum(losses[name] for losses in history[:3])
+        last = sum(losses[name] for losses in history[-3:])
+        assert 0 < last < first, name
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_weights_0_train_exactly_as_the_student_alone(kind, distiller_config):
+    cfg = distiller_config(kind, channels=8)
+    set_weights(cfg, 0.0, 0.0, 0.0, 0.0)
+    batch = training_batch()
+    results = []
+    for config in (cfg, detector_config(cfg)):
+        torch.manual_seed(5)
+        model = build_model(config)
+        history = train(model, config, batch, 3)
+        results.append((history, model.state_dict(), torch.rand(4)))
+    (distilled, distilled_state, draw), (alone, alone_state, alone_draw) = results
+    assert distilled == alone
+    assert list(distilled_state) == list(alone_state)
+    assert all(torch.equal(value, alone_state[name]) for name, value in distilled_state.items())
+    assert torch.equal(draw, alone_draw)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_student_starts_and_draws_the_same_with_distillation(kind, distiller_config):
+    cfg = distiller_config(kind, channels=8)
+    batch = training_batch()
+    results = []
+    for config in (cfg, detector_config(cfg)):
+        torch.manual_seed(5)
+        model = build_model(config).train()
+        with EventStorage():
+            losses = model(batch)
+        results.append((losses, torch.rand(4)))
+    (distilled, draw), (alone, alone_draw) = results
+    assert torch.equal(draw, alone_draw)
+    for name, value in alone.items():
+        assert torch.equal(distilled[name], value), name
+
+
+def test_teacher_is_untouched_by_training(distiller_config):
+    cfg = distiller_config("retinanet")
+    distiller = build_model(cfg)
+    teacher = distiller._teacher.model
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    history = train(distiller, cfg, training_batch(), 3)
+    assert history[0] != history[-1]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert teacher.loss_normalizer == 100 if "loss_normalizer" in vars(teacher) else True
+    distiller.train(False)
+    distiller.train(True)
+    assert not teacher.backbone.training
+    assert teacher.head.training
+
+
+def test_state_dict_is_the_students_and_loads_both_ways(distiller_config):
+    cfg = distiller_config("faster", channels=8)
+    distiller = build_model(cfg)
+    alone = build_model(detector_config(cfg))
+    state = distiller.state_dict()
+    align = {f"align.{level}.weight" for level in ("p2", "p3", "p4", "p5")}
+    assert set(state) == set(alone.state_dict()) | align
+    assert not any(
+        parameter is other for parameter in distiller.parameters() for other in teacher_parameters(distiller)
+    )
+
+    result = distiller.load_state_dict(alone.state_dict(), strict=False)
+    assert set(result.missing_keys) == align
+    assert not result.unexpected_keys
+    assert all(torch.equal(distiller.state_dict()[name], value) for name, value in alone.state_dict().items())
+
+    other = build_model(detector_config(cfg))
+    result = other.load_state_dict(state, strict=False)
+    assert set(result.unexpected_keys) == align
+    assert not result.missing_keys
+    assert all(torch.equal(other.state_dict()[name], state[name]) for name in other.state_dict())
+    # The versions of the modules are saved under the same names: FrozenBatchNorm2d converts by them.
+    assert set(alone.state_dict()._metadata) <= set(state._metadata)
+
+    again = build_model(cfg)
+    again.load_state_dict(state)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(RuntimeError, match="Missing key.*backbone.bottom_up.stem.conv1.weight"):
+        again.load_state_dict({name: value for name, value in state.items() if "stem.conv1.weight" not in name})
+
+
+def teacher_parameters(distiller):
+    return list(distiller._teacher.model.parameters())
+
+
+def test_optimizer_holds_the_student_and_the_align_convolutions_only(distiller_config):
+    cfg = distiller_config("faster", channels=8)
+    distiller = build_model(cfg)
+    held = {id(p) for group in build_optimizer(cfg, distiller).param_groups for p in group["params"]}
+    assert held == {id(p) for p in [*distiller.student.parameters(), *distiller.align.parameters()]}
+
+
+def test_teacher_follows_to_another_dtype(distiller_config):
+    distiller = build_model(distiller_config("retinanet")).double()
+    assert {p.dtype for p in teacher_parameters(distiller)} == {torch.float64}
+    with EventStorage():
+        losses = distiller.train()(training_batch())
+    assert losses["loss_gkd_gradient"].dtype == torch.float64
+
+
+def test_evaluation_is_the_students(distiller_config):
+    cfg = distiller_config("faster")
+    distiller = build_model(cfg).eval()
+    batch = training_batch()
+    with torch.no_grad():
+        ours, students = distiller(batch), distiller.student(batch)
+    for mine, theirs in zip(ours, students):
+        assert torch.equal(mine["instances"].pred_boxes.tensor, theirs["instances"].pred_boxes.tensor)
+        assert torch.equal(mine["instances"].scores, theirs["instances"].scores)
+
+
+def test_warm_up_ramps_the_four_weights_linearly(distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.GKD.WARMUP_ITERS = 4
+    distiller = build_model(cfg).train()
+    batch = training_batch()
+    values = []
+    with EventStorage() as storage:
+        for _ in range(6):
+            distiller.student.loss_normalizer = 100
+            losses = distiller(batch)
+            values.append(torch.stack([losses[name] for name in NAMES[1:]]).detach())
+            storage.step()
+    # The student does not move, so only the ramp changes the imitation losses.
+    for value, factor in zip(values, (0.25, 0.5, 0.75, 1, 1, 1)):
+        torch.testing.assert_close(value, factor * values[-1], rtol=1e-4, atol=0)
+
+
+def test_init_from_teacher(distiller_config, caplog):
+    cfg = distiller_config("faster")
+    cfg.GKD.STUDENT.INIT_FROM_TEACHER = True
+    with caplog.at_level(logging.INFO, logger="gkd_d2.distiller"):
+        distiller = build_model(cfg)
+    student, teacher = distiller.student.state_dict(), distiller._teacher.model.state_dict()
+    heads = [name for name in student if not name.startswith("backbone.")]
+    assert heads
+    assert all(torch.equal(student[name], teacher[name]) for name in heads)
+    assert f"Copied {len(heads)} of {len(heads)} non-backbone tensors" in caplog.text
+    assert "roi_heads.box_predictor.cls_score.weight" in caplog.text
+    assert not torch.equal(student["backbone.fpn_output3.weight"], teacher["backbone.fpn_output3.weight"])
+    # A copy, not the teacher's own tensors.
+    train(distiller, cfg, training_batch(), 1)
+    assert not torch.equal(distiller.student.state_dict()[heads[0]], distiller._teacher.model.state_dict()[heads[0]])
+
+
+def test_init_from_teacher_copies_what_fits(distiller_config, caplog):
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.GKD.STUDENT.INIT_FROM_TEACHER = True
+    with caplog.at_level(logging.INFO, logger="gkd_d2.distiller"):
+        distiller = build_model(cfg)
+    student, teacher = distiller.student.state_dict(), distiller._teacher.model.state_dict()
+    assert torch.equal(student["head.cls_score.bias"], teacher["head.cls_score.bias"])
+    assert "Left as they were: head.bbox_pred.weight" in caplog.text
+
+
+def test_frozen_student_backbone_is_refused(distiller_config):
+    distiller = build_model(distiller_config("retinanet")).train()
+    distiller.student.backbone.requires_grad_(False)
+    with EventStorage(), pytest.raises(RuntimeError, match="student's p3 carries no gradient"):
+        distiller(training_batch())
+
+
+def test_features_of_other_size_are_refused(distiller_config):
+    distiller = build_model(distiller_config("retinanet")).train()
+    # What a teacher of another padding would give.
+    distiller._teacher.model.backbone._size_divisibility = 256
+    with EventStorage(), pytest.raises(RuntimeError, match=r"student's p3 is \(2, 16, 12, 16\), the teacher's"):
+        distiller(training_batch())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("GKD.TEMPERATURE", 0.0, "temperature is 0.0"),
+        ("GKD.WEIGHTING", "foo", "weighting is 'foo'"),
+        ("GKD.RECTIFIER", "foo", "rectifier is 'foo'"),
+        ("GKD.IMPLEMENTATION", "foo", "implementation is 'foo'"),
+        ("GKD.WARMUP_ITERS", -1, "GKD.WARMUP_ITERS is -1"),
+        ("GKD.LOSS_WEIGHTS.BOX", -1.0, "loss weight box is -1.0"),
+        ("GKD.TEACHER.WEIGHTS", "", "GKD.TEACHER.WEIGHTS is empty"),
+        ("GKD.TEACHER.CONFIG_FILE", "", "GKD.TEACHER.CONFIG_FILE is empty"),
+        ("GKD.STUDENT.META_ARCHITECTURE", "", "GKD.STUDENT.META_ARCHITECTURE is ''"),
+        ("MODEL.RETINANET.NUM_CLASSES", 5, "student detects 5 classes"),
+        ("INPUT.FORMAT", "RGB", "INPUT.FORMAT is RGB for the student and BGR"),
+    ],
+)
+def test_bad_config_is_refused_when_the_model_is_built(key, value, message, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
+def test_missing_teacher_config_is_refused(distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.GKD.TEACHER.CONFIG_FILE = "nowhere/teacher.yaml"
+    with pytest.raises(FileNotFoundError, match="nowhere/teacher.yaml"):
+        build_model(cfg)

@@ -1,0 +1,86 @@
+"""Tiny detectors from scratch and batches for them."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+from gkd_d2 import add_gkd_config
+
+ARCHITECTURES = ("faster", "retinanet")
+META_ARCHITECTURES = {"retinanet": "RetinaNet"}
+
+
+def detector_config(kind: str, *, channels: int = 16, width: int = 8) -> CfgNode:
+    """A tiny detector from scratch, for images of about 100 pixels.
+
+    Args:
+        kind: "faster", "cascade", "mask" or "retinanet".
+        channels: of the feature pyramid.
+        width: of the ResNet's bottlenecks.
+    """
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.SEED = 7
+    model = cfg.MODEL
+    model.DEVICE = "cpu"
+    model.WEIGHTS = ""
+    model.META_ARCHITECTURE = META_ARCHITECTURES.get(kind, "GeneralizedRCNN")
+    model.BACKBONE.FREEZE_AT = 0
+    model.PIXEL_STD = [57.375, 57.12, 58.395]
+    model.RESNETS.NORM = "BN"
+    model.RESNETS.STEM_OUT_CHANNELS = width
+    model.RESNETS.WIDTH_PER_GROUP = width
+    model.RESNETS.RES2_OUT_CHANNELS = 2 * width
+    model.FPN.OUT_CHANNELS = channels
+    if kind == "retinanet":
+        model.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+        model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+        model.ANCHOR_GENERATOR.SIZES = [[size] for size in (16, 32, 64, 128, 256)]
+        model.RETINANET.NUM_CLASSES = 3
+        model.RETINANET.NUM_CONVS = 1
+        return cfg
+    model.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    model.ANCHOR_GENERATOR.SIZES = [[size] for size in (8, 16, 32, 64, 128)]
+    model.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    model.RPN.PRE_NMS_TOPK_TRAIN = model.RPN.POST_NMS_TOPK_TRAIN = 50
+    model.RPN.PRE_NMS_TOPK_TEST = model.RPN.POST_NMS_TOPK_TEST = 20
+    model.ROI_HEADS.NAME = "CascadeROIHeads" if kind == "cascade" else "StandardROIHeads"
+    model.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    model.ROI_HEADS.NUM_CLASSES = 3
+    model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 32
+    model.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    model.ROI_BOX_HEAD.NUM_FC = 1
+    model.ROI_BOX_HEAD.FC_DIM = 32
+    model.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = kind == "cascade"
+    model.MASK_ON = kind == "mask"
+    model.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    model.ROI_MASK_HEAD.CONV_DIM = 8
+    model.ROI_MASK_HEAD.NUM_CONV = 1
+    return cfg
+
+
+def calm(model: torch.nn.Module) -> torch.nn.Module:
+    """Start a random ResNet with identity blocks, so that its features stay moderate without running statistics."""
+    for name, parameter in model.state_dict().items():
+        if name.endswith("conv3.norm.weight"):
+            parameter.zero_()
+    return model
+
+
+def training_batch(sizes=((90, 120), (96, 100)), *, masks: bool = False) -> list[dict]:
+    """Random images with two boxes each, the last image with none where there are more than two."""
+    batch = []
+    for index, (height, width) in enumerate(sizes):
+        corners = [[8, 20, 50, 70], [60, 10, 95, 80]] if index < 2 else []
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+        instances.gt_classes = torch.tensor([0, 2][: len(corners)], dtype=torch.int64)
+        if masks:
+            instances.gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1]] for x0, y0, x1, y1 in corners])
+        image = torch.randint(0, 255, (3, height, width)).float()
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
