@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Train or evaluate a detector of a Detectron2 config: distilled, or a teacher or student alone.
+
+The arguments are Detectron2's own, KEY VALUE pairs at the end override the config. Examples:
+    python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --num-gpus 4
+    python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --num-gpus 4 --resume
+    python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --eval-only \\
+        MODEL.WEIGHTS output/gkd_frcnn_kitti/model_final.pth
+    python tools/train_net.py --config-file configs/toy/gkd_retinanet.yaml --num-gpus 0 MODEL.DEVICE cpu
+"""
+
+import argparse
+import sys
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from gkd_d2.checkpoint import CompleteCheckpointer
+from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config
+from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.trainer import Trainer
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config that the command line describes."""
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    resolve_teacher_config(cfg, args.config_file)
+    if args.eval_only:
+        # The student is evaluated as the plain detector it is: no teacher is built.
+        cfg = detector_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def main(cfg: CfgNode, args: argparse.Namespace):
+    """Train or evaluate, in each process of the run."""
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gkd_d2")
+    default_setup(cfg, args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config-file is missing: name one of configs/")
+    cfg = read_config(args)
+    try:
+        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
+    except PreflightError as error:
+        sys.exit(str(error))
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(cfg, args),
+    )
