@@ -1,0 +1,78 @@
+"""Names for datasets. Importing registers kitti_train, kitti_val, toy_kitti_train and toy_kitti_val."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .kitti import CLASSES, SPLITS, check_kitti_root, load_kitti
+
+_DATASETS = "$DETECTRON2_DATASETS"
+
+
+def resolve_root(root: str | os.PathLike) -> Path:
+    """Replace a leading ``$DETECTRON2_DATASETS`` by that variable's value now, ``datasets`` where it is not set."""
+    root = os.fspath(root)
+    if root == _DATASETS or root.startswith(_DATASETS + "/"):
+        root = (os.environ.get(_DATASETS[1:]) or "datasets") + root[len(_DATASETS) :]
+    return Path(root).expanduser()
+
+
+def register_kitti(prefix: str, root: str | os.PathLike | None = None) -> None:
+    """Register a folder of KITTI's form as the datasets ``<prefix>_train`` and ``<prefix>_val``.
+
+    ``register_kitti("mine", "/data/mine")`` makes ``mine_train`` and ``mine_val`` usable in a config. Nothing is read
+    before the dataset is used. Registering the same folder again does nothing.
+
+    Args:
+        prefix: start of both names.
+        root: the folder that holds ``training`` and, optionally, ``ImageSets``; ``$DETECTRON2_DATASETS/<prefix>``
+            by default, that variable being read when the dataset is.
+
+    Raises:
+        ValueError: a name is registered already, for another folder or by someone else.
+    """
+    root = f"{_DATASETS}/{prefix}" if root is None else os.fspath(root)
+    for split in SPLITS:
+        name = f"{prefix}_{split}"
+        metadata = MetadataCatalog.get(name)
+        if name in DatasetCatalog:
+            known = metadata.get("kitti_root")
+            if known != root:
+                raise ValueError(
+                    f"dataset {name!r} is registered already, for {known or 'a dataset of another form'}, so it cannot "
+                    f"be registered for {root}: choose another prefix"
+                )
+            continue
+        DatasetCatalog.register(name, partial(_load, root, split))
+        metadata.set(thing_classes=list(CLASSES), evaluator_type="coco", kitti_root=root)
+
+
+def check_datasets(names: Iterable[str]) -> None:
+    """Check, before anything is built, that datasets are registered and that folders of KITTI's form are in place.
+
+    Args:
+        names: dataset names, as in ``cfg.DATASETS.TRAIN`` and ``cfg.DATASETS.TEST``.
+
+    Raises:
+        KeyError: a name is not registered.
+        FileNotFoundError: the folder of a dataset of KITTI's form is missing or empty.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            raise KeyError(f"dataset {name!r} is not registered; the registered ones are {sorted(DatasetCatalog)}")
+        root = MetadataCatalog.get(name).get("kitti_root")
+        if root is not None:
+            check_kitti_root(resolve_root(root))
+
+
+def _load(root: str, split: str) -> list[dict]:
+    return load_kitti(resolve_root(root), split)
+
+
+for _prefix in ("kitti", "toy_kitti"):
+    register_kitti(_prefix)

@@ -1,0 +1,324 @@
+"""The KITTI object detection benchmark, and any folder of its form, as Detectron2 dataset records.
+
+The folder is read as KITTI ships it (A. Geiger, P. Lenz, R. Urtasun, CVPR 2012)::
+
+    ROOT/training/image_2/ID.png (or .jpg)   left colour images
+    ROOT/training/label_2/ID.txt             one object a line, 15 fields
+    ROOT/ImageSets/train.txt, val.txt        one ID a line; both or neither
+
+Without lists the ids are split 8:2 by a hash of the id, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detectron2.structures import BoxMode
+from PIL import Image, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+IGNORED_TYPES = ("Van", "Truck", "Person_sitting", "Tram", "Misc", "DontCare")
+SPLITS = ("train", "val")
+
+_IMAGE_SUFFIXES = (".png", ".jpg")
+_FIELDS = (
+    "type", "truncated", "occluded", "alpha", "left", "top", "right", "bottom",
+    "height", "width", "length", "x", "y", "z", "rotation_y",
+)  # fmt: skip
+# Narrower than float(), which also takes "nan", "inf" and "1_000".
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+class _ListedId(NamedTuple):
+    """An image id and the place that names it: "list file:line", or None for the split by hash."""
+
+    image_id: str
+    source: str | None
+
+
+def load_kitti(root: str | os.PathLike, split: str) -> list[dict[str, Any]]:
+    """Read one split of a folder of KITTI's form into Detectron2's standard dataset records.
+
+    Each record holds ``file_name``, ``image_id`` (str, the KITTI id), ``height``, ``width``, and
+
+    * ``annotations``: boxes as XYXY_ABS, float pixels, in KITTI's own coordinates (0-based). An object of one of
+      ``CLASSES`` is one annotation with ``iscrowd`` 0. An object of one of ``IGNORED_TYPES`` is an ignored region:
+      one annotation with ``iscrowd`` 1 for *every* class, because COCO's evaluation ignores detections per class.
+      Detectron2's mapper leaves annotations with ``iscrowd`` 1 out of training.
+    * ``kitti_objects``: every line of the label file once and in its order, as :func:`parse_label_line` returns it,
+      with the type, truncation and occlusion that KITTI's official metric needs.
+
+    Args:
+        root: the folder that holds ``training`` and, optionally, ``ImageSets``.
+        split: "train" or "val".
+
+    Returns:
+        The records in the order of the list; by id where the split is by hash.
+
+    Raises:
+        FileNotFoundError: the folder, an image, a label file or one of the two lists is missing.
+        ValueError: a file's content is wrong; the message begins with the file and, for text files, the line.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; KITTI's labelled images have the splits {', '.join(SPLITS)}")
+    root = Path(root)
+    check_kitti_root(root)
+    images = _images_by_id(root)
+    splits = _read_splits(root, images)
+    records = [_read_record(root, entry, images) for entry in splits[split]]
+    _log_summary(
+        root, split, records, num_unlisted=len(images.keys() - {e.image_id for s in splits.values() for e in s})
+    )
+    return records
+
+
+def check_kitti_root(root: str | os.PathLike) -> None:
+    """Check cheaply, before any model is built, that a folder of KITTI's form is there. No file's content is read.
+
+    Args:
+        root: the folder that holds ``training`` and, optionally, ``ImageSets``.
+
+    Raises:
+        FileNotFoundError: a folder is missing or empty, or only one of the two lists exists. The message says what
+            belongs where and how to get data.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise _no_dataset(root, "the folder does not exist")
+    for folder, suffixes in (("training/image_2", _IMAGE_SUFFIXES), ("training/label_2", (".txt",))):
+        if not (root / folder).is_dir():
+            raise _no_dataset(root, f"its folder {folder} does not exist")
+        if not any(name.endswith(suffixes) for name in _names_in(root / folder)):
+            raise _no_dataset(root, f"its folder {folder} holds no {' or '.join(suffixes)} file")
+    missing = [path for path in _list_paths(root).values() if not path.is_file()]
+    if len(missing) == 1:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing, though the other list is there. Add it, or remove the other list too "
+            "to split the images 8:2 by a hash of their ids"
+        )
+
+
+def parse_label_line(line: str, where: str, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Parse and check one line of a KITTI label file.
+
+    Args:
+        line: 15 fields separated by white space: type, truncated, occluded, alpha, left, top, right, bottom, and the
+            7 fields of the 3D box, which are checked to be numbers and not kept.
+        where: "file:line", put in front of an error's message.
+        image_size: width and height of the image in pixels.
+
+    Returns:
+        ``{"type": str, "truncation": float, "occlusion": int, "bbox": [left, top, right, bottom]}``. Truncation is
+        in [0, 1]; occlusion is 0 (fully visible), 1 (partly), 2 (largely occluded) or 3 (unknown). Both are -1 where
+        DontCare has none. The box's height, bottom - top in pixels, decides the official metric's difficulty.
+
+    Raises:
+        ValueError: the line is no valid label.
+    """
+    fields = line.split()
+    if len(fields) != len(_FIELDS):
+        hint = "; 16 fields are a detection result with its score, no label" if len(fields) == 16 else ""
+        raise ValueError(f"{where}: {len(fields)} fields, a KITTI label has {len(_FIELDS)}{hint}: {line!r}")
+    kind = fields[0]
+    if kind not in CLASSES + IGNORED_TYPES:
+        raise ValueError(f"{where}: unknown type {kind!r}; KITTI's types are {', '.join(CLASSES + IGNORED_TYPES)}")
+    numbers = dict(zip(_FIELDS[1:], (_number(text, name, where) for name, text in zip(_FIELDS[1:], fields[1:]))))
+
+    truncation, occlusion = numbers["truncated"], numbers["occluded"]
+    unknown = kind == "DontCare"
+    if not (0 <= truncation <= 1 or (unknown and truncation == -1)):
+        raise ValueError(f"{where}: truncated is {truncation:g}, not in [0, 1] (-1 is for DontCare alone)")
+    if not (occlusion in (0, 1, 2, 3) or (unknown and occlusion == -1)):
+        raise ValueError(f"{where}: occluded is {occlusion:g}, not 0, 1, 2 or 3 (-1 is for DontCare alone)")
+
+    bbox = [numbers[side] for side in ("left", "top", "right", "bottom")]
+    left, top, right, bottom = bbox
+    width, height = image_size
+    shown = "left {:g}, top {:g}, right {:g}, bottom {:g}".format(*bbox)
+    if right <= left or bottom <= top:
+        raise ValueError(f"{where}: the box is empty: {shown}")
+    # KITTI's own boxes end at width - 1 and height - 1; a converter that counts pixel edges ends at width and height.
+    if left < 0 or top < 0 or right > width or bottom > height:
+        raise ValueError(f"{where}: the box lies outside its image of {width} x {height} pixels: {shown}")
+    return {"type": kind, "truncation": truncation, "occlusion": int(occlusion), "bbox": bbox}
+
+
+def _number(text: str, name: str, where: str) -> float:
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: {name} is {text!r}, not a finite number")
+    return value
+
+
+def _no_dataset(root: Path, problem: str) -> FileNotFoundError:
+    datasets = os.environ.get("DETECTRON2_DATASETS")
+    now = f"it is {datasets!r}" if datasets else "it is not set, so ./datasets is used"
+    return FileNotFoundError(
+        f"no KITTI dataset at {root}: {problem}.\n"
+        "Put there the left colour images and the training labels of the KITTI object detection benchmark "
+        "(docs/datasets.md): training/image_2/*.png or .jpg, training/label_2/*.txt and, optionally, "
+        "ImageSets/train.txt and val.txt.\n"
+        f"The built-in datasets are looked for below the environment variable DETECTRON2_DATASETS; {now}.\n"
+        "To start without a download, make toy data: python tools/make_toy_kitti.py, "
+        "datasets toy_kitti_train and toy_kitti_val."
+    )
+
+
+def _list_paths(root: Path) -> dict[str, Path]:
+    return {split: root / "ImageSets" / f"{split}.txt" for split in SPLITS}
+
+
+def _names_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _images_by_id(root: Path) -> dict[str, list[Path]]:
+    folder = root / "training" / "image_2"
+    images: dict[str, list[Path]] = {}
+    for name in sorted(_names_in(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix in _IMAGE_SUFFIXES:
+            images.setdefault(stem, []).append(folder / name)
+    return images
+
+
+def _read_splits(root: Path, images: dict[str, list[Path]]) -> dict[str, list[_ListedId]]:
+    paths = _list_paths(root)
+    if paths["train"].is_file():
+        return _read_lists(paths)
+    # An image without a label file, or the reverse, is found when the record is read.
+    stems = {os.path.splitext(name) for name in _names_in(root / "training" / "label_2")}
+    splits = split_by_hash(images.keys() | {stem for stem, suffix in stems if suffix == ".txt"})
+    for split, ids in splits.items():
+        if not ids:
+            raise ValueError(f"{root} has too few images for an 8:2 split: {split} would be empty")
+    logger.info(
+        "%s has no train.txt and val.txt: its images are split 8:2 by a hash of their ids. Neighbouring frames of one "
+        "drive may fall in both parts; for numbers to publish, use a published split.",
+        paths["train"].parent,
+    )
+    return {split: [_ListedId(image_id, None) for image_id in ids] for split, ids in splits.items()}
+
+
+def split_by_hash(image_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Split ids 8:2 by the rank of their SHA-256 hash: no seed, the same on every machine.
+
+    Args:
+        image_ids: distinct ids (str), in any order.
+
+    Returns:
+        ``{"train": ids, "val": ids}``, each sorted; train has floor(0.8 * n) of the n ids.
+    """
+    ranked = sorted(image_ids, key=lambda image_id: hashlib.sha256(image_id.encode()).digest())
+    num_train = len(ranked) * 8 // 10
+    return {"train": sorted(ranked[:num_train]), "val": sorted(ranked[num_train:])}
+
+
+def _read_lists(paths: dict[str, Path]) -> dict[str, list[_ListedId]]:
+    splits: dict[str, list[_ListedId]] = {}
+    seen: dict[str, str] = {}
+    for split, path in paths.items():
+        splits[split] = []
+        for number, line in enumerate(_read_lines(path), start=1):
+            source, image_id = f"{path}:{number}", line.strip()
+            if not image_id:
+                raise ValueError(f"{source}: a blank line; one image id a line is expected")
+            if image_id in seen:
+                raise ValueError(
+                    f"{source}: id {image_id!r} is listed already at {seen[image_id]}; list an image once, in one split"
+                )
+            seen[image_id] = source
+            splits[split].append(_ListedId(image_id, source))
+        if not splits[split]:
+            raise ValueError(f"{path}: the list is empty")
+    return splits
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a text file, whatever its line ends. The last line's end is optional; blank lines are kept."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not a text file in UTF-8") from error
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_record(root: Path, entry: _ListedId, images: dict[str, list[Path]]) -> dict[str, Any]:
+    image_id = entry.image_id
+    prefix = f"{entry.source}: " if entry.source else ""
+    files = images.get(image_id, [])
+    label_path = root / "training" / "label_2" / f"{image_id}.txt"
+    if not files:
+        missing = root / "training" / "image_2" / f"{image_id}.png"
+        raise FileNotFoundError(f"{prefix}id {image_id!r} has no image: neither {missing} nor its .jpg exists")
+    if len(files) > 1:
+        raise ValueError(f"{prefix}id {image_id!r} has two images, keep one: {', '.join(map(str, files))}")
+    if not label_path.is_file():
+        raise FileNotFoundError(
+            f"{prefix}id {image_id!r} has no labels: {label_path} does not exist (for an image without objects the "
+            "file is empty)"
+        )
+    width, height = _image_size(files[0])
+    objects = [
+        parse_label_line(line, f"{label_path}:{number}", (width, height))
+        for number, line in enumerate(_read_lines(label_path), start=1)
+    ]
+    return {
+        "file_name": str(files[0]),
+        "image_id": image_id,
+        "height": height,
+        "width": width,
+        "annotations": [annotation for obj in objects for annotation in _annotations(obj)],
+        "kitti_objects": objects,
+    }
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:  # reads the header alone
+            return image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+def _annotations(obj: dict[str, Any]) -> list[dict[str, Any]]:
+    ignored = obj["type"] in IGNORED_TYPES
+    category_ids = range(len(CLASSES)) if ignored else [CLASSES.index(obj["type"])]
+    return [
+        {
+            "bbox": list(obj["bbox"]),
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": category_id,
+            "iscrowd": int(ignored),
+        }
+        for category_id in category_ids
+    ]
+
+
+def _log_summary(root: Path, split: str, records: list[dict[str, Any]], num_unlisted: int) -> None:
+    counts = Counter(obj["type"] for record in records for obj in record["kitti_objects"])
+    empty = sum(all(annotation["iscrowd"] for annotation in record["annotations"]) for record in records)
+    logger.info(
+        "KITTI %s from %s\n  images: %d (%d without an object of the classes; %d of the folder are in no list)\n"
+        "  objects: %s\n  ignored regions: %s",
+        split,
+        root,
+        len(records),
+        empty,
+        num_unlisted,
+        ", ".join(f"{kind} {counts[kind]}" for kind in CLASSES),
+        ", ".join(f"{kind} {counts[kind]}" for kind in IGNORED_TYPES),
+    )
