@@ -7,8 +7,10 @@ import weakref
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
 
 from gkd_d2.checkpoint import StudentCheckpointer
 
@@ -31,6 +33,21 @@ class Trainer(DefaultTrainer):
         kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", "coco")
         if kind != "coco":
             raise NotImplementedError(f"dataset {dataset_name} asks for the evaluator {kind!r}, known is 'coco'")
-        return COCOEvaluator(
-            dataset_name, output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        )
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        _convert_to_coco(dataset_name, folder)
+        return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+def _convert_to_coco(dataset_name: str, folder: str) -> None:
+    """Write a dataset's ground truth in COCO's form anew, once a process.
+
+    COCOEvaluator would do so, but takes a file that an earlier run left in ``folder`` even if the data have changed.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("json_file") is not None:
+        return
+    path = os.path.join(folder, f"{dataset_name}_coco_format.json")
+    if comm.is_main_process():
+        convert_to_coco_json(dataset_name, path, allow_cached=False)
+    comm.synchronize()
+    metadata.json_file = path

@@ -1,0 +1,109 @@
+"""What a run lacks is said before anything is built, all of it at once."""
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tiny import detector_config
+
+from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.engine.preflight import PreflightError, check_inputs
+
+
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """The config of a run that can start."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    make_toy_kitti(tmp_path / "toy_kitti", 1, 1, 0)
+    cfg = detector_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    (tmp_path / "weights.pth").touch()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    return cfg
+
+
+def problems(cfg, *, eval_only=False, resume=False):
+    with pytest.raises(PreflightError) as error:
+        check_inputs(cfg, eval_only=eval_only, resume=resume)
+    return str(error.value)
+
+
+def test_a_run_that_can_start(ready):
+    check_inputs(ready, eval_only=False, resume=False)
+    check_inputs(ready, eval_only=True, resume=False)
+
+
+def test_missing_data_is_said_once_with_its_place(ready, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    text = problems(ready)
+    assert "toy_kitti_train, toy_kitti_val" in text
+    assert text.count(str(tmp_path / "elsewhere" / "toy_kitti")) == 1
+    assert "tools/make_toy_kitti.py" in text
+
+
+def test_unknown_and_empty_datasets(ready):
+    ready.DATASETS.TRAIN = ("no_such_set",)
+    assert "'no_such_set' is not registered" in problems(ready)
+    check_inputs(ready, eval_only=True, resume=False)
+    ready.DATASETS.TRAIN = ()
+    assert "DATASETS.TRAIN is empty" in problems(ready)
+    ready.DATASETS.TEST = ()
+    assert "DATASETS.TEST is empty" in problems(ready, eval_only=True)
+
+
+def test_missing_coco_files(ready, tmp_path):
+    DatasetCatalog.register("preflight_coco", list)
+    MetadataCatalog.get("preflight_coco").set(json_file=str(tmp_path / "x.json"), image_root=str(tmp_path))
+    ready.DATASETS.TRAIN = ("preflight_coco",)
+    text = problems(ready)
+    assert f"json_file {tmp_path / 'x.json'} does not exist" in text
+    assert "image_root" not in text
+
+
+def test_missing_weights(ready, tmp_path):
+    ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
+    assert "none.pth: there is no such file" in problems(ready)
+    # A run that resumes does not read them.
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "last_checkpoint").write_text("model.pth")
+    check_inputs(ready, eval_only=False, resume=True)
+    ready.MODEL.WEIGHTS = ""
+    check_inputs(ready, eval_only=False, resume=False)
+    assert "MODEL.WEIGHTS is empty: an evaluation needs" in problems(ready, eval_only=True)
+
+
+def test_weights_that_can_not_be_fetched(ready, capsys):
+    # A port that nothing listens on.
+    ready.MODEL.WEIGHTS = "http://127.0.0.1:9/R-50.pkl"
+    text = problems(ready)
+    assert "it can't be fetched (" in text
+    assert "Set MODEL.WEIGHTS to a file" in text
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_teacher(ready, distiller_config, tmp_path):
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ready.DATASETS.TRAIN, ready.DATASETS.TEST
+    check_inputs(cfg, eval_only=False, resume=False)
+    (tmp_path / "teacher.pth").unlink()
+    text = problems(cfg)
+    assert "teacher.pth: there is no such file" in text
+    assert f"--config-file {tmp_path / 'teacher.yaml'}" in text
+    cfg.GKD.TEACHER.CONFIG_FILE = "nowhere.yaml"
+    assert "'nowhere.yaml', which is no file" in problems(cfg)
+
+
+def test_device(ready, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ready.MODEL.DEVICE = "cuda"
+    assert "--num-gpus 0 MODEL.DEVICE cpu" in problems(ready)
+    ready.MODEL.DEVICE = "cpu"
+    ready.SOLVER.AMP.ENABLED = True
+    assert "SOLVER.AMP.ENABLED needs a GPU" in problems(ready)
+
+
+def test_everything_at_once(ready, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
+    ready.SOLVER.AMP.ENABLED = True
+    assert problems(ready).count("\n- ") == 3

@@ -1,0 +1,137 @@
+"""Real short trainings through the command line, on toy scenes and on real KITTI images."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from tiny import calm
+
+from gkd_d2.config import add_gkd_config, resolve_teacher_config, teacher_config
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """A datasets folder with a few toy scenes."""
+    folder = tmp_path_factory.mktemp("datasets")
+    make_toy_kitti(folder / "toy_kitti", 8, 4, 0)
+    return folder
+
+
+@pytest.fixture
+def train_net(project, tmp_path):
+    """Run tools/train_net.py in an empty folder and return its output."""
+
+    def run(config, datasets, *arguments, fails=False):
+        command = [sys.executable, str(project / "tools" / "train_net.py"), "--num-gpus", "0"]
+        command += ["--config-file", str(project / "configs" / config), *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"DETECTRON2_DATASETS": str(datasets), "PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def metrics(folder):
+    """The rows of metrics.json, one dictionary with the last value of every scalar."""
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {name: value for row in rows for name, value in row.items()}
+
+
+def short(output, iterations, *, images=2):
+    return f"SOLVER.MAX_ITER {iterations} SOLVER.STEPS () SOLVER.IMS_PER_BATCH {images} OUTPUT_DIR {output}".split()
+
+
+@pytest.mark.parametrize("name", ["frcnn", "retinanet"])
+def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_path):
+    train_net(f"toy/teachers/{name}.yaml", datasets, *short("teacher", 2), "MODEL.RESNETS.DEPTH", 50)
+    weights = tmp_path / "teacher" / "model_final.pth"
+    student = [f"toy/gkd_{name}.yaml", datasets]
+    output = train_net(*student, *short("student", 4), "GKD.TEACHER.WEIGHTS", weights)
+    scalars = metrics(tmp_path / "student")
+    assert all(scalars[loss] > 0 for loss in NAMES)
+    assert "bbox/AP50" in scalars
+    assert any(key.startswith("teacher/") for key in scalars)
+    checkpoint = torch.load(tmp_path / "student" / "model_final.pth")
+    assert not any("teacher" in key for key in checkpoint["model"])
+
+    train_net(*student, "--resume", *short("student", 6), "GKD.TEACHER.WEIGHTS", weights)
+    assert torch.load(tmp_path / "student" / "model_final.pth")["iteration"] == 5
+
+    # The student is evaluated as what it is: no teacher is needed any more.
+    weights.unlink()
+    final = tmp_path / "student" / "model_final.pth"
+    output = train_net(*student, "--eval-only", "MODEL.WEIGHTS", final, "OUTPUT_DIR", "evaluation")
+    assert "copypaste: AP,AP50" in output
+    # A plain Detectron2 config of the same detector loads the same checkpoint whole.
+    again = train_net(f"toy/baselines/{name}.yaml", datasets, "--eval-only", "MODEL.WEIGHTS", final)
+    lines = [
+        [line.split("copypaste: ")[1] for line in o.splitlines() if "copypaste: " in line] for o in (output, again)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_evaluation_refuses_weights_that_are_not_the_whole_detector(train_net, datasets, tmp_path):
+    torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "part.pth")
+    output = train_net(
+        "toy/gkd_retinanet.yaml", datasets, "--eval-only", "MODEL.WEIGHTS", tmp_path / "part.pth", fails=True
+    )
+    assert "of the model's parameters unset: backbone.bottom_up" in output
+
+
+def test_missing_things_come_first(train_net, tmp_path):
+    output = train_net("gkd_frcnn_kitti.yaml", tmp_path, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "none.pkl", fails=True)
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert lines[0] == "This run can't start:"
+    assert str(tmp_path / "kitti") in output
+    assert "MODEL.WEIGHTS is none.pkl: there is no such file" in output
+    assert "GKD.TEACHER.WEIGHTS is output/teachers/frcnn_kitti/model_final.pth: there is no such file" in output
+    assert "teachers/frcnn_kitti.yaml" in output
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("name", ["frcnn", "retinanet"])
+def test_kitti_configs_train_on_real_images(name, train_net, project, kitti_sample, tmp_path):
+    """R101 teacher, R50 student, 416 pixels wide, from weights of the right shape and scale."""
+    config = f"gkd_{name}_kitti.yaml"
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.merge_from_file(str(project / "configs" / config))
+    cfg.MODEL.DEVICE = "cpu"
+    resolve_teacher_config(cfg, str(project / "configs" / config))
+    # As in the ImageNet weights, the first convolution holds the standard deviation of the pixels.
+    teacher = calm(build_model(teacher_config(cfg)))
+    teacher.backbone.bottom_up.stem.conv1.weight.data /= 57
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    backbone = teacher_config(cfg).clone()
+    backbone.defrost()
+    backbone.MODEL.RESNETS.DEPTH = 50
+    bottom_up = calm(build_model(backbone)).backbone.bottom_up
+    bottom_up.stem.conv1.weight.data /= 57
+    state = {f"backbone.bottom_up.{key}": value for key, value in bottom_up.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    datasets = tmp_path / "datasets"
+    datasets.mkdir()
+    (datasets / "kitti").symlink_to(kitti_sample)
+    options = f"""
+        MODEL.DEVICE cpu MODEL.WEIGHTS {tmp_path}/backbone.pth GKD.TEACHER.WEIGHTS {tmp_path}/teacher.pth
+        INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 416 DATASETS.TEST () DATALOADER.NUM_WORKERS 0
+        SOLVER.CHECKPOINT_PERIOD 100 TEST.EVAL_PERIOD 0
+    """.split()
+    train_net(config, datasets, *options, *short("student", 4))
+    scalars = metrics(tmp_path / "student")
+    assert scalars["iteration"] == 3
+    assert all(0 < scalars[loss] < float("inf") for loss in NAMES)
