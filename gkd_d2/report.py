@@ -31,8 +31,15 @@ class Run:
         Raises:
             FileNotFoundError: the run has none.
         """
-        rows = (self.folder / "metrics.json").read_text(encoding="utf-8").splitlines()
-        return {name: value for row in rows for name, value in json.loads(row).items()}
+        return {name: value for row in self._rows() for name, value in row.items()}
+
+    def iterations(self) -> int:
+        """The number of training iterations."""
+        return 1 + max(row["iteration"] for row in self._rows() if "total_loss" in row)
+
+    def _rows(self) -> list[dict[str, float]]:
+        lines = (self.folder / "metrics.json").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     def detections(self, dataset: str, score: float) -> dict[str, list[dict]]:
         """Image id -> detections of at least ``score`` as COCO result records."""
@@ -57,7 +64,7 @@ def markdown_table(runs: list[Run], dataset: str) -> str:
     for run in runs:
         metrics = run.metrics()
         names = ["bbox/AP", "bbox/AP50", *(f"bbox/AP-{name}" for name in classes)]
-        rows.append([run.name, *(f"{metrics[name]:.1f}" for name in names), str(int(metrics["iteration"]) + 1)])
+        rows.append([run.name, *(f"{metrics[name]:.1f}" for name in names), str(run.iterations())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -18,7 +18,6 @@ from gkd_d2.report import Run, markdown_table, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "toy_kitti_val"
-TRAIN_IMAGES, VAL_IMAGES = 300, 100
 # What of Detectron2's log is progress: the estimate of the time left, and that of the evaluation.
 PROGRESS = (" eta: ", "Inference done")
 
@@ -54,30 +53,25 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="default: output/demo")
-    output = parser.parse_args().output.resolve()
+    parser.add_argument("--train", type=int, default=300, metavar="N", help="training images (default: 300)")
+    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation images (default: 100)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of every training (default: as configured)")
+    args = parser.parse_args()
+    output = args.output.resolve()
+    overrides = ["SOLVER.MAX_ITER", str(args.iterations), "SOLVER.STEPS", "()"] if args.iterations else []
     # As the built-in datasets toy_kitti_train and toy_kitti_val, in this process and in the trainings.
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
-    print(f"== Toy data: {TRAIN_IMAGES} scenes to train on, {VAL_IMAGES} to evaluate on", flush=True)
-    make_toy_kitti(output / "datasets" / "toy_kitti", TRAIN_IMAGES, VAL_IMAGES)
+    print(f"== Toy data: {args.train} scenes to train on, {args.val} to evaluate on", flush=True)
+    make_toy_kitti(output / "datasets" / "toy_kitti", args.train, args.val, force=True)
 
-    teacher, alone, distilled = (
-        Run(name, output / folder)
-        for name, folder in (
-            ("teacher", "teacher"),
-            ("student alone", "student_alone"),
-            ("student distilled", "student_distilled"),
-        )
-    )
+    teacher = Run("teacher", output / "teacher")
+    alone = Run("student alone", output / "student_alone")
+    distilled = Run("student distilled", output / "student_distilled")
+    weights = ["GKD.TEACHER.WEIGHTS", str(teacher.folder / "model_final.pth")]
     seconds = [
-        train("1 of 3: the teacher", "teachers/frcnn.yaml", teacher.folder),
-        train("2 of 3: the student alone", "baselines/frcnn.yaml", alone.folder),
-        train(
-            "3 of 3: the student distilled",
-            "gkd_frcnn.yaml",
-            distilled.folder,
-            "GKD.TEACHER.WEIGHTS",
-            str(teacher.folder / "model_final.pth"),
-        ),
+        train("1 of 3: the teacher", "teachers/frcnn.yaml", teacher.folder, *overrides),
+        train("2 of 3: the student alone", "baselines/frcnn.yaml", alone.folder, *overrides),
+        train("3 of 3: the student distilled", "gkd_frcnn.yaml", distilled.folder, *overrides, *weights),
     ]
     runs = [teacher, alone, distilled]
     table = markdown_table(runs, DATASET)
