@@ -31,8 +31,10 @@ _FORMAT_VERSION = 1  # raise it when a drawing changes: folders made before are 
 _PARAMETERS_FILE = "toy_kitti.json"
 _SUPERSAMPLING = 2
 _CAMERA_HEIGHT = 1.65
-_NEAREST, _FARTHEST = 4.5, 70.0
-_MIN_LABEL_HEIGHT, _MIN_LABEL_WIDTH = 7.0, 3.0  # pixels; what shows less than that is marked DontCare
+_NEAREST = 4.5
+# Labelled things stand nearer than KITTI's, for the pictures are a quarter as large.
+_FARTHEST_VEHICLE, _FARTHEST_PERSON = 35.0, 20.0
+_MIN_LABEL_HEIGHT, _MIN_LABEL_WIDTH = 10.0, 4.0  # pixels; what shows less than that is marked DontCare
 _PARTLY_HIDDEN, _LARGELY_HIDDEN, _BEYOND_LABEL = 0.1, 0.5, 0.85  # hidden share: occlusion 1, 2, DontCare
 
 Color = tuple[float, float, float]
@@ -591,24 +593,24 @@ def _place_vehicles(street: _Street, rng: np.random.Generator, ground: _Ground) 
         else:
             x = rng.uniform(-1, 1) * (street.half_width - 1.2)
             rotation_y = (math.pi / 2 if x < 0 else -math.pi / 2) + rng.normal(0, 0.08)
-        add(any_kind(), x, _depth(rng, x, 7.0, _FARTHEST), rotation_y)
+        add(any_kind(), x, _depth(rng, x, 7.0, _FARTHEST_VEHICLE), rotation_y)
     return items
 
 
 def _place_people(street: _Street, rng: np.random.Generator, ground: _Ground) -> list[_Item]:
     items = []
-    for _ in range(rng.poisson(1.5)):
+    for _ in range(rng.poisson(2.0)):
         x = rng.choice([-1, 1]) * rng.uniform(street.half_width + 0.3, street.wall_x - 0.3)
         if rng.random() < 0.2:  # on the road
             x = rng.uniform(-street.half_width, street.half_width)
-        z = _depth(rng, x, _NEAREST + 0.5, 45)
+        z = _depth(rng, x, _NEAREST + 0.5, _FARTHEST_PERSON)
         for _ in range(rng.choice([1, 2, 3], p=[0.65, 0.25, 0.1])):
             if ground.take(x, z, 0.22, 0.22):
                 items.append(_pedestrian(street, rng, x, z))
             x, z = x + rng.normal(0, 0.5), max(_NEAREST, z + rng.normal(0, 0.6))
-    for _ in range(rng.poisson(1.0)):
+    for _ in range(rng.poisson(1.5)):
         x = rng.choice([-1, 1]) * rng.uniform(street.half_width - 2.5, street.half_width + 1.0)
-        z = _depth(rng, x, _NEAREST + 1, 45)
+        z = _depth(rng, x, _NEAREST + 1, _FARTHEST_PERSON)
         if ground.take(x, z, 0.6, 0.6):
             items.append(_cyclist(street, rng, x, z))
     return items

@@ -57,7 +57,7 @@ def short(output, iterations, *, images=2):
 
 @pytest.mark.parametrize("name", ["frcnn", "retinanet"])
 def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_path):
-    train_net(f"toy/teachers/{name}.yaml", datasets, *short("teacher", 2), "MODEL.RESNETS.DEPTH", 50)
+    train_net(f"toy/teachers/{name}.yaml", datasets, *short("teacher", 2))
     weights = tmp_path / "teacher" / "model_final.pth"
     student = [f"toy/gkd_{name}.yaml", datasets]
     output = train_net(*student, *short("student", 4), "GKD.TEACHER.WEIGHTS", weights)
