@@ -80,11 +80,10 @@ def main() -> None:
     times = ", ".join(f"{run.name} {value:.0f} s" for run, value in zip(runs, seconds))
     report = output / "report.md"
     report.write_text(
-        f"# Demo: one student, alone and distilled\n\n{table}\n\n"
-        f"Distilled minus alone: {gain:+.1f} AP. The distilled student starts with the teacher's heads and imitates its "
-        "features; the table does not tell the two apart. One seed, toy data and a few hundred iterations: it shows "
-        f"that the pieces work together, not how much the method gains.\n\nTime to train and evaluate: {times}.\n\n"
-        "![AP and example detections](report.png)\n",
+        f"# Demo: one student, alone and distilled\n\n{table}\n\nDistilled minus alone: {gain:+.1f} AP. The distilled "
+        "student starts with the teacher's heads and imitates its features; the table does not tell the two apart. One "
+        "seed, toy data and a few hundred iterations: it shows that the pieces work together, not how much the method "
+        f"gains.\n\nTime to train and evaluate: {times}.\n\n![AP and example detections](report.png)\n",
         encoding="utf-8",
     )
     print(f"\n{table}\n\nDistilled minus alone: {gain:+.1f} AP. Report: {report}")
