@@ -6,16 +6,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := torch torchvision fvcore iopath pycocotools ninja opencv-python-headless matplotlib tensorboard \
 	pytest ruff setuptools wheel
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test sanitize bench lint format clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: constraints.txt pyproject.toml tools/install_detectron2.py
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/ops/fused.py \
+	$(wildcard csrc/* csrc/*/*)
 	@echo "Setting up $(VENV): torch with CUDA libraries is about 5.5 GB the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(PACKAGES)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python tools/install_detectron2.py
 	$(PIP) --constraint constraints.txt --no-build-isolation --editable .
+	@$(BIN)/python -W ignore -m gkd_d2.collect_env
 	@touch $@
 
 demo: setup
@@ -23,6 +25,18 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python tools/benchmark_losses.py --device cpu --shapes kitti --batch 2
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python leaves some.
+SANITIZED := build/sanitized
+SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+
+sanitize: setup
+	FORCE_CPU=1 GKD_D2_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops/test_fused.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,10 +1,176 @@
-"""The fused implementation of the losses, for where the extension ``gkd_d2._C`` is built."""
+"""The losses of :mod:`gkd_d2.ops.reference` by the compiled extension ``gkd_d2._C``, in few passes over memory.
+
+Two ops do the work: ``gkd_d2::distillation_losses`` returns the four losses and what its backward needs,
+``gkd_d2::distillation_losses_backward`` the gradient with respect to the student's features. They run under autograd,
+autocast, ``torch.compile(fullgraph=True)`` and, on CUDA, graph capture; no call waits for the device.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gkd_d2.losses import LossWeights
+
+# What the Python side expects of the extension; setup.py compiles it in. Raise it when a schema or the state changes.
+INTERFACE_VERSION = 1
+
+_LOSSES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+_REBUILD = "build it with `pip install -e . --no-build-isolation` in the environment that is to use it"
+
+
+def _load() -> tuple[object | None, str | None]:
+    """The extension, or None and the sentence that says why there is none."""
+    try:
+        extension = importlib.import_module("gkd_d2._C")
+    except ModuleNotFoundError:
+        return None, f"the extension gkd_d2._C is not built: {_REBUILD}"
+    except ImportError as error:
+        return None, f"the extension gkd_d2._C does not load, likely built for another torch ({error}): {_REBUILD}"
+    built = getattr(extension, "INTERFACE_VERSION", None)
+    if built != INTERFACE_VERSION:
+        return None, (
+            f"the extension gkd_d2._C is stale (interface {built}, but this version needs {INTERFACE_VERSION}): "
+            f"{_REBUILD}"
+        )
+    return extension, None
+
+
+_extension, _load_error = _load()
+
+
+def cuda_architectures() -> list[str]:
+    """The architectures that the CUDA kernels are built for, such as "8.0" and "9.0+PTX"; empty without them."""
+    return _extension.CUDA_ARCHITECTURES.split() if _extension else []
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the extension can't compute on ``device``, in one sentence; None where it can."""
-    return "this version of gkd_d2 has no extension, use GKD.IMPLEMENTATION 'auto' or 'reference'"
+    if _load_error is not None:
+        return _load_error
+    if device.type == "cpu" or (device.type == "cuda" and _extension.CUDA_ARCHITECTURES):
+        return None
+    if device.type == "cuda":
+        return (
+            "the extension gkd_d2._C is built without CUDA kernels: "
+            "with a CUDA toolkit, `FORCE_CUDA=1 pip install -e . --no-build-isolation` builds them"
+        )
+    return f"the extension gkd_d2._C has kernels for cpu and cuda, but none for {device.type}"
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the extension can compute on ``device``."""
+    return unavailable_reason(device) is None
+
+
+def distillation_losses(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_grad: list[Tensor] | None,
+    teacher_grad: list[Tensor] | None,
+    boxes: list[Tensor],
+    image_size: tuple[int, int],
+    *,
+    weights: LossWeights,
+    temperature: float,
+    weighting: str,
+    rectifier: str,
+) -> dict[str, Tensor]:
+    """The weighted losses, summed over levels; as :func:`gkd_d2.ops.reference.distillation_losses`.
+
+    Contiguous and channels_last features are read as they are, others are copied once. Boxes on another device than
+    the features are copied there; under CUDA graph capture they must be on it.
+
+    Raises:
+        ValueError: an argument is wrong; the op names it and its value.
+    """
+    student = list(student)
+    needs_grad = torch.is_grad_enabled() and any(feature.requires_grad for feature in student)
+    losses, _ = torch.ops.gkd_d2.distillation_losses(
+        student,
+        [feature.detach() for feature in teacher],
+        [gradient.detach() for gradient in student_grad or ()],
+        [gradient.detach() for gradient in teacher_grad or ()],
+        torch.cat([box.detach() for box in boxes]).to(student[0].device, non_blocking=True),
+        [box.shape[0] for box in boxes],
+        list(image_size),
+        [weights.gradient, weights.box, weights.attention, weights.image],
+        temperature,
+        weighting,
+        rectifier,
+        needs_grad,
+    )
+    return dict(zip(_LOSSES, losses.unbind()))
+
+
+def _state_size(student: list[Tensor], weights: list[float]) -> int:
+    """The number of elements that forward keeps for backward: StateLayout of csrc/math.h."""
+    gradient, box, attention, image = (weight != 0 for weight in weights)
+    maps = gradient + (box or image) + box + attention
+    vectors = gradient + (box or image) + attention
+    return sum(s.shape[0] * (maps * s.shape[2] * s.shape[3] + vectors * s.shape[1]) for s in student)
+
+
+def _accumulation_dtype(feature: Tensor) -> torch.dtype:
+    return torch.float64 if feature.dtype == torch.float64 else torch.float32
+
+
+def _fake_losses(student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights, *options):
+    save_state = options[-1]
+    size = _state_size(student, weights) if save_state else 0
+    dtype = _accumulation_dtype(student[0])
+    return student[0].new_empty(4, dtype=dtype), student[0].new_empty(size, dtype=dtype)
+
+
+def _fake_backward(loss_gradients, state, student, teacher, weights):
+    return [torch.empty_like(s, memory_format=_kernel_format(s)) for s in student]
+
+
+def _kernel_format(feature: Tensor) -> torch.memory_format:
+    """How the kernels read a feature and write its gradient."""
+    if not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _setup_context(ctx, inputs, output):
+    student, teacher, *_, weights, _, _, _, save_state = inputs
+    if not save_state:
+        raise RuntimeError("gkd_d2::distillation_losses needs save_state=True where a gradient is to be computed")
+    _, state = output
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
+    ctx.levels = len(student)
+    ctx.num_grads = len(inputs[2]), len(inputs[3])
+    ctx.weights = weights
+    ctx.save_for_backward(state, *student, *teacher)
+
+
+def _backward(ctx, loss_gradients, _):
+    state, *features = ctx.saved_tensors
+    levels = ctx.levels
+    if loss_gradients is None:
+        student_gradients = [None] * levels
+    else:
+        student_gradients = torch.ops.gkd_d2.distillation_losses_backward(
+            loss_gradients, state, features[:levels], features[levels:], ctx.weights
+        )
+    constants = [[None] * count for count in (levels, *ctx.num_grads)]
+    return student_gradients, *constants, *(None,) * 8
+
+
+def _second_backward(ctx, *gradients):
+    raise RuntimeError(
+        "the fused losses can be differentiated once: higher derivatives need the implementation 'reference'"
+    )
+
+
+if _extension is not None:
+    torch.library.register_fake("gkd_d2::distillation_losses", _fake_losses)
+    torch.library.register_fake("gkd_d2::distillation_losses_backward", _fake_backward)
+    torch.library.register_autograd("gkd_d2::distillation_losses", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("gkd_d2::distillation_losses_backward", _second_backward)

@@ -1,0 +1,28 @@
+// The kernels for AVX2.
+#if defined(__x86_64__)
+// Headers of the system come first, so that no function of theirs is compiled for AVX2.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define GKD_SIMD_BYTES 32
+#define GKD_SIMD_F16C
+#include "kernels_impl.h"
+
+namespace gkd_d2 {
+const KernelSet& avx2_kernels() { return kKernels; }
+}  // namespace gkd_d2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,265 @@
+// distillation_losses and its backward on CUDA: pointers and sizes are gathered here, for the kernels of kernels.cu.
+// Nothing waits for the device, and everything runs on the current stream, so that a CUDA graph may capture it.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace gkd_d2 {
+namespace {
+
+template <typename function_t>
+auto dispatch(at::ScalarType dtype, const function_t& function) {
+  switch (dtype) {
+    case at::kDouble:
+      return function(double{});
+    case at::kBFloat16:
+      return function(BFloat16{});
+    case at::kHalf:
+      return function(Float16{});
+    default:
+      return function(float{});
+  }
+}
+
+int divide_up(int64_t value, int64_t by) { return static_cast<int>((value + by - 1) / by); }
+
+// Temporary memory for many small results in one tensor.
+template <typename acc_t>
+class Scratch {
+ public:
+  void take(acc_t*& pointer, int64_t count) {
+    requests_.emplace_back(&pointer, size_);
+    size_ += count;
+  }
+  at::Tensor allocate(const at::TensorOptions& options) {
+    at::Tensor memory = at::empty({size_}, options);
+    for (auto& [pointer, offset] : requests_) *pointer = static_cast<acc_t*>(memory.data_ptr()) + offset;
+    return memory;
+  }
+
+ private:
+  std::vector<std::pair<acc_t**, int64_t>> requests_;
+  int64_t size_ = 0;
+};
+
+void check_sizes(at::TensorList student) {
+  TORCH_CHECK_VALUE(student.size() <= kMaxLevels, "student has ", student.size(),
+                    " levels, but the CUDA kernels take at most ", kMaxLevels);
+  for (size_t l = 0; l < student.size(); ++l) {
+    TORCH_CHECK_VALUE(student[l].numel() / student[l].size(1) <= std::numeric_limits<int>::max() &&
+                          student[l].numel() / cells_of(student[l]) <= std::numeric_limits<int>::max(),
+                      "student[", l, "] has shape ", student[l].sizes(), ", which is too large for the CUDA kernels");
+  }
+}
+
+// Sets one input of a level; `keep` holds the copy of one that is neither contiguous nor channels_last.
+template <typename acc_t>
+void set_input(LevelData<acc_t>& level, Input input, const at::Tensor& tensor, at::MemoryFormat format,
+               std::vector<at::Tensor>& keep) {
+  keep.push_back(tensor.contiguous(format));
+  level.inputs[input] = keep.back().const_data_ptr();
+  level.channels_last[input] = format == at::MemoryFormat::ChannelsLast;
+  const int64_t row = (level.channels_last[input] ? level.channels : level.cells) * tensor.element_size();
+  level.vectors[input] = row % 16 == 0 && reinterpret_cast<uintptr_t>(level.inputs[input]) % 16 == 0;
+}
+
+template <typename acc_t>
+void set_levels(Params<acc_t>& params, const Terms& terms, at::TensorList student, at::TensorList teacher,
+                const at::Tensor& state, std::vector<at::Tensor>& keep) {
+  params.terms = terms;
+  params.images = static_cast<int>(student[0].size(0));
+  params.num_levels = static_cast<int>(student.size());
+  auto* place = static_cast<acc_t*>(state.data_ptr());
+  for (size_t l = 0; l < student.size(); ++l) {
+    LevelData<acc_t>& level = params.levels[l];
+    level.channels = static_cast<int>(student[l].size(1));
+    level.height = static_cast<int>(student[l].size(2));
+    level.width = static_cast<int>(student[l].size(3));
+    level.cells = level.height * level.width;
+    const at::MemoryFormat format = kernel_format(student[l]);
+    set_input(level, kStudent, student[l], format, keep);
+    set_input(level, kTeacher, teacher[l], format, keep);
+    const StateLayout layout(terms, params.images, level.channels, level.cells);
+    level.gradient_map = place + layout.gradient_map;
+    level.cell_weight = place + layout.cell_weight;
+    level.box_mask = place + layout.box_mask;
+    level.cell_attention = place + layout.cell_attention;
+    level.alpha = place + layout.alpha;
+    level.channel_weight = place + layout.channel_weight;
+    level.channel_attention = place + layout.channel_attention;
+    place += layout.size;
+  }
+}
+
+// The temporary memory of one level. A sum over channels lies where a later kernel writes what becomes of it, as far as
+// backward keeps that.
+template <typename scalar_t>
+void take_scratch(const ForwardParams<acc_type<scalar_t>>& params, LevelData<acc_type<scalar_t>>& level,
+                  Scratch<acc_type<scalar_t>>& scratch) {
+  const Terms& terms = params.terms;
+  const int64_t images = params.images, map = images * level.cells;
+  for (int i = 0; i < params.num_inputs; ++i) {
+    const Input input = params.inputs[i];
+    // channels_last features are cut into so many parts that all multiprocessors have work.
+    level.channel_parts[input] = level.channels_last[input] ? std::min(64, divide_up(level.cells, 64)) : 1;
+    scratch.take(level.channel_sums[input], images * level.channel_parts[input] * level.channels);
+  }
+  if (terms.needs_teacher_map()) scratch.take(level.teacher_alpha, images * level.channels);
+  if (terms.attention != 0) scratch.take(level.channel_distance, images);
+  if (terms.needs_student_map()) level.cell_sums[kStudentMap] = level.gradient_map;
+  if (terms.imitates()) {
+    scratch.take(level.cell_sums[kDistance], map);
+    if (terms.needs_teacher_map()) level.cell_sums[kTeacherMap] = level.cell_weight;
+  } else if (terms.needs_teacher_map()) {
+    scratch.take(level.cell_sums[kTeacherMap], map);
+  }
+  if (terms.attention != 0) level.cell_sums[kStudentMagnitude] = level.cell_attention;
+  if (terms.needs_teacher_magnitude()) scratch.take(level.cell_sums[kTeacherMagnitude], map);
+  const int64_t chunks = divide_up(level.cells, kChunkCells);
+  scratch.take(level.extremes, images * divide_up(level.cells, kTile<scalar_t>) * kExtremes);
+  scratch.take(level.first_sums, images * chunks * kFirstSums);
+  scratch.take(level.second_sums, images * chunks * kSecondSums);
+}
+
+template <typename scalar_t>
+void set_blocks(ForwardParams<acc_type<scalar_t>>& params) {
+  for (int l = 0; l < params.num_levels; ++l) {
+    const auto& level = params.levels[l];
+    const auto append = [l](BlockTable& table, int blocks) { table.first[l + 1] = table.first[l] + blocks; };
+    for (int i = 0; i < params.num_inputs; ++i) {
+      const Input input = params.inputs[i];
+      const int per_image = level.channels_last[input]
+                                ? level.channel_parts[input] * divide_up(level.channels, kTile<scalar_t>)
+                                : level.channels;
+      append(params.channel_blocks[input], params.images * per_image);
+    }
+    append(params.tile_blocks, params.images * divide_up(level.cells, kTile<scalar_t>));
+    append(params.chunk_blocks, params.images * divide_up(level.cells, kChunkCells));
+  }
+}
+
+template <typename scalar_t>
+void forward(const Terms& terms, at::TensorList student, at::TensorList teacher, at::TensorList student_grad,
+             at::TensorList teacher_grad, const at::Tensor& boxes, at::IntArrayRef box_counts,
+             at::IntArrayRef image_size, const at::Tensor& state, const at::Tensor& losses) {
+  using acc_t = acc_type<scalar_t>;
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  std::vector<at::Tensor> keep;
+  ForwardParams<acc_t> params{};
+  set_levels(params, terms, student, teacher, state, keep);
+  if (terms.needs_student_map()) params.inputs[params.num_inputs++] = kStudentGrad;
+  if (terms.needs_teacher_map()) params.inputs[params.num_inputs++] = kTeacherGrad;
+  if (terms.attention != 0) params.inputs[params.num_inputs++] = kStudent;
+  if (terms.needs_teacher_magnitude()) params.inputs[params.num_inputs++] = kTeacher;
+  Scratch<acc_t> scratch;
+  for (int l = 0; l < params.num_levels; ++l) {
+    LevelData<acc_t>& level = params.levels[l];
+    if (terms.needs_student_map()) {
+      set_input(level, kStudentGrad, student_grad[l], kernel_format(student_grad[l]), keep);
+    }
+    if (terms.needs_teacher_map()) {
+      set_input(level, kTeacherGrad, teacher_grad[l], kernel_format(teacher_grad[l]), keep);
+    }
+    take_scratch<scalar_t>(params, level, scratch);
+  }
+  keep.push_back(scratch.allocate(losses.options()));
+  set_blocks<scalar_t>(params);
+  const at::Tensor double_boxes = boxes.to(at::kDouble).contiguous();
+  params.boxes = static_cast<const double*>(double_boxes.const_data_ptr());
+  params.image_height = static_cast<double>(image_size[0]);
+  params.image_width = static_cast<double>(image_size[1]);
+  params.losses = static_cast<acc_t*>(losses.data_ptr());
+
+  if (params.num_inputs > 0) C10_CUDA_CHECK(launch_channel_sums<scalar_t>(params, stream));
+  C10_CUDA_CHECK(launch_channel_weights<acc_t>(params, stream));
+  C10_CUDA_CHECK(launch_cell_sums<scalar_t>(params, stream));
+  if (terms.box != 0) {
+    BoxOffsets offsets{};
+    int first_box = 0;
+    for (offsets.first_image = 0; offsets.first_image < params.images; offsets.first_image += kMaxImages) {
+      offsets.num_images = std::min(kMaxImages, params.images - offsets.first_image);
+      for (int i = 0; i < offsets.num_images; ++i) {
+        offsets.offset[i] = first_box;
+        first_box += static_cast<int>(box_counts[offsets.first_image + i]);
+      }
+      offsets.offset[offsets.num_images] = first_box;
+      C10_CUDA_CHECK(launch_box_masks<acc_t>(params, offsets, stream));
+    }
+  }
+  C10_CUDA_CHECK(launch_finish<acc_t>(params, kTile<scalar_t>, stream));
+}
+
+std::tuple<at::Tensor, at::Tensor> distillation_losses_cuda(at::TensorList student, at::TensorList teacher,
+                                                            at::TensorList student_grad, at::TensorList teacher_grad,
+                                                            const at::Tensor& boxes, at::IntArrayRef box_counts,
+                                                            at::IntArrayRef image_size, at::ArrayRef<double> weights,
+                                                            double temperature, std::string weighting,
+                                                            std::string rectifier, bool save_state) {
+  const Terms terms = check_losses(student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights,
+                                   temperature, weighting, rectifier);
+  check_sizes(student);
+  const c10::cuda::CUDAGuard guard(student[0].device());
+  const at::TensorOptions options = student[0].options().dtype(accumulation_type(student[0]));
+  at::Tensor state = at::empty({state_size(terms, student)}, options);
+  const at::Tensor losses = terms.any() ? at::empty({4}, options) : at::zeros({4}, options);
+  if (terms.any()) {
+    dispatch(student[0].scalar_type(), [&](auto scalar) {
+      forward<decltype(scalar)>(terms, student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size,
+                                state, losses);
+    });
+  }
+  if (!save_state) state = at::empty({0}, options);
+  return {losses, state};
+}
+
+template <typename scalar_t>
+std::vector<at::Tensor> backward(const Terms& terms, const at::Tensor& loss_gradients, const at::Tensor& state,
+                                 at::TensorList student, at::TensorList teacher) {
+  using acc_t = acc_type<scalar_t>;
+  std::vector<at::Tensor> keep, gradients;
+  BackwardParams<acc_t> params{};
+  set_levels(params, terms, student, teacher, state, keep);
+  params.loss_gradients = static_cast<const acc_t*>(loss_gradients.const_data_ptr());
+  for (int l = 0; l < params.num_levels; ++l) {
+    LevelData<acc_t>& level = params.levels[l];
+    gradients.push_back(at::empty_like(student[l], student[l].options(), kernel_format(student[l])));
+    level.gradient = gradients.back().data_ptr();
+    const int groups = level.channels_last[kStudent] ? 1 : divide_up(level.channels, kGradientChannels);
+    params.blocks.first[l + 1] =
+        params.blocks.first[l] + params.images * groups * divide_up(level.cells, kTile<scalar_t>);
+  }
+  C10_CUDA_CHECK(launch_gradient<scalar_t>(params, c10::cuda::getCurrentCUDAStream()));
+  return gradients;
+}
+
+std::vector<at::Tensor> distillation_losses_backward_cuda(const at::Tensor& loss_gradients, const at::Tensor& state,
+                                                          at::TensorList student, at::TensorList teacher,
+                                                          at::ArrayRef<double> weights) {
+  const Terms terms = check_backward(loss_gradients, state, student, teacher, weights);
+  check_sizes(student);
+  const c10::cuda::CUDAGuard guard(student[0].device());
+  return dispatch(student[0].scalar_type(), [&](auto scalar) {
+    return backward<decltype(scalar)>(terms, loss_gradients.contiguous(), state.contiguous(), student, teacher);
+  });
+}
+
+TORCH_LIBRARY_IMPL(gkd_d2, CUDA, m) {
+  m.impl("distillation_losses", distillation_losses_cuda);
+  m.impl("distillation_losses_backward", distillation_losses_backward_cuda);
+}
+
+}  // namespace
+}  // namespace gkd_d2

@@ -1,0 +1,120 @@
+// What crosses from the op to its CUDA kernels: plain structs of pointers and sizes, passed to the kernels by value.
+// No torch header, so that the kernels compile in seconds.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../math.h"
+#include "../types.h"
+
+namespace gkd_d2 {
+
+// Levels that one launch takes, and images whose boxes it takes.
+constexpr int kMaxLevels = 10;
+constexpr int kMaxImages = 256;
+
+constexpr int kThreads = 256;
+// Cells of a map that a block takes where everything per cell is at hand already.
+constexpr int kChunkCells = 1024;
+// Channels of a contiguous map's gradient that a block takes.
+constexpr int kGradientChannels = 64;
+
+template <typename scalar_t>
+constexpr int kVectorSize = 16 / static_cast<int>(sizeof(scalar_t));
+// Cells that a block takes of features, and channels of channels_last features that it sums up: a vector a lane.
+template <typename scalar_t>
+constexpr int kTile = 32 * kVectorSize<scalar_t>;
+
+enum Input { kStudentGrad, kTeacherGrad, kStudent, kTeacher, kInputs };
+
+// The extremes over a tile or image: of the maps G (minima are negated, so that all are maxima) and of magnitudes.
+enum Extreme { kStudentLow, kStudentHigh, kTeacherLow, kTeacherHigh, kStudentMost, kTeacherMost, kExtremes };
+
+// First sums over the cells of a chunk or image, for which the extremes must be known.
+enum FirstSum {
+  kMapDistance,
+  kThroughLow,
+  kThroughHigh,
+  kLows,
+  kHighs,
+  kTeacherUnit,
+  kStudentExp,
+  kTeacherExp,
+  kFirstSums
+};
+
+// Second sums, for which the first must be known.
+enum SecondSum { kBoxDistance, kImageDistance, kAttentionDistance, kAttentionSign, kSecondSums };
+
+template <typename acc_t>
+struct LevelData {
+  int channels, height, width, cells;
+  // Each N,C,H,W, or N,H,W,C where channels_last; `vectors` tells whether 16 bytes may be read at a time.
+  const void* inputs[kInputs];
+  bool channels_last[kInputs], vectors[kInputs];
+  void* gradient;  // like inputs[kStudent]
+
+  acc_t* channel_sums[kInputs];  // N, parts, C: sums of gradients and of magnitudes over a part of the cells
+  int channel_parts[kInputs];
+  acc_t* teacher_alpha;         // N,C
+  acc_t* channel_distance;      // N: sum over c of |Ac(S) - Ac(T)|
+  acc_t* cell_sums[kCellSums];  // N,H*W each; null: not wanted
+  acc_t* extremes;              // N, tiles, kExtremes
+  acc_t* first_sums;            // N, chunks, kFirstSums
+  acc_t* second_sums;           // N, chunks, kSecondSums
+
+  // See StateLayout.
+  acc_t *gradient_map, *cell_weight, *box_mask, *cell_attention;
+  acc_t *alpha, *channel_weight, *channel_attention;
+};
+
+// The blocks of a launch are numbered through; those of level l start at first[l].
+struct BlockTable {
+  int first[kMaxLevels + 1];
+};
+
+template <typename acc_t>
+struct Params {
+  Terms terms;
+  int images, num_levels;
+  LevelData<acc_t> levels[kMaxLevels];
+};
+
+template <typename acc_t>
+struct ForwardParams : Params<acc_t> {
+  int num_inputs;
+  Input inputs[kInputs];  // those whose channels are summed up
+  BlockTable channel_blocks[kInputs], tile_blocks, chunk_blocks;
+  const double* boxes;  // K,4, the images' one after the other
+  double image_height, image_width;
+  acc_t* losses;  // 4
+};
+
+// Where the boxes of the images [first_image, first_image + kMaxImages) start, and after the last of them.
+struct BoxOffsets {
+  int first_image, num_images;
+  int offset[kMaxImages + 1];
+};
+
+template <typename acc_t>
+struct BackwardParams : Params<acc_t> {
+  BlockTable blocks;
+  const acc_t* loss_gradients;  // 4
+};
+
+// The kernels of forward, in this order; instantiated for float, double, BFloat16 and Float16.
+template <typename scalar_t>
+cudaError_t launch_channel_sums(const ForwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);
+template <typename acc_t>
+cudaError_t launch_channel_weights(const ForwardParams<acc_t>& params, cudaStream_t stream);
+template <typename scalar_t>
+cudaError_t launch_cell_sums(const ForwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);
+template <typename acc_t>
+cudaError_t launch_box_masks(const ForwardParams<acc_t>& params, const BoxOffsets& offsets, cudaStream_t stream);
+template <typename acc_t>
+cudaError_t launch_finish(const ForwardParams<acc_t>& params, int tile, cudaStream_t stream);
+
+template <typename scalar_t>
+cudaError_t launch_gradient(const BackwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);
+
+}  // namespace gkd_d2
