@@ -36,8 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _repeatable():
+    """TorchScript compiles fvcore's focal loss anew in its first calls, which changes the last bits between them."""
     torch.manual_seed(0)
+    with torch.jit.optimized_execution(False):
+        yield
 
 
 @pytest.fixture
