@@ -53,6 +53,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
     cfg.GKD.IMPLEMENTATION = "auto"
 
+    # Write the detections of datasets of KITTI's form in KITTI's result format too, one file an image, into
+    # OUTPUT_DIR/inference/<dataset>/kitti_results. For kitti_test, which has no labels, that is always done.
+    cfg.GKD.KITTI_RESULTS = False
+
 
 def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
     """Make GKD.TEACHER.CONFIG_FILE absolute where it is found beside the student's config file.

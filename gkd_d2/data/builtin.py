@@ -1,4 +1,4 @@
-"""Names for datasets. Importing registers kitti_train, kitti_val, toy_kitti_train and toy_kitti_val."""
+"""Names for datasets. Importing registers kitti_train, kitti_val, kitti_test, toy_kitti_train and toy_kitti_val."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .kitti import CLASSES, SPLITS, check_kitti_root, load_kitti
+from .kitti import CLASSES, SPLITS, check_kitti_root, check_kitti_testing, load_kitti, load_kitti_testing
 
 _DATASETS = "$DETECTRON2_DATASETS"
 
@@ -49,7 +49,23 @@ def register_kitti(prefix: str, root: str | os.PathLike | None = None) -> None:
                 )
             continue
         DatasetCatalog.register(name, partial(_load, root, split))
-        metadata.set(thing_classes=list(CLASSES), evaluator_type="coco", kitti_root=root)
+        metadata.set(thing_classes=list(CLASSES), evaluator_type="kitti", kitti_root=root)
+
+
+def register_kitti_testing(name: str, root: str | os.PathLike) -> None:
+    """Register the unlabelled testing images of a folder of KITTI's form, to write detections for its server.
+
+    Args:
+        name: of the dataset.
+        root: the folder that holds ``testing``.
+    """
+    if name in DatasetCatalog:
+        return
+    root = os.fspath(root)
+    DatasetCatalog.register(name, partial(_load_testing, root))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(CLASSES), evaluator_type="kitti", kitti_root=root, kitti_labelled=False
+    )
 
 
 def check_datasets(names: Iterable[str]) -> None:
@@ -65,14 +81,21 @@ def check_datasets(names: Iterable[str]) -> None:
     for name in names:
         if name not in DatasetCatalog:
             raise KeyError(f"dataset {name!r} is not registered; the registered ones are {sorted(DatasetCatalog)}")
-        root = MetadataCatalog.get(name).get("kitti_root")
+        metadata = MetadataCatalog.get(name)
+        root = metadata.get("kitti_root")
         if root is not None:
-            check_kitti_root(resolve_root(root))
+            check = check_kitti_root if metadata.get("kitti_labelled", True) else check_kitti_testing
+            check(resolve_root(root))
 
 
 def _load(root: str, split: str) -> list[dict]:
     return load_kitti(resolve_root(root), split)
 
 
+def _load_testing(root: str) -> list[dict]:
+    return load_kitti_testing(resolve_root(root))
+
+
 for _prefix in ("kitti", "toy_kitti"):
     register_kitti(_prefix)
+register_kitti_testing("kitti_test", f"{_DATASETS}/kitti")

@@ -5,6 +5,7 @@ The folder is read as KITTI ships it (A. Geiger, P. Lenz, R. Urtasun, CVPR 2012)
     ROOT/training/image_2/ID.png (or .jpg)   left colour images
     ROOT/training/label_2/ID.txt             one object a line, 15 fields
     ROOT/ImageSets/train.txt, val.txt        one ID a line; both or neither
+    ROOT/testing/image_2/ID.png (or .jpg)    images without labels, for the benchmark's server; optional
 
 Without lists the ids are split 8:2 by a hash of the id, the same on every machine.
 """
@@ -18,11 +19,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.structures import BoxMode
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +34,44 @@ IGNORED_TYPES = ("Van", "Truck", "Person_sitting", "Tram", "Misc", "DontCare")
 SPLITS = ("train", "val")
 
 _IMAGE_SUFFIXES = (".png", ".jpg")
+_TESTING = Path("testing", "image_2")
 _FIELDS = (
     "type", "truncated", "occluded", "alpha", "left", "top", "right", "bottom",
     "height", "width", "length", "x", "y", "z", "rotation_y",
 )  # fmt: skip
 # Narrower than float(), which also takes "nan", "inf" and "1_000".
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+_CANONICAL_TYPES = {name.lower(): name for name in CLASSES + IGNORED_TYPES}
+# EXIF orientations that lay the picture on its side; Detectron2 turns it before anything else.
+_EXIF_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """A difficulty of KITTI's official metric.
+
+    Attributes:
+        min_height: least height of a box in pixels.
+        max_occlusion: highest level of occlusion.
+        max_truncation: largest share of an object outside its image.
+    """
+
+    min_height: float
+    max_occlusion: int
+    max_truncation: float
+
+    def includes(self, height: np.ndarray, occlusion: np.ndarray, truncation: np.ndarray) -> np.ndarray:
+        """Whether objects belong to it, elementwise."""
+        return (height >= self.min_height) & (occlusion <= self.max_occlusion) & (truncation <= self.max_truncation)
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(40, 0, 0.15),
+    "moderate": Difficulty(25, 1, 0.30),
+    "hard": Difficulty(25, 2, 0.50),
+}
 
 
 class _ListedId(NamedTuple):
@@ -73,13 +108,54 @@ def load_kitti(root: str | os.PathLike, split: str) -> list[dict[str, Any]]:
         raise ValueError(f"split is {split!r}; KITTI's labelled images have the splits {', '.join(SPLITS)}")
     root = Path(root)
     check_kitti_root(root)
-    images = _images_by_id(root)
+    images = _images_by_id(root / "training" / "image_2")
     splits = _read_splits(root, images)
     records = [_read_record(root, entry, images) for entry in splits[split]]
     _log_summary(
         root, split, records, num_unlisted=len(images.keys() - {e.image_id for s in splits.values() for e in s})
     )
     return records
+
+
+def load_kitti_testing(root: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the benchmark's testing images, which have no labels, into Detectron2's standard dataset records.
+
+    Args:
+        root: the folder that holds ``testing``.
+
+    Returns:
+        Records with ``file_name``, ``image_id``, ``height`` and ``width``, by id.
+
+    Raises:
+        FileNotFoundError: there are no testing images.
+        ValueError: an id has two images, or a file is no image; the message begins with the file.
+    """
+    root = Path(root)
+    check_kitti_testing(root)
+    records = []
+    for image_id, files in _images_by_id(root / _TESTING).items():
+        if len(files) > 1:
+            raise ValueError(f"{files[0]}: its id has two images, keep one: {', '.join(map(str, files))}")
+        width, height = image_size(files[0])
+        records.append({"file_name": str(files[0]), "image_id": image_id, "height": height, "width": width})
+    return records
+
+
+def check_kitti_testing(root: str | os.PathLike) -> None:
+    """Check cheaply that testing images are there.
+
+    Args:
+        root: the folder that holds ``testing``.
+
+    Raises:
+        FileNotFoundError: the folder is missing or empty.
+    """
+    folder = Path(root) / _TESTING
+    if not folder.is_dir() or not any(name.endswith(_IMAGE_SUFFIXES) for name in _names_in(folder)):
+        raise FileNotFoundError(
+            f"{folder} holds no {' or '.join(_IMAGE_SUFFIXES)} file: put there the testing images of KITTI's archive "
+            "of left colour images (docs/datasets.md)"
+        )
 
 
 def check_kitti_root(root: str | os.PathLike) -> None:
@@ -108,14 +184,41 @@ def check_kitti_root(root: str | os.PathLike) -> None:
         )
 
 
-def parse_label_line(line: str, where: str, image_size: tuple[int, int]) -> dict[str, Any]:
+def read_labels(
+    path: Path, image_size: tuple[int, int] | None = None, *, any_case: bool = False
+) -> list[dict[str, Any]]:
+    """Read and check a KITTI label file.
+
+    Args:
+        path: the file, one object a line; without objects it is empty.
+        image_size: as for :func:`parse_label_line`.
+        any_case: as for :func:`parse_label_line`.
+
+    Returns:
+        What :func:`parse_label_line` returns, a line each.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: its content is wrong; the message begins with the file and the line.
+    """
+    return [
+        parse_label_line(line, f"{path}:{number}", image_size, any_case=any_case)
+        for number, line in enumerate(read_lines(path), start=1)
+    ]
+
+
+def parse_label_line(
+    line: str, where: str, image_size: tuple[int, int] | None, *, any_case: bool = False
+) -> dict[str, Any]:
     """Parse and check one line of a KITTI label file.
 
     Args:
         line: 15 fields separated by white space: type, truncated, occluded, alpha, left, top, right, bottom, and the
             7 fields of the 3D box, which are checked to be numbers and not kept.
         where: "file:line", put in front of an error's message.
-        image_size: width and height of the image in pixels.
+        image_size: width and height of the image in pixels; None where they are not known, so that boxes are not
+            compared with them.
+        any_case: take a type in letters of any case, as KITTI's development kit does.
 
     Returns:
         ``{"type": str, "truncation": float, "occlusion": int, "bbox": [left, top, right, bottom]}``. Truncation is
@@ -129,10 +232,8 @@ def parse_label_line(line: str, where: str, image_size: tuple[int, int]) -> dict
     if len(fields) != len(_FIELDS):
         hint = "; 16 fields are a detection result with its score, no label" if len(fields) == 16 else ""
         raise ValueError(f"{where}: {len(fields)} fields, a KITTI label has {len(_FIELDS)}{hint}: {line!r}")
-    kind = fields[0]
-    if kind not in CLASSES + IGNORED_TYPES:
-        raise ValueError(f"{where}: unknown type {kind!r}; KITTI's types are {', '.join(CLASSES + IGNORED_TYPES)}")
-    numbers = dict(zip(_FIELDS[1:], (_number(text, name, where) for name, text in zip(_FIELDS[1:], fields[1:]))))
+    kind = parse_type(fields[0], where, any_case=any_case)
+    numbers = dict(zip(_FIELDS[1:], (parse_number(text, name, where) for name, text in zip(_FIELDS[1:], fields[1:]))))
 
     truncation, occlusion = numbers["truncated"], numbers["occluded"]
     unknown = kind == "DontCare"
@@ -143,17 +244,35 @@ def parse_label_line(line: str, where: str, image_size: tuple[int, int]) -> dict
 
     bbox = [numbers[side] for side in ("left", "top", "right", "bottom")]
     left, top, right, bottom = bbox
-    width, height = image_size
     shown = "left {:g}, top {:g}, right {:g}, bottom {:g}".format(*bbox)
     if right <= left or bottom <= top:
         raise ValueError(f"{where}: the box is empty: {shown}")
-    # KITTI's own boxes end at width - 1 and height - 1; a converter that counts pixel edges ends at width and height.
-    if left < 0 or top < 0 or right > width or bottom > height:
-        raise ValueError(f"{where}: the box lies outside its image of {width} x {height} pixels: {shown}")
+    if image_size is not None:
+        width, height = image_size
+        # KITTI's own boxes end at width - 1 and height - 1; a converter that counts pixel edges at width and height.
+        if left < 0 or top < 0 or right > width or bottom > height:
+            raise ValueError(f"{where}: the box lies outside its image of {width} x {height} pixels: {shown}")
     return {"type": kind, "truncation": truncation, "occlusion": int(occlusion), "bbox": bbox}
 
 
-def _number(text: str, name: str, where: str) -> float:
+def parse_type(text: str, where: str, *, any_case: bool) -> str:
+    """One of KITTI's types, in KITTI's own letters.
+
+    Raises:
+        ValueError: there is no such type; the message begins with ``where``.
+    """
+    kind = _CANONICAL_TYPES.get(text.lower(), text) if any_case else text
+    if kind not in CLASSES + IGNORED_TYPES:
+        raise ValueError(f"{where}: unknown type {kind!r}; KITTI's types are {', '.join(CLASSES + IGNORED_TYPES)}")
+    return kind
+
+
+def parse_number(text: str, name: str, where: str) -> float:
+    """A finite number in decimal notation.
+
+    Raises:
+        ValueError: it is none; the message begins with ``where`` and calls the number ``name``.
+    """
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
         raise ValueError(f"{where}: {name} is {text!r}, not a finite number")
@@ -183,8 +302,7 @@ def _names_in(folder: Path) -> list[str]:
         return [entry.name for entry in entries]
 
 
-def _images_by_id(root: Path) -> dict[str, list[Path]]:
-    folder = root / "training" / "image_2"
+def _images_by_id(folder: Path) -> dict[str, list[Path]]:
     images: dict[str, list[Path]] = {}
     for name in sorted(_names_in(folder)):
         stem, suffix = os.path.splitext(name)
@@ -230,7 +348,7 @@ def _read_lists(paths: dict[str, Path]) -> dict[str, list[_ListedId]]:
     seen: dict[str, str] = {}
     for split, path in paths.items():
         splits[split] = []
-        for number, line in enumerate(_read_lines(path), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             source, image_id = f"{path}:{number}", line.strip()
             if not image_id:
                 raise ValueError(f"{source}: a blank line; one image id a line is expected")
@@ -245,8 +363,13 @@ def _read_lists(paths: dict[str, Path]) -> dict[str, list[_ListedId]]:
     return splits
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Lines of a text file, whatever its line ends. The last line's end is optional; blank lines are kept."""
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, whatever its line ends. The last line's end is optional; blank lines are kept.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not text in UTF-8; the message begins with the file and the line.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -271,11 +394,8 @@ def _read_record(root: Path, entry: _ListedId, images: dict[str, list[Path]]) ->
             f"{prefix}id {image_id!r} has no labels: {label_path} does not exist (for an image without objects the "
             "file is empty)"
         )
-    width, height = _image_size(files[0])
-    objects = [
-        parse_label_line(line, f"{label_path}:{number}", (width, height))
-        for number, line in enumerate(_read_lines(label_path), start=1)
-    ]
+    width, height = image_size(files[0])
+    objects = read_labels(label_path, (width, height))
     return {
         "file_name": str(files[0]),
         "image_id": image_id,
@@ -286,12 +406,24 @@ def _read_record(root: Path, entry: _ListedId, images: dict[str, list[Path]]) ->
     }
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels as Detectron2 will see the image: turned as its EXIF orientation says.
+
+    Only the header is read.
+
+    Raises:
+        ValueError: the file is no image that Pillow knows; the message begins with the file.
+    """
     try:
-        with Image.open(path) as image:  # reads the header alone
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
+        with Image.open(path) as image:
+            width, height = image.size
+            # A PNG is decoded whole in search of EXIF data after its pixels, where hardly any has them.
+            exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
+            sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
+    # Pillow's readers of the many formats raise errors of many kinds on damaged files.
+    except Exception as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
+    return (height, width) if sideways else (width, height)
 
 
 def _annotations(obj: dict[str, Any]) -> list[dict[str, Any]]:

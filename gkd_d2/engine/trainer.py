@@ -1,4 +1,4 @@
-"""Detectron2's DefaultTrainer with an evaluator and a checkpointer that refuses what does not fit."""
+"""Detectron2's DefaultTrainer with evaluators, image readers that name their file, and a strict checkpointer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import weakref
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.data.mapper import FileNamingMapper
+from gkd_d2.evaluation import KITTIEvaluator
 
 
 class Trainer(DefaultTrainer):
@@ -24,18 +26,34 @@ class Trainer(DefaultTrainer):
         return super().build_hooks()
 
     @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Detectron2's loader; an image that can't be read is named."""
+        return build_detection_train_loader(cfg, mapper=FileNamingMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's loader; an image that can't be read is named."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=FileNamingMapper(cfg, is_train=False))
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO-style average precision.
+        """COCO-style average precision; for datasets of KITTI's form the official one too, ahead of it.
 
         Raises:
             NotImplementedError: the dataset's ``evaluator_type`` is another.
         """
-        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", "coco")
-        if kind != "coco":
-            raise NotImplementedError(f"dataset {dataset_name} asks for the evaluator {kind!r}, known is 'coco'")
+        metadata = MetadataCatalog.get(dataset_name)
+        kind = metadata.get("evaluator_type", "coco")
+        if kind not in ("coco", "kitti"):
+            raise NotImplementedError(f"dataset {dataset_name} asks for the evaluator {kind!r}, known are coco, kitti")
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        if not metadata.get("kitti_labelled", True):
+            return KITTIEvaluator(dataset_name, folder, write_results=True)
         _convert_to_coco(dataset_name, folder)
-        return COCOEvaluator(dataset_name, output_dir=folder)
+        coco = COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "coco":
+            return coco
+        return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=cfg.GKD.KITTI_RESULTS), coco])
 
 
 def _convert_to_coco(dataset_name: str, folder: str) -> None:

@@ -37,7 +37,7 @@ def test_builtin_names_and_metadata() -> None:
         assert name in DatasetCatalog
         metadata = MetadataCatalog.get(name)
         assert metadata.thing_classes == ["Car", "Pedestrian", "Cyclist"]
-        assert metadata.evaluator_type == "coco"
+        assert metadata.evaluator_type == "kitti"
 
 
 def test_importing_again_registers_nothing_twice() -> None:

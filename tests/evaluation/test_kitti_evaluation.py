@@ -1,0 +1,116 @@
+"""The Detectron2 evaluator: against folders, with two processes, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+
+from gkd_d2.data import register_kitti
+from gkd_d2.data.kitti import CLASSES
+from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.evaluation import KITTIEvaluator
+from gkd_d2.evaluation.kitti_evaluation import flat_metrics
+from gkd_d2.evaluation.kitti_results import evaluate_folders
+
+PREFIX = "kitti_evaluation_toy"
+
+
+def detect(record):
+    """Detections about the objects of a record, decided by its id."""
+    generator = torch.Generator().manual_seed(int(record["image_id"]))
+    objects = [obj for obj in record["kitti_objects"] if obj["type"] in CLASSES]
+    instances = Instances((record["height"], record["width"]))
+    boxes = torch.tensor([obj["bbox"] for obj in objects], dtype=torch.float32).reshape(-1, 4)
+    instances.pred_boxes = Boxes(boxes + torch.rand(boxes.shape, generator=generator))
+    instances.pred_classes = torch.tensor([CLASSES.index(obj["type"]) for obj in objects], dtype=torch.int64)
+    instances.scores = torch.rand(len(objects), generator=generator)
+    return {"instances": instances}
+
+
+def evaluate(evaluator, records):
+    evaluator.reset()
+    for record in records:
+        evaluator.process([{key: record[key] for key in ("file_name", "image_id")}], [detect(record)])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_toy_kitti(tmp_path / "data", num_train=12, num_val=1)
+    register_kitti(PREFIX, tmp_path / "data")
+    yield tmp_path / "data"
+    for name in (f"{PREFIX}_train", f"{PREFIX}_val", f"{PREFIX}_test"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_equals_the_evaluation_of_the_files_it_writes(root, tmp_path):
+    records = DatasetCatalog.get(f"{PREFIX}_train")
+    evaluator = KITTIEvaluator(f"{PREFIX}_train", tmp_path / "out", write_results=True)
+    metrics = evaluate(evaluator, records)["kitti"]
+    folder = tmp_path / "out" / "kitti_results"
+    assert len(list(folder.iterdir())) == 12
+    result, num_images = evaluate_folders(root / "training" / "label_2", folder)
+    assert num_images == 12
+    assert metrics == flat_metrics(result)
+    assert list(metrics)[0] == "AP_moderate"
+    mean = sum(metrics[f"{name}-moderate-R40"] for name in CLASSES) / 3
+    assert metrics["AP_moderate"] == pytest.approx(mean) and mean > 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    # Only what was processed counts.
+    half = evaluate(KITTIEvaluator(f"{PREFIX}_train"), records[:6])["kitti"]
+    assert half["AP11_hard"] < metrics["AP11_hard"]
+
+
+def _one_of_two(rank, root, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    register_kitti(PREFIX, root)
+    comm.synchronize()
+    records = DatasetCatalog.get(f"{PREFIX}_train")
+    evaluator = KITTIEvaluator(f"{PREFIX}_train", folder, write_results=True)
+    # Not the halves that a loader would make: their sizes differ.
+    results = evaluate(evaluator, records[:3] if rank else records[3:])
+    torch.save(results, f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(root, tmp_path):
+    expected = evaluate(KITTIEvaluator(f"{PREFIX}_train"), DatasetCatalog.get(f"{PREFIX}_train"))
+    mp.spawn(_one_of_two, args=(root, tmp_path), nprocs=2)
+    assert dict(torch.load(tmp_path / "0.pth", weights_only=False)) == dict(expected)
+    assert torch.load(tmp_path / "1.pth", weights_only=False) == {}
+    assert len(list((tmp_path / "kitti_results").iterdir())) == 12
+
+
+def test_nothing_to_evaluate(root, caplog):
+    assert KITTIEvaluator(f"{PREFIX}_train").evaluate() == {}
+    assert "did not receive any image" in caplog.text
+
+
+def test_what_is_refused(root):
+    evaluator = KITTIEvaluator(f"{PREFIX}_val")
+    record = DatasetCatalog.get(f"{PREFIX}_val")[0]
+    evaluator.process([record], [detect(record)])
+    with pytest.raises(ValueError, match="image 500000 was evaluated already"):
+        evaluator.process([record], [detect(record)])
+    with pytest.raises(ValueError, match="write_results needs an output_dir"):
+        KITTIEvaluator(f"{PREFIX}_val", write_results=True)
+    DatasetCatalog.register("kitti_evaluation_other", lambda: [{"file_name": "a.jpg", "image_id": 1}])
+    try:
+        metadata = MetadataCatalog.get("kitti_evaluation_other")
+        with pytest.raises(ValueError, match="has the classes none"):
+            KITTIEvaluator("kitti_evaluation_other")
+        metadata.thing_classes = ["Car"]
+        with pytest.raises(ValueError, match="the record of a.jpg has no kitti_objects"):
+            KITTIEvaluator("kitti_evaluation_other")
+    finally:
+        DatasetCatalog.remove("kitti_evaluation_other")
+        MetadataCatalog.remove("kitti_evaluation_other")
