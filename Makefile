@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PACKAGES := torch torchvision fvcore iopath pycocotools ninja opencv-python-headless matplotlib tensorboard \
-	pytest ruff setuptools wheel
+PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
+	hypothesis pytest ruff setuptools tabulate wheel
 
 .PHONY: setup demo test sanitize bench lint format clean
 

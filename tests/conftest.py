@@ -30,6 +30,15 @@ def kitti_sample() -> Path:
     return folder
 
 
+@pytest.fixture
+def coco_sample() -> Path:
+    """59 real COCO images, which lie beside the project where it is developed."""
+    folder = SHARED_DATA / "coco_sample"
+    if not folder.is_dir():
+        pytest.skip("the COCO sample does not lie beside this project")
+    return folder
+
+
 # The tests' tensors are so small that more threads cost time, much of it where others use the cores too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

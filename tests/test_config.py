@@ -4,6 +4,7 @@ import os
 
 import pytest
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 
 from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config, teacher_config
 
@@ -42,6 +43,26 @@ def test_kitti_configs(project, name, monkeypatch, tmp_path):
     model = cfg.MODEL.clone()
     model.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
     assert model == baseline.MODEL
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_coco_traffic_configs(project, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = read(project / "configs" / f"gkd_{name}_coco_traffic.yaml")
+    baseline = read(project / "configs" / "baselines" / f"{name}_coco_traffic.yaml")
+    student, teacher = detector_config(cfg), teacher_config(cfg)
+    assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert (student.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (50, 101)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).OUTPUT_DIR == os.path.dirname(cfg.GKD.TEACHER.WEIGHTS)
+    for config in (student, teacher):
+        head = config.MODEL.ROI_HEADS if name == "frcnn" else config.MODEL.RETINANET
+        assert head.NUM_CLASSES == 13 == len(MetadataCatalog.get(config.DATASETS.TRAIN[0]).thing_classes)
+        assert config.DATASETS.TEST == ("coco_traffic_val",)
+        assert (config.INPUT.MIN_SIZE_TRAIN, config.INPUT.MAX_SIZE_TRAIN) == ((800,), 1333)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02 if name == "frcnn" else 0.01)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).SOLVER.MAX_ITER == 2 * cfg.SOLVER.MAX_ITER
+    for key in ("SOLVER", "INPUT", "DATASETS", "SEED"):
+        assert baseline[key] == cfg[key]
 
 
 @pytest.mark.parametrize("name", DETECTORS)
