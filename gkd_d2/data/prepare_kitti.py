@@ -1,0 +1,258 @@
+"""What makes a download of KITTI a checked folder: unpacking, the split, counts, and COCO's form for other tools."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, SPLITS, load_kitti, split_by_hash
+
+# All that the official archives of images and labels hold.
+_ENTRY = re.compile(r"(training|testing)/(image_2|label_2)/[A-Za-z0-9_-]+\.(png|jpg|txt)", re.ASCII)
+_FOLDER = re.compile(r"(training|testing)/((image_2|label_2)/)?", re.ASCII)
+_ENCRYPTED = 0x1
+
+
+def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool = False) -> int:
+    """Unpack one of KITTI's two archives, images or labels, into a dataset folder.
+
+    Everything about the entries is checked before the first file is written; each file is written beside its place
+    and moved there once its checksum is right. A file that is there already with the same content stays.
+
+    Args:
+        archive: data_object_image_2.zip or data_object_label_2.zip.
+        root: the dataset's folder; made if need be.
+        force: replace files of other content.
+
+    Returns:
+        The number of files written.
+
+    Raises:
+        FileExistsError: a file is there with other content, and ``force`` is not set.
+        OSError: the archive can't be opened, a file can't be written, or there is too little room.
+        ValueError: the archive is damaged or holds something else; the message begins with the archive.
+    """
+    archive, root = Path(archive), Path(root)
+    written = 0
+    with _named(archive), zipfile.ZipFile(archive) as file:
+        entries = _entries(archive, file)
+        root.mkdir(parents=True, exist_ok=True)
+        size, free = sum(entry.file_size for entry in entries), shutil.disk_usage(root).free
+        if size > free:
+            raise OSError(f"{archive}: its files need {size / 1e9:.1f} GB, {root} has room for {free / 1e9:.1f} GB")
+        missing = []
+        for entry in entries:
+            target = root / entry.filename
+            if not target.exists():
+                missing.append(entry)
+            elif not _equals(target, entry):
+                if not force:
+                    raise FileExistsError(f"{target} is there with other content than in {archive}: see --force")
+                missing.append(entry)
+        for entry in missing:
+            _extract(file, entry, root / entry.filename)
+            written += 1
+    return written
+
+
+def write_split(root: str | os.PathLike) -> bool:
+    """Write ImageSets/train.txt and val.txt, 8:2 by a hash of the ids, unless there are lists.
+
+    Args:
+        root: the dataset's folder.
+
+    Returns:
+        Whether they were written.
+    """
+    folder = Path(root) / "ImageSets"
+    paths = {split: folder / f"{split}.txt" for split in SPLITS}
+    if any(path.exists() for path in paths.values()):
+        return False
+    labels = (Path(root) / "training" / "label_2").iterdir()
+    folder.mkdir(exist_ok=True)
+    for split, ids in split_by_hash(path.stem for path in labels if path.suffix == ".txt").items():
+        _write_text(paths[split], "".join(f"{image_id}\n" for image_id in ids))
+    return True
+
+
+def check_images(records: Iterable[dict[str, Any]]) -> Counter:
+    """Decode every image as Detectron2 does in training.
+
+    Args:
+        records: of :func:`gkd_d2.data.kitti.load_kitti`.
+
+    Returns:
+        The number of images by Pillow's mode, "RGB" for those of the benchmark.
+
+    Raises:
+        ValueError: an image can't be decoded, or its size is not the header's; the message begins with the file.
+    """
+    modes: Counter = Counter()
+    for record in records:
+        path = record["file_name"]
+        try:
+            height, width = read_image(path, "BGR").shape[:2]
+            with Image.open(path) as image:
+                modes[image.mode] += 1
+        # Pillow's readers of the many formats raise errors of many kinds on damaged files.
+        except Exception as error:
+            raise ValueError(f"{path}: Detectron2 can't read this image: {error}") from error
+        if (width, height) != (record["width"], record["height"]):
+            raise ValueError(
+                f"{path}: {width} x {height} pixels, its header says {record['width']} x {record['height']}"
+            )
+    return modes
+
+
+def count_objects(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Objects by type, and of the evaluated classes by difficulty: moderate holds easy, hard holds moderate.
+
+    Args:
+        records: of :func:`gkd_d2.data.kitti.load_kitti`.
+
+    Returns:
+        ``{"Car": {"all": n, "easy": n, "moderate": n, "hard": n}, ..., "Van": {"all": n}, ...}``.
+    """
+    counts = {kind: dict.fromkeys(("all", *DIFFICULTIES), 0) for kind in CLASSES}
+    counts |= {kind: {"all": 0} for kind in IGNORED_TYPES}
+    for record in records:
+        for obj in record["kitti_objects"]:
+            found = counts[obj["type"]]
+            found["all"] += 1
+            if obj["type"] in CLASSES:
+                for level, limits in DIFFICULTIES.items():
+                    height = obj["bbox"][3] - obj["bbox"][1]
+                    found[level] += bool(limits.includes(height, obj["occlusion"], obj["truncation"]))
+    return counts
+
+
+def export_coco(root: str | os.PathLike, folder: str | os.PathLike, *, force: bool = False) -> list[Path]:
+    """Write kitti_train.json and kitti_val.json in COCO's instances form, for other tools.
+
+    Images are numbered from 1 in the order of the list. Ignored regions are annotations of every class with iscrowd 1.
+
+    Args:
+        root: the dataset's folder.
+        folder: where to write; made if need be.
+        force: replace files that are there.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileExistsError: a file is there, and ``force`` is not set.
+        FileNotFoundError, ValueError: as of :func:`gkd_d2.data.kitti.load_kitti`.
+    """
+    paths = [Path(folder) / f"kitti_{split}.json" for split in SPLITS]
+    for path in paths:
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} is there already: see --force")
+    for path, split in zip(paths, SPLITS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, json.dumps(_coco(load_kitti(root, split)), separators=(",", ":")) + "\n")
+    return paths
+
+
+def _coco(records: list[dict[str, Any]]) -> dict[str, list[dict]]:
+    images, annotations = [], []
+    for number, record in enumerate(records, start=1):
+        name = Path(record["file_name"]).name
+        images.append({"id": number, "file_name": name, "width": record["width"], "height": record["height"]})
+        for annotation in record["annotations"]:
+            left, top, right, bottom = annotation["bbox"]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": annotation["category_id"] + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": (right - left) * (bottom - top),
+                    "iscrowd": annotation["iscrowd"],
+                }
+            )
+    categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES, start=1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@contextlib.contextmanager
+def _named(archive: Path) -> Iterator[None]:
+    """Every error about the archive as ValueError that begins with it; those about files, which name them, stay."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError):
+        raise
+    # zipfile lets through what its decompressors, struct and the file raise on damaged archives.
+    except Exception as error:
+        if str(error).startswith(f"{archive}: "):
+            raise
+        raise ValueError(f"{archive}: can't be unpacked: {error or type(error).__name__}") from error
+
+
+def _entries(archive: Path, file: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    entries, names = [], set()
+    for entry in file.infolist():
+        name = entry.filename
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if entry.is_dir() and _FOLDER.fullmatch(name):
+            continue
+        if not _ENTRY.fullmatch(name) or kind not in (0, stat.S_IFREG):
+            raise ValueError(
+                f"{archive}: its entry {name!r} is none of KITTI's, training/image_2/ID.png or training/label_2/ID.txt"
+            )
+        if entry.flag_bits & _ENCRYPTED:
+            raise ValueError(f"{archive}: its entry {name!r} is encrypted")
+        if name in names:
+            raise ValueError(f"{archive}: its entry {name!r} stands there twice")
+        names.add(name)
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{archive}: it is empty")
+    return entries
+
+
+def _equals(path: Path, entry: zipfile.ZipInfo) -> bool:
+    if not path.is_file() or path.stat().st_size != entry.file_size:
+        return False
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum == entry.CRC
+
+
+def _extract(file: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(target) as temporary, file.open(entry) as source, temporary.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+        if out.tell() != entry.file_size:
+            raise ValueError(f"entry {entry.filename!r} is shorter than its header says")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when all went well."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
