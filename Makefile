@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
 	hypothesis pytest ruff setuptools tabulate wheel
 
-.PHONY: setup demo test sanitize bench lint format clean
+.PHONY: setup demo test fuzz sanitize bench lint format clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ sanitize: setup
 	FORCE_CPU=1 GKD_D2_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops/test_fused.py
+
+# 100,000 hostile inputs, shared by the five readers.
+fuzz: setup
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/data/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .
