@@ -18,13 +18,13 @@ from detectron2.data.datasets import load_coco_json
 
 from .coco import CocoFile, overhang
 
-# COCO's ids and names; new ids count from 1 in this order.
-_NAMES = {
+# COCO's ids and names; the new ids count from 1 in this order.
+NAMES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 6: "bus", 7: "train", 8: "truck", 10: "traffic light",
     11: "fire hydrant", 13: "stop sign", 14: "parking meter", 17: "cat", 18: "dog",
 }  # fmt: skip
 TRAFFIC_IDS = (2, 3, 4, 6, 7, 8, 10, 11, 13)
-CLASS_SETS = {"thirteen": tuple(_NAMES), "nine": TRAFFIC_IDS}
+CLASS_SETS = {"thirteen": tuple(NAMES), "nine": TRAFFIC_IDS}
 SPLITS = ("train", "val")
 
 
@@ -64,7 +64,7 @@ class Summary:
 
 def class_names(classes: str) -> list[str]:
     """Names of the class set "thirteen" or "nine", in the order of the new ids."""
-    return [_NAMES[coco_id] for coco_id in CLASS_SETS[classes]]
+    return [NAMES[coco_id] for coco_id in CLASS_SETS[classes]]
 
 
 def prepare_coco_traffic(source: str | os.PathLike, target: str | os.PathLike, classes: str = "thirteen") -> Summary:
@@ -87,10 +87,10 @@ def prepare_coco_traffic(source: str | os.PathLike, target: str | os.PathLike, c
     kept_ids = CLASS_SETS[classes]
     file = CocoFile(source)
     categories = file.categories()
-    for coco_id in _NAMES:
-        if categories.get(coco_id) != _NAMES[coco_id]:
+    for coco_id in NAMES:
+        if categories.get(coco_id) != NAMES[coco_id]:
             raise ValueError(
-                f"{source}: category {coco_id} is {categories.get(coco_id)!r}, in COCO 2017 it is {_NAMES[coco_id]!r}"
+                f"{source}: category {coco_id} is {categories.get(coco_id)!r}, in COCO 2017 it is {NAMES[coco_id]!r}"
             )
     images = list(file.images())
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -117,7 +117,7 @@ def prepare_coco_traffic(source: str | os.PathLike, target: str | os.PathLike, c
         "licenses": _array(map(_line, file.licenses())),
         "images": _array(map(_line, kept_images)),
         "annotations": _array(line for _, line in kept),
-        "categories": _array(_line({"id": new_ids[i], "name": _NAMES[i], "coco_id": i}) for i in kept_ids),
+        "categories": _array(_line({"id": new_ids[i], "name": NAMES[i], "coco_id": i}) for i in kept_ids),
     }
     _write(Path(target), sections)
     return _summarise(images, kept_images, kept_ids, [counted for counted, _ in kept], sizes)
@@ -204,11 +204,11 @@ def _summarise(
 ) -> Summary:
     summary = Summary(num_images=len(kept_images), num_source_images=len(images))
     # Every class is listed, in the order of its id, even one without objects.
-    summary.objects.update({_NAMES[coco_id]: 0 for coco_id in kept_ids})
-    summary.images.update({_NAMES[coco_id]: 0 for coco_id in kept_ids})
-    summary.objects.update(_NAMES[annotation["category_id"]] for annotation in kept)
+    summary.objects.update({NAMES[coco_id]: 0 for coco_id in kept_ids})
+    summary.images.update({NAMES[coco_id]: 0 for coco_id in kept_ids})
+    summary.objects.update(NAMES[annotation["category_id"]] for annotation in kept)
     pairs = {(annotation["image_id"], annotation["category_id"]) for annotation in kept}
-    summary.images.update(_NAMES[coco_id] for _, coco_id in pairs)
+    summary.images.update(NAMES[coco_id] for _, coco_id in pairs)
     summary.num_crowds = sum(annotation["iscrowd"] for annotation in kept)
     summary.num_without_area = sum(annotation["bbox"][2] * annotation["bbox"][3] == 0 for annotation in kept)
     summary.num_clipped = sum(overhang(a["bbox"], sizes[a["image_id"]]) > 0 for a in kept)

@@ -60,6 +60,28 @@ def test_missing_coco_files(ready, tmp_path):
     assert "image_root" not in text
 
 
+def test_missing_coco_traffic_says_what_to_run(ready, tmp_path):
+    ready.DATASETS.TRAIN, ready.DATASETS.TEST = ("coco_traffic_train",), ("coco_traffic9_val",)
+    text = problems(ready)
+    assert f"no images of COCO 2017 at {tmp_path}/coco/train2017" in text
+    for split in ("train", "val"):
+        (tmp_path / "coco" / f"{split}2017").mkdir(parents=True)
+    text = problems(ready)
+    assert f"{tmp_path}/coco_traffic/annotations/instances_train.json" in text
+    assert "`python tools/prepare_coco_traffic.py`" in text
+    assert "`python tools/prepare_coco_traffic.py --classes nine`" in text
+    assert text.count("\n- ") == 2
+    for name in ("coco_traffic/annotations/instances_train.json", "coco_traffic9/annotations/instances_val.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    check_inputs(ready, eval_only=False, resume=False)
+
+
+def test_missing_testing_images(ready, tmp_path):
+    ready.DATASETS.TEST = ("kitti_test",)
+    assert f"{tmp_path}/kitti/testing/image_2 holds no .png or .jpg file" in problems(ready)
+
+
 def test_missing_weights(ready, tmp_path):
     ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
     assert "none.pth: there is no such file" in problems(ready)

@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
-from detectron2.utils import comm
+from kitti_detections import detect, evaluate, evaluate_part
 
 from gkd_d2.data import register_kitti
 from gkd_d2.data.kitti import CLASSES
@@ -20,25 +18,6 @@ from gkd_d2.evaluation.kitti_evaluation import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
 
 PREFIX = "kitti_evaluation_toy"
-
-
-def detect(record):
-    """Detections about the objects of a record, decided by its id."""
-    generator = torch.Generator().manual_seed(int(record["image_id"]))
-    objects = [obj for obj in record["kitti_objects"] if obj["type"] in CLASSES]
-    instances = Instances((record["height"], record["width"]))
-    boxes = torch.tensor([obj["bbox"] for obj in objects], dtype=torch.float32).reshape(-1, 4)
-    instances.pred_boxes = Boxes(boxes + torch.rand(boxes.shape, generator=generator))
-    instances.pred_classes = torch.tensor([CLASSES.index(obj["type"]) for obj in objects], dtype=torch.int64)
-    instances.scores = torch.rand(len(objects), generator=generator)
-    return {"instances": instances}
-
-
-def evaluate(evaluator, records):
-    evaluator.reset()
-    for record in records:
-        evaluator.process([{key: record[key] for key in ("file_name", "image_id")}], [detect(record)])
-    return evaluator.evaluate()
 
 
 @pytest.fixture
@@ -70,21 +49,9 @@ def test_equals_the_evaluation_of_the_files_it_writes(root, tmp_path):
     assert half["AP11_hard"] < metrics["AP11_hard"]
 
 
-def _one_of_two(rank, root, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    register_kitti(PREFIX, root)
-    comm.synchronize()
-    records = DatasetCatalog.get(f"{PREFIX}_train")
-    evaluator = KITTIEvaluator(f"{PREFIX}_train", folder, write_results=True)
-    # Not the halves that a loader would make: their sizes differ.
-    results = evaluate(evaluator, records[:3] if rank else records[3:])
-    torch.save(results, f"{folder}/{rank}.pth")
-    dist.destroy_process_group()
-
-
 def test_two_processes_equal_one(root, tmp_path):
     expected = evaluate(KITTIEvaluator(f"{PREFIX}_train"), DatasetCatalog.get(f"{PREFIX}_train"))
-    mp.spawn(_one_of_two, args=(root, tmp_path), nprocs=2)
+    mp.spawn(evaluate_part, args=(PREFIX, root, tmp_path), nprocs=2)
     assert dict(torch.load(tmp_path / "0.pth", weights_only=False)) == dict(expected)
     assert torch.load(tmp_path / "1.pth", weights_only=False) == {}
     assert len(list((tmp_path / "kitti_results").iterdir())) == 12

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kitti_reference import reference_average_precision
 
 from gkd_d2.data.kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, load_kitti
 from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision, recall_thresholds
-
-sys.path.insert(0, str(Path(__file__).parent))
-from kitti_reference import reference_average_precision  # noqa: E402
 
 # Below 41 objects not even perfect detections reach every recall point.
 NUM = 41

@@ -9,10 +9,14 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from PIL import Image
 from tiny import calm
 
 from gkd_d2.config import add_gkd_config, resolve_teacher_config, teacher_config
+from gkd_d2.data import coco_traffic
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.evaluation.kitti_evaluation import flat_metrics
+from gkd_d2.evaluation.kitti_results import evaluate_folders
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 
@@ -63,7 +67,9 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     output = train_net(*student, *short("student", 4), "GKD.TEACHER.WEIGHTS", weights)
     scalars = metrics(tmp_path / "student")
     assert all(scalars[loss] > 0 for loss in NAMES)
-    assert "bbox/AP50" in scalars
+    # The official metric of KITTI's form, with COCO's beside it.
+    assert {"kitti/AP_moderate", "kitti/Car-easy-R11", "bbox/AP", "bbox/AP50"} <= scalars.keys()
+    assert "copypaste: AP_moderate,AP_easy,AP_hard,AP11_moderate,AP11_easy,AP11_hard" in output
     assert any(key.startswith("teacher/") for key in scalars)
     checkpoint = torch.load(tmp_path / "student" / "model_final.pth")
     assert not any("teacher" in key for key in checkpoint["model"])
@@ -128,10 +134,63 @@ def test_kitti_configs_train_on_real_images(name, train_net, project, kitti_samp
     (datasets / "kitti").symlink_to(kitti_sample)
     options = f"""
         MODEL.DEVICE cpu MODEL.WEIGHTS {tmp_path}/backbone.pth GKD.TEACHER.WEIGHTS {tmp_path}/teacher.pth
-        INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 416 DATASETS.TEST () DATALOADER.NUM_WORKERS 0
-        SOLVER.CHECKPOINT_PERIOD 100 TEST.EVAL_PERIOD 0
+        INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 416 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 208
+        DATALOADER.NUM_WORKERS 0 SOLVER.CHECKPOINT_PERIOD 100 TEST.EVAL_PERIOD 0 GKD.KITTI_RESULTS True
     """.split()
     train_net(config, datasets, *options, *short("student", 4))
     scalars = metrics(tmp_path / "student")
-    assert scalars["iteration"] == 3
+    assert scalars["iteration"] == 4  # the row of the evaluation
     assert all(0 < scalars[loss] < float("inf") for loss in NAMES)
+    # The result files give what metrics.json holds.
+    result, num_images = evaluate_folders(
+        kitti_sample / "training" / "label_2", tmp_path / "student" / "inference" / "kitti_val" / "kitti_results"
+    )
+    assert num_images == 16
+    assert flat_metrics(result) == {key: scalars[f"kitti/{key}"] for key in flat_metrics(result)}
+
+
+TOY_TRAFFIC = {
+    "images": [{"id": i, "file_name": f"{i}.jpg", "width": 96, "height": 64} for i in (1, 2, 3)],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [10, 10, 40, 30], "area": 1200, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [60, 10, 20, 40], "area": 800, "iscrowd": 0},
+        {"id": 3, "image_id": 2, "category_id": 13, "bbox": [30, 10, 30, 30], "area": 900, "iscrowd": 0},
+        {"id": 4, "image_id": 3, "category_id": 1, "bbox": [30, 10, 30, 30], "area": 900, "iscrowd": 0},
+    ],
+    "categories": [{"id": i, "name": name} for i, name in coco_traffic.NAMES.items()],
+}
+
+
+@pytest.fixture(params=["toy", "sample"])
+def coco(request, tmp_path):
+    """A datasets folder with COCO-Traffic made of toy pictures or real ones."""
+    for split in ("train", "val"):
+        images = tmp_path / "datasets" / "coco" / f"{split}2017"
+        source = tmp_path / f"{split}.json"
+        if request.param == "sample":
+            sample = request.getfixturevalue("coco_sample")
+            images.parent.mkdir(parents=True, exist_ok=True)
+            images.symlink_to(sample / "images")
+            source = sample / "annotations" / f"instances_{split}.json"
+        else:
+            images.mkdir(parents=True)
+            for number in (1, 2):
+                Image.effect_noise((96, 64), 50).convert("RGB").save(images / f"{number}.jpg")
+            source.write_text(json.dumps(TOY_TRAFFIC))
+        target = tmp_path / "datasets" / "coco_traffic" / "annotations" / f"instances_{split}.json"
+        coco_traffic.prepare_coco_traffic(source, target)
+    return tmp_path / "datasets"
+
+
+def test_coco_traffic_trains_and_evaluates(coco, train_net, tmp_path):
+    options = """
+        MODEL.DEVICE cpu MODEL.WEIGHTS '' MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
+        MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0
+        INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+        DATALOADER.NUM_WORKERS 0 TEST.EVAL_PERIOD 0
+    """.replace("''", '""').split()
+    output = train_net("baselines/retinanet_coco_traffic.yaml", coco, *options, *short("alone", 2))
+    scalars = metrics(tmp_path / "alone")
+    assert scalars["iteration"] == 2 and 0 < scalars["loss_cls"] < float("inf")
+    assert {"bbox/AP", "bbox/AP50", "bbox/AP-car", "bbox/AP-traffic light"} <= scalars.keys()
+    assert "copypaste: AP,AP50" in output
