@@ -288,7 +288,8 @@ entry_names = st.one_of(
          "..", "training/label_2/a.txt/b.txt", "training\\label_2\\a.txt", "training/image_2/a.png",
          "training/label_2/a.txt/"]
     ),
-    st.text(min_size=1, max_size=5),
+    # zipfile can't write the others; a change of bytes may make them.
+    st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1, max_size=5),
 )  # fmt: skip
 entry_lists = st.one_of(
     *(
@@ -308,10 +309,7 @@ def test_archives(folder, entries, changes):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name, content, compression in entries:
-            try:
-                file.writestr(name, content, compression)
-            except UnicodeEncodeError:  # a lone surrogate, which no archive can hold
-                continue
+            file.writestr(name, content, compression)
     ground = folder / "archives"
     shutil.rmtree(ground, ignore_errors=True)
     ground.mkdir()
