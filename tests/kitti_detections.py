@@ -42,4 +42,6 @@ def evaluate_part(rank, prefix, root, folder):
     # Not the halves that a loader would make: their sizes differ.
     results = evaluate(evaluator, records[:3] if rank else records[3:])
     torch.save(results, f"{folder}/{rank}.pth")
+    # The second process has less to do; gloo aborts one that leaves while the other still talks to it.
+    comm.synchronize()
     dist.destroy_process_group()
