@@ -21,22 +21,23 @@ def project() -> Path:
     return PROJECT
 
 
+def _sample(name: str) -> Path:
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} does not lie beside this project")
+    return folder
+
+
 @pytest.fixture
 def kitti_sample() -> Path:
     """81 real KITTI images, which lie beside the project where it is developed."""
-    folder = SHARED_DATA / "kitti_sample"
-    if not folder.is_dir():
-        pytest.skip("the KITTI sample does not lie beside this project")
-    return folder
+    return _sample("kitti_sample")
 
 
 @pytest.fixture
 def coco_sample() -> Path:
     """59 real COCO images, which lie beside the project where it is developed."""
-    folder = SHARED_DATA / "coco_sample"
-    if not folder.is_dir():
-        pytest.skip("the COCO sample does not lie beside this project")
-    return folder
+    return _sample("coco_sample")
 
 
 # The tests' tensors are so small that more threads cost time, much of it where others use the cores too.

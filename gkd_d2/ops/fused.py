@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gkd_d2.ops.reference import accumulation_dtype
+
 if TYPE_CHECKING:
     from gkd_d2.losses import LossWeights
 
@@ -60,11 +62,6 @@ def unavailable_reason(device: torch.device) -> str | None:
             "with a CUDA toolkit, `FORCE_CUDA=1 pip install -e . --no-build-isolation` builds them"
         )
     return f"the extension gkd_d2._C has kernels for cpu and cuda, but none for {device.type}"
-
-
-def is_available(device: torch.device) -> bool:
-    """Whether the extension can compute on ``device``."""
-    return unavailable_reason(device) is None
 
 
 def distillation_losses(
@@ -115,14 +112,10 @@ def _state_size(student: list[Tensor], weights: list[float]) -> int:
     return sum(s.shape[0] * (maps * s.shape[2] * s.shape[3] + vectors * s.shape[1]) for s in student)
 
 
-def _accumulation_dtype(feature: Tensor) -> torch.dtype:
-    return torch.float64 if feature.dtype == torch.float64 else torch.float32
-
-
 def _fake_losses(student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights, *options):
     save_state = options[-1]
     size = _state_size(student, weights) if save_state else 0
-    dtype = _accumulation_dtype(student[0])
+    dtype = accumulation_dtype(student[0])
     return student[0].new_empty(4, dtype=dtype), student[0].new_empty(size, dtype=dtype)
 
 

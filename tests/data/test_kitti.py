@@ -17,7 +17,6 @@ from PIL import Image
 from gkd_d2.data import register_kitti
 from gkd_d2.data.kitti import CLASSES, check_kitti_root, load_kitti, parse_label_line, split_by_hash
 
-SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "kitti_sample"
 SIZE = (200, 100)  # width, height
 TAIL = "1.5 1.6 3.9 1.0 1.5 20.0 -1.57"  # the 7 fields of a 3D box
 CAR = f"Car 0.00 0 -1.50 10.00 20.00 60.00 50.00 {TAIL}"
@@ -321,10 +320,9 @@ SAMPLE_COUNTS = {
 }
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs the shared KITTI sample")
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_sample_of_real_images(split: str) -> None:
-    records = load_kitti(SAMPLE, split)
+def test_the_sample_of_real_images(split: str, kitti_sample: Path) -> None:
+    records = load_kitti(kitti_sample, split)
     num_images, objects, ignored = SAMPLE_COUNTS[split]
     types = [obj["type"] for record in records for obj in record["kitti_objects"]]
     assert len(records) == num_images

@@ -56,7 +56,8 @@ DEVICES = [
             pytest.mark.cuda,
             pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
             pytest.mark.skipif(
-                not fused.is_available(torch.device("cuda")), reason=str(fused.unavailable_reason(torch.device("cuda")))
+                fused.unavailable_reason(torch.device("cuda")) is not None,
+                reason=str(fused.unavailable_reason(torch.device("cuda"))),
             ),
         ],
     ),

@@ -12,7 +12,7 @@ CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.skipif(not fused.is_available(CUDA), reason=str(fused.unavailable_reason(CUDA))),
+    pytest.mark.skipif(fused.unavailable_reason(CUDA) is not None, reason=str(fused.unavailable_reason(CUDA))),
 ]
 WEIGHTS = LossWeights(gradient=0.5, box=0.1, attention=0.2, image=0.3)
 
