@@ -172,7 +172,12 @@ def split_detector(model: nn.Module) -> SplitDetector:
 
 
 def feature_gradients(
-    losses: dict[str, Tensor], features: dict[str, Tensor], levels: list[str], *, retain_graph: bool
+    losses: dict[str, Tensor],
+    features: dict[str, Tensor],
+    levels: list[str],
+    *,
+    retain_graph: bool,
+    scale: float = 1.0,
 ) -> list[Tensor]:
     """The gradient of the sum of a detector's losses with respect to the features its heads were given.
 
@@ -181,9 +186,10 @@ def feature_gradients(
         features: level name -> N,C,H,W, the very tensors that entered :meth:`SplitDetector.losses`.
         levels: names of the levels asked for.
         retain_graph: whether a backward pass through the same graph follows.
+        scale: what the sum is multiplied by, so that gradients of half precision do not underflow.
 
     Returns:
-        One tensor N,C,H,W a level.
+        One tensor N,C,H,W a level, ``scale`` times the gradient.
 
     Raises:
         RuntimeError: there is no loss, or a level has no part in any.
@@ -191,7 +197,7 @@ def feature_gradients(
     if not losses:
         raise RuntimeError("the detector returned no loss: are its heads in training mode?")
     inputs = [features[name] for name in levels]
-    gradients = torch.autograd.grad(sum(losses.values()), inputs, retain_graph=retain_graph, allow_unused=True)
+    gradients = torch.autograd.grad(scale * sum(losses.values()), inputs, retain_graph=retain_graph, allow_unused=True)
     unused = [name for name, gradient in zip(levels, gradients) if gradient is None]
     if unused:
         raise RuntimeError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -15,9 +19,36 @@ from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
 from gkd_d2.losses import LossWeights, check_options, distillation_losses
 from gkd_d2.pairing import check_pair, pair_levels
-from gkd_d2.teacher import FrozenTeacher, build_teacher, separate_random_stream
+from gkd_d2.streams import separate_random_stream
+from gkd_d2.teacher import FrozenTeacher, build_teacher
+from gkd_d2.watch import TermReport, measure_terms
 
 _STUDENT = "student."
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What both networks make of one training batch: N images, L distilled levels.
+
+    Attributes:
+        images: the padded batch.
+        losses: the student's own loss dictionary.
+        student: its features, L tensors N,C,H,W, before alignment.
+        student_grad: the gradient of the sum of ``losses`` with respect to them, times ``scale``; or None.
+        teacher: the teacher's features, L tensors N,C,H,W.
+        teacher_grad: the gradient of the teacher's own losses with respect to them, times ``scale``; or None.
+        boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch.
+        scale: of the gradients.
+    """
+
+    images: ImageList
+    losses: dict[str, Tensor]
+    student: list[Tensor]
+    student_grad: list[Tensor] | None
+    teacher: list[Tensor]
+    teacher_grad: list[Tensor] | None
+    boxes: list[Tensor]
+    scale: float
 
 
 @META_ARCH_REGISTRY.register()
@@ -27,6 +58,12 @@ class GKDDistiller(nn.Module):
     In training it returns the student's loss dictionary with the four distillation losses added; otherwise it is the
     student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
     ``align.``: a checkpoint of it loads into the plain student, and one of the plain student into it.
+
+    Attributes:
+        gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
+            the losses do not depend on it, but in float16 small gradients would underflow without it.
+        watch: whether the next training forward measures each loss at each level.
+        watched: what was measured last, or None.
     """
 
     @configurable
@@ -74,6 +111,9 @@ class GKDDistiller(nn.Module):
             "rectifier": rectifier,
             "implementation": implementation,
         }
+        self.gradient_scale = 1.0
+        self.watch = False
+        self.watched: TermReport | None = None
         self._teacher = teacher
         self._split: SplitDetector = split_detector(student)
         with separate_random_stream(torch.device("cpu"), seed):
@@ -130,9 +170,29 @@ class GKDDistiller(nn.Module):
         """
         if not (self.training and self.weights):
             return self.student(batched_inputs)
-        need_teacher_grad = self.weights.need_teacher_grad(self.options["weighting"])
-        teacher, teacher_grad = self._teacher.features(
-            batched_inputs, self.teacher_features, with_gradients=need_teacher_grad
+        weighting = self.options["weighting"]
+        seen = self.observe(
+            batched_inputs,
+            student_grad=self.watch or self.weights.need_student_grad(),
+            teacher_grad=self.weights.need_teacher_grad(weighting),
+        )
+        if self.watch:
+            self.watched = self._measure(seen)
+        return {**seen.losses, **self._distil(seen, seen.student, range(len(seen.student)))}
+
+    def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
+        """Run both networks on a training batch, in training mode and within an EventStorage.
+
+        Args:
+            batched_inputs: with ground truth.
+            student_grad: whether the student's gradients at its features are computed.
+            teacher_grad: whether the teacher's are.
+
+        Raises:
+            RuntimeError: a level carries no gradient, or the two networks' features differ in size.
+        """
+        teacher, teacher_gradients = self._teacher.features(
+            batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale
         )
         images, features = self._split.features(batched_inputs)
         self._check_trained(features)
@@ -140,23 +200,56 @@ class GKDDistiller(nn.Module):
         # of levels that the pyramid derives from others.
         head_inputs = {name: feature.view_as(feature) for name, feature in features.items()}
         losses = self._split.losses(images, head_inputs, batched_inputs)
-        student_grad = None
-        if self.weights.need_student_grad():
-            student_grad = feature_gradients(losses, head_inputs, self.student_features, retain_graph=True)
-        student, student_grad = self._aligned([features[name] for name in self.student_features], student_grad)
+        student_gradients = None
+        if student_grad:
+            student_gradients = feature_gradients(
+                losses, head_inputs, self.student_features, scale=self.gradient_scale, retain_graph=True
+            )
+        student = [features[name] for name in self.student_features]
         self._check_sizes(student, teacher)
-        boxes = [x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs]
-        distillation = distillation_losses(
+        return Observation(
+            images=images,
+            losses=losses,
+            student=student,
+            student_grad=student_gradients,
+            teacher=teacher,
+            teacher_grad=teacher_gradients,
+            boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
+            scale=self.gradient_scale,
+        )
+
+    def _distil(self, seen: Observation, student: list[Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
+        """The four losses of some levels, whose features before alignment are ``student``."""
+        names = [self.student_features[level] for level in levels]
+        teacher = [seen.teacher[level] for level in levels]
+        student_grad = teacher_grad = None
+        if self.weights.need_student_grad():
+            student_grad = self._align_gradients(names, [seen.student_grad[level] for level in levels])
+        if seen.teacher_grad is not None:
+            teacher_grad = [seen.teacher_grad[level] for level in levels]
+        student, teacher, student_grad, teacher_grad = _in_one_dtype(
+            self._align(names, student), teacher, student_grad, teacher_grad
+        )
+        return distillation_losses(
             student,
             teacher,
             student_grad,
             teacher_grad,
-            boxes,
-            tuple(images.tensor.shape[-2:]),
+            seen.boxes,
+            tuple(seen.images.tensor.shape[-2:]),
             weights=self.weights.scaled(self._ramp()),
             **self.options,
         )
-        return {**losses, **distillation}
+
+    def _measure(self, seen: Observation) -> TermReport:
+        """Each loss and its gradient at the student's features, level by level."""
+        return measure_terms(
+            lambda level, feature: self._distil(seen, [feature], [level]),
+            dict(zip(self.student_features, seen.student)),
+            seen.student_grad,
+            terms=self.weights.terms(),
+            scale=seen.scale,
+        )
 
     def _ramp(self) -> float:
         """The factor of the four weights at this iteration."""
@@ -171,13 +264,13 @@ class GKDDistiller(nn.Module):
         channels = {name: (ours[name].channels, theirs[other].channels) for name, other in pairs}
         return nn.ModuleDict({name: AlignConv(*pair) for name, pair in channels.items() if pair[0] != pair[1]})
 
-    def _aligned(self, features: list[Tensor], gradients: list[Tensor] | None):
-        """Features and gradients, brought to the teacher's number of channels where it differs."""
-        convs = [self.align[name] if name in self.align else None for name in self.student_features]  # noqa: SIM401
-        features = [feature if conv is None else conv(feature) for conv, feature in zip(convs, features)]
-        if gradients is not None:
-            gradients = [g if conv is None else conv.align_gradient(g) for conv, g in zip(convs, gradients)]
-        return features, gradients
+    def _align(self, names: list[str], features: list[Tensor]) -> list[Tensor]:
+        """Features, brought to the teacher's number of channels where it differs."""
+        return [self.align[name](f) if name in self.align else f for name, f in zip(names, features)]
+
+    def _align_gradients(self, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients at the aligned features."""
+        return [self.align[name].align_gradient(g) if name in self.align else g for name, g in zip(names, gradients)]
 
     def _check_trained(self, features: dict[str, Tensor]) -> None:
         for name in self.student_features:
@@ -189,7 +282,7 @@ class GKDDistiller(nn.Module):
 
     def _check_sizes(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         for name, ours, theirs in zip(self.student_features, student, teacher):
-            if ours.shape != theirs.shape:
+            if ours.shape[2:] != theirs.shape[2:]:
                 raise RuntimeError(
                     f"the student's {name} is {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)} (N,C,H,W) for "
                     "one batch: the two networks pad or downsample differently and can't be paired"
@@ -199,6 +292,15 @@ class GKDDistiller(nn.Module):
         # The teacher is no submodule, but follows the student to its device.
         self._teacher.to(fn)
         return super()._apply(fn, recurse)
+
+
+def _in_one_dtype(*lists: list[Tensor] | None) -> list[list[Tensor] | None]:
+    """Under autocast two networks may give features of two dtypes, as where only one has normalised its own."""
+    dtypes = {tensor.dtype for tensors in lists for tensor in tensors or ()}
+    if len(dtypes) == 1:
+        return list(lists)
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [tensors and [tensor.to(widest) for tensor in tensors] for tensors in lists]
 
 
 def copy_heads(teacher: nn.Module, student: nn.Module) -> list[str]:

@@ -15,22 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
-
-
-@contextlib.contextmanager
-def separate_random_stream(device: torch.device, seed: int):
-    """Within it torch draws from a stream of ``seed``; after it, as if nothing had been drawn.
-
-    Args:
-        device: whose generator is set beside the CPU's.
-        seed: of the stream.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+from gkd_d2.streams import separate_random_stream
 
 
 def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
@@ -82,7 +67,7 @@ class FrozenTeacher:
         self.model._apply(apply)
 
     def features(
-        self, batched_inputs: list[dict], levels: list[str], *, with_gradients: bool
+        self, batched_inputs: list[dict], levels: list[str], *, with_gradients: bool, scale: float = 1.0
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """The teacher's features and the gradient of its own detection loss with respect to them.
 
@@ -90,9 +75,10 @@ class FrozenTeacher:
             batched_inputs: the student's augmented batch with its ground truth.
             levels: names of the teacher's levels.
             with_gradients: whether the losses and gradients are computed at all.
+            scale: of the gradients; see :func:`gkd_d2.detector.feature_gradients`.
 
         Returns:
-            One feature N,C,H,W a level, and one gradient N,C,H,W a level or None.
+            One feature N,C,H,W a level, and one gradient N,C,H,W a level, times ``scale``, or None.
 
         Raises:
             RuntimeError: a level has no part in the losses.
@@ -105,7 +91,7 @@ class FrozenTeacher:
         leaves = {name: feature.detach().requires_grad_(name in levels) for name, feature in features.items()}
         with self._own_streams():
             losses = self.split.losses(images, leaves, batched_inputs)
-        return wanted, feature_gradients(losses, leaves, levels, retain_graph=False)
+        return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
 
     @contextlib.contextmanager
     def _own_streams(self):

@@ -79,9 +79,9 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
 @pytest.mark.parametrize("channels", [16, 8])
 def test_all_four_losses_fall_on_a_repeated_batch(kind, channels, distiller_config):
     cfg = distiller_config(kind, channels=channels)
-    cfg.SOLVER.BASE_LR = 0.005
+    cfg.SOLVER.BASE_LR = 0.02
     distiller = build_model(cfg)
-    history = train(distiller, cfg, training_batch(), 20)
+    history = train(distiller, cfg, training_batch(), 40)
     assert len(distiller.align) == (0 if channels == 16 else len(distiller.student_features))
     for name in NAMES:
         first = sum(losses[name] for losses in history[:3])
