@@ -1,14 +1,83 @@
-"""Detectron2's checkpointer, where a checkpoint that does not fit is an error."""
+"""Detectron2's checkpointer, where a checkpoint that does not fit is an error and a half-written one does no harm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Callable, Iterable
+from typing import IO
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint can't be read, as when its writing was cut off."""
+
+
 class StudentCheckpointer(DetectionCheckpointer):
-    """Refuses a checkpoint that sets nothing of the model."""
+    """Refuses a checkpoint that sets nothing of the model; writes whole files or none, and can do without the last."""
+
+    def save(self, name: str, *, resumable: bool = True, **kwargs) -> None:
+        """Write a checkpoint under a temporary name and rename it: a final name always holds a whole one.
+
+        Args:
+            name: of the file, without ".pth".
+            resumable: whether a resume shall start from it.
+            kwargs: what else to save; plain tensors and numbers.
+
+        Raises:
+            OSError: it can't be written, as on a full disk; earlier checkpoints stay as they are.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            _write_whole(path, lambda file: torch.save(data, file))
+        except (OSError, RuntimeError) as error:
+            last = self.get_checkpoint_file() if self.has_checkpoint() else "none"
+            raise OSError(
+                f"the checkpoint {path} can't be written ({error}); is the disk full? The last whole one: {last}"
+            ) from error
+        if resumable:
+            self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """As Detectron2's, but where the last checkpoint is damaged the one before it is taken, with a warning.
+
+        Raises:
+            DamagedCheckpointError: ``resume`` is set and there are checkpoints, but none can be read.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        last = self.get_checkpoint_file()
+        for candidate in [last, *self._periodic_checkpoints(without=last)]:
+            try:
+                return self.load(candidate)
+            except DamagedCheckpointError as error:
+                self.logger.warning("%s. Falling back to the checkpoint before it", error)
+        raise DamagedCheckpointError(
+            f"no checkpoint in {self.save_dir} can be read: start anew without --resume, in another OUTPUT_DIR"
+        )
+
+    def _periodic_checkpoints(self, without: str) -> list[str]:
+        """The checkpoints that are named after their iteration, latest first."""
+        found = [(re.fullmatch(r"model_(\d+)\.pth", name), name) for name in os.listdir(self.save_dir)]
+        names = [name for _, name in sorted(((int(m[1]), name) for m, name in found if m), reverse=True)]
+        return [path for path in (os.path.join(self.save_dir, name) for name in names) if path != without]
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
+            raise DamagedCheckpointError(f"the checkpoint {filename} is damaged: {error}") from error
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
@@ -48,3 +117,18 @@ def _some(names: Iterable[str]) -> str:
     """The first few of ``names`` for a message."""
     names = sorted(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "nothing"
+
+
+def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a temporary file, and give it its name when every byte is on the disk."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise

@@ -10,7 +10,7 @@ DISTILLER = "GKDDistiller"
 
 
 def add_gkd_config(cfg: CfgNode) -> None:
-    """Add the node GKD with its defaults to a Detectron2 config.
+    """Add the node GKD, and two keys of SOLVER, with their defaults to a Detectron2 config.
 
     Args:
         cfg: changed in place; the student is described by its MODEL node.
@@ -53,9 +53,21 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
     cfg.GKD.IMPLEMENTATION = "auto"
 
+    # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
+    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard.
+    cfg.GKD.WATCH_PERIOD = 20
+    # So many iterations in a row in which the gradient of a loss at a level is exactly 0 or not finite stop the run.
+    cfg.GKD.WATCH_PATIENCE = 20
+
     # Write the detections of datasets of KITTI's form in KITTI's result format too, one file an image, into
     # OUTPUT_DIR/inference/<dataset>/kitti_results. For kitti_test, which has no labels, that is always done.
     cfg.GKD.KITTI_RESULTS = False
+
+    # A batch of SOLVER.IMS_PER_BATCH images is computed in so many parts one after the other, to save memory; their
+    # gradients are averaged, as those of so many GPUs would be. An iteration stays one batch and one step.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Of autocast where SOLVER.AMP.ENABLED is set: float16 (on GPUs, with a gradient scaler) or bfloat16.
+    cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:

@@ -171,6 +171,18 @@ def split_detector(model: nn.Module) -> SplitDetector:
     )
 
 
+def running_state(model: nn.Module) -> dict[str, float]:
+    """The moving averages that a detector keeps outside its state_dict; nothing for one that is not known."""
+    names = next((split.running_attributes for kind, split in _SPLITS.items() if isinstance(model, kind)), ())
+    return {name: float(getattr(model, name)) for name in names if hasattr(model, name)}
+
+
+def load_running_state(model: nn.Module, state: dict[str, float]) -> None:
+    """Set what :func:`running_state` returned."""
+    for name, value in state.items():
+        setattr(model, name, value)
+
+
 def feature_gradients(
     losses: dict[str, Tensor],
     features: dict[str, Tensor],

@@ -7,21 +7,25 @@ The arguments are Detectron2's own, KEY VALUE pairs at the end override the conf
     python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --eval-only \\
         MODEL.WEIGHTS output/gkd_frcnn_kitti/model_final.pth
     python tools/train_net.py --config-file configs/toy/gkd_retinanet.yaml --num-gpus 0 MODEL.DEVICE cpu
+    torchrun --nproc-per-node 4 tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml
+    srun --ntasks-per-node 4 --gpus-per-node 4 python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml
+On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves its state and ends with status 143.
 """
 
 import argparse
 import sys
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config
+from gkd_d2.engine.launch import launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.engine.trainer import Trainer
+from gkd_d2.engine.trainer import Trainer, settle_seed
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -40,6 +44,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 
 def main(cfg: CfgNode, args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
+    cfg = settle_seed(cfg, resume=args.resume)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gkd_d2")
     default_setup(cfg, args)
     if not args.eval_only:
@@ -64,11 +69,4 @@ if __name__ == "__main__":
         check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
     except PreflightError as error:
         sys.exit(str(error))
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, args),
-    )
+    launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -45,8 +45,10 @@ def _device(cfg: CfgNode) -> list[str]:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: add the arguments "
             "`--num-gpus 0 MODEL.DEVICE cpu` to run on the CPU"
         ]
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        return ["SOLVER.AMP.ENABLED needs a GPU in Detectron2: set it to False with MODEL.DEVICE cpu"]
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
+        return [f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: set it to float16 or bfloat16"]
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.DTYPE != "bfloat16":
+        return ["SOLVER.AMP trains in float16 on GPUs only: on a CPU set SOLVER.AMP.DTYPE to bfloat16"]
     return []
 
 

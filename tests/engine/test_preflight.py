@@ -121,7 +121,9 @@ def test_device(ready, monkeypatch):
     assert "--num-gpus 0 MODEL.DEVICE cpu" in problems(ready)
     ready.MODEL.DEVICE = "cpu"
     ready.SOLVER.AMP.ENABLED = True
-    assert "SOLVER.AMP.ENABLED needs a GPU" in problems(ready)
+    assert "set SOLVER.AMP.DTYPE to bfloat16" in problems(ready)
+    ready.SOLVER.AMP.DTYPE = "half"
+    assert "SOLVER.AMP.DTYPE is 'half'" in problems(ready)
 
 
 def test_everything_at_once(ready, tmp_path, monkeypatch):

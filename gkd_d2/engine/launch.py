@@ -1,0 +1,207 @@
+"""How the processes of a run come to be: torchrun's, Slurm's, Detectron2's launcher, or one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Mapping
+
+import torch
+from detectron2.engine import launch as launch_on_gpus
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing import ProcessExitedException, spawn
+
+# Of the ports that no service is registered for; jobs that share a machine get different ones.
+_PORTS = range(20000, 40000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among the processes that something else has started.
+
+    Attributes:
+        rank: its number among all processes.
+        world_size: the number of all processes.
+        local_rank: its number on its machine.
+        machine: the number of its machine.
+        url: where the processes meet, as torch.distributed.init_process_group takes it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    machine: int
+    url: str
+
+
+def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device: str) -> None:
+    """Run ``main`` in every process of the run; what starts them is decided here, from the environment.
+
+    - torchrun has started the processes: each takes its place.
+    - srun has started several tasks: each is a process of its own; or, with --num-gpus above 1, each is a machine whose
+      processes Detectron2's launcher starts.
+    - Otherwise --num-gpus, --num-machines, --machine-rank and --dist-url have Detectron2's meaning; on a CPU
+      --num-gpus is the number of processes.
+
+    Args:
+        main: called as ``main(*main_args)``.
+        args: of Detectron2's default_argument_parser.
+        main_args: must be picklable.
+        device: MODEL.DEVICE; on "cpu" the processes talk through gloo, otherwise through NCCL.
+
+    Raises:
+        ValueError: the environment or the arguments contradict themselves or the machine.
+        SystemExit: a process that was started here ended with an exit status other than 0 without an exception, as one
+            stopped by a signal does; with its status.
+    """
+    args = _machines_of_slurm(args, os.environ)
+    place = place_from_environment(args, os.environ)
+    if place is not None:
+        _run(main, main_args, place, device)
+        return
+    if args.num_gpus * args.num_machines <= 1:
+        main(*main_args)
+        return
+    _check_gpus(args.num_gpus, device)
+    previous = signal.signal(signal.SIGTERM, _pass_on)
+    try:
+        if device == "cpu":
+            url = args.dist_url if args.num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}"
+            spawn(_start, (main, main_args, args.num_gpus, args.num_machines, args.machine_rank, url), args.num_gpus)
+        else:
+            launch_on_gpus(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, main_args)
+    except ProcessExitedException as error:
+        # A signal's number is negative here and 128 more in a shell.
+        status = error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
+        logging.getLogger(__name__).error("%s", error)
+        raise SystemExit(status) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def place_from_environment(args: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
+    """The place that torchrun or srun has given this process; None where neither has.
+
+    Args:
+        args: of the command line; with --num-gpus or --num-machines above 1 srun's tasks are no processes of the run.
+        environment: of this process.
+
+    Raises:
+        ValueError: a variable is missing or no number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK"),
+            machine=int(environment.get("GROUP_RANK", 0)),
+            url="env://",
+        )
+    # Of the task that srun started; SLURM_NTASKS is also set in a batch script, which is one process.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and args.num_gpus <= 1 and args.num_machines == 1:
+        return Place(
+            rank=_number(environment, "SLURM_PROCID"),
+            world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            machine=_number(environment, "SLURM_NODEID"),
+            url=_url_of_slurm(environment),
+        )
+    return None
+
+
+def _machines_of_slurm(args: argparse.Namespace, environment: Mapping[str, str]) -> argparse.Namespace:
+    """Where srun started several tasks and each shall start processes itself: the tasks are the machines."""
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environment or tasks == 1 or args.num_gpus <= 1 or args.num_machines > 1:
+        return args
+    rank = _number(environment, "SLURM_PROCID")
+    changes = {"num_machines": tasks, "machine_rank": rank, "dist_url": _url_of_slurm(environment)}
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def _url_of_slurm(environment: Mapping[str, str]) -> str:
+    """The first machine of the step, and a port that depends on the job; MASTER_ADDR and MASTER_PORT win."""
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    # Slurm folds names: gpu[03-05,9],login is gpu03, gpu04, gpu05, gpu9, login.
+    first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
+    address = environment.get("MASTER_ADDR", first)
+    if not address:
+        raise ValueError("srun has set no SLURM_STEP_NODELIST: set MASTER_ADDR to the name of the first machine")
+    port = environment.get("MASTER_PORT")
+    if port is None:
+        # Steps of one job may overlap.
+        number = _number(environment, "SLURM_JOB_ID") + 7919 * int(environment.get("SLURM_STEP_ID", 0))
+        port = _PORTS[number % len(_PORTS)]
+    return f"tcp://{address}:{port}"
+
+
+def _run(main: Callable, main_args: tuple, place: Place, device: str) -> None:
+    """Join the other processes, run ``main``, and leave together with them."""
+    if device != "cpu":
+        _check_gpus(1, device)
+        # With one GPU visible to each process, as by --gpus-per-task, every process's own is number 0.
+        visible = torch.cuda.device_count()
+        if place.local_rank >= visible > 1:
+            raise ValueError(
+                f"process {place.local_rank} of machine {place.machine} has no GPU of its own: {visible} are visible"
+            )
+        torch.cuda.set_device(place.local_rank % visible)
+    distributed.init_process_group(
+        "gloo" if device == "cpu" else "nccl", init_method=place.url, rank=place.rank, world_size=place.world_size
+    )
+    _form_local_groups(place.machine)
+    main(*main_args)
+    # A process that leaves first would break the connections of those that still write.
+    comm.synchronize()
+    distributed.destroy_process_group()
+
+
+def _start(local_rank: int, main: Callable, main_args: tuple, processes: int, machines: int, machine: int, url: str):
+    """A process that was started here, on a CPU."""
+    place = Place(machine * processes + local_rank, machines * processes, local_rank, machine, url)
+    _run(main, main_args, place, "cpu")
+
+
+def _form_local_groups(machine: int) -> None:
+    """Tell Detectron2 which processes share a machine; every process must take part in forming every group."""
+    machines: list[int | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(machines, machine)
+    groups = {m: [rank for rank, other in enumerate(machines) if other == m] for m in sorted(set(machines))}
+    for number, ranks in groups.items():
+        group = distributed.new_group(ranks)
+        if number == machine:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _check_gpus(wanted: int, device: str) -> None:
+    if device != "cpu" and torch.cuda.device_count() < wanted:
+        raise ValueError(
+            f"this run needs {wanted} GPUs on this machine, but torch finds {torch.cuda.device_count()}: lower "
+            "--num-gpus, or add MODEL.DEVICE cpu to run as many processes on the CPU"
+        )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise ValueError(f"the environment variable {name} is {value!r}, but must be a number set by the launcher")
+    return int(value)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _pass_on(number: int, frame) -> None:
+    """Send a signal of the parent to the processes that it started, and wait for them."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)

@@ -1,0 +1,170 @@
+"""One optimizer step: its batch in parts, its precision, its random stream and its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+
+import numpy as np
+import torch
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from gkd_d2.distiller import GKDDistiller
+from gkd_d2.streams import mix_seed, seed_everything
+
+# In float16 steps whose loss or gradient overflows are left out while the scale is sought; more in a row are an error.
+MAX_SKIPPED_STEPS = 20
+
+
+class TrainStep(TrainerBase):
+    """The part of the trainer that Detectron2 calls SimpleTrainer or AMPTrainer.
+
+    Every step draws from a random stream of its seed, iteration and process, so that a resumed run draws what an
+    uninterrupted one would.
+
+    Args:
+        model: a meta-architecture, or its DistributedDataParallel.
+        data_loader: from :func:`gkd_d2.data.loader.build_train_loader`.
+        optimizer: of the model.
+        seed: >= 0.
+        accumulate_steps: number of equal parts of a batch whose gradients are computed one after the other and
+            averaged, as over so many processes.
+        amp_dtype: of autocast, torch.float16 (with a gradient scaler) or torch.bfloat16; None: no autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: DataLoader,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        accumulate_steps: int = 1,
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        model.train()
+        self.model = model
+        self.module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.data_loader = data_loader
+        self.optimizer = optimizer
+        self._seed = seed
+        self._accumulate_steps = accumulate_steps
+        self._amp_dtype = amp_dtype
+        self._device = self.module.device.type
+        self._scaler = torch.amp.GradScaler(self._device, enabled=amp_dtype == torch.float16)
+        self._batches = None
+        self._skipped = 0
+
+    def start(self, iteration: int) -> None:
+        """Start the loader's workers, at the batch of ``iteration``."""
+        self.data_loader.batch_sampler.first = iteration
+        self._batches = iter(self.data_loader)
+
+    def run_step(self) -> None:
+        """Compute the gradients of one batch and update the model.
+
+        Raises:
+            FloatingPointError: a loss is infinite or NaN; the images are named. In float16 such a step is left out
+                instead, unless MAX_SKIPPED_STEPS of them come in a row.
+        """
+        start = time.perf_counter()
+        batch = next(self._batches)
+        data_time = time.perf_counter() - start
+        seed_everything(mix_seed(self._seed, self.iter, comm.get_rank()))
+        if isinstance(self.module, GKDDistiller):
+            self.module.gradient_scale = self._scaler.get_scale()
+        self.optimizer.zero_grad()
+        losses = self._backward(batch)
+        self._write_metrics(losses, data_time, batch)
+        # Gradient clipping, where it is enabled, is part of the optimizer's step and must see unscaled gradients.
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
+        """Add up the gradients of the batch's parts; returns the parts' mean losses."""
+        size = len(batch) // self._accumulate_steps
+        parts = [batch[first : first + size] for first in range(0, len(batch), size)]
+        means: dict[str, Tensor] = {}
+        for part in parts:
+            with contextlib.ExitStack() as stack:
+                if part is not parts[-1] and isinstance(self.model, DistributedDataParallel):
+                    stack.enter_context(self.model.no_sync())
+                with torch.autocast(self._device, self._amp_dtype, enabled=self._amp_dtype is not None):
+                    losses = self._forward(part)
+                self._scaler.scale(sum(losses.values()) / len(parts)).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0) + value.detach() / len(parts)
+        return means
+
+    def _forward(self, part: list[dict]) -> dict[str, Tensor]:
+        try:
+            return self.model(part)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} Iteration {self.iter}; {self._blame(part)}") from error
+
+    def _write_metrics(self, losses: dict[str, Tensor], data_time: float, batch: list[dict]) -> None:
+        """Put the losses, averaged over the processes, into the EventStorage; all processes judge them alike."""
+        numbers = torch.stack([value.float() for value in losses.values()]).tolist()
+        own = dict(zip(losses, numbers))
+        rows = comm.all_gather((own, data_time))
+        means = {name: float(np.mean([row[name] for row, _ in rows])) for name in own}
+        if all(math.isfinite(value) for value in means.values()):
+            self._skipped = 0
+            storage = get_event_storage()
+            # The slowest process decides.
+            storage.put_scalar("data_time", max(seconds for _, seconds in rows))
+            storage.put_scalar("total_loss", sum(means.values()))
+            storage.put_scalars(**means)
+            return
+        self._skipped += 1
+        if self._scaler.is_enabled() and self._skipped <= MAX_SKIPPED_STEPS:
+            logging.getLogger(__name__).warning(
+                "Iteration %d is left out: %s; scale %g", self.iter, _not_finite(means), self._scaler.get_scale()
+            )
+            return
+        where = self._blame(batch) if _not_finite(own) else "the images are those of another process"
+        raise FloatingPointError(f"Iteration {self.iter}: {_not_finite(means)}; {where}")
+
+    def _blame(self, batch: list[dict]) -> str:
+        """Which images of a failed batch fail by themselves."""
+        names = [str(x.get("file_name", "an image without file_name")) for x in batch]
+        whole = f"the batch was {', '.join(names)}"
+        if len(batch) == 1 or any(isinstance(m, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) for m in self.module.modules()):
+            return whole
+        guilty = [name for name, x in zip(names, batch) if self._fails(x)]
+        return f"{whole}; by themselves fail: {', '.join(guilty) or 'none of them'}"
+
+    def _fails(self, image: dict) -> bool:
+        try:
+            with torch.autocast(self._device, self._amp_dtype, enabled=self._amp_dtype is not None):
+                return not all(torch.isfinite(value) for value in self.module([image]).values())
+        except FloatingPointError:
+            return True
+
+    def state_dict(self) -> dict:
+        """The optimizer's and the gradient scaler's state: tensors and numbers."""
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """
+        Args:
+            state_dict: from :meth:`state_dict`; without a scaler's state the scale is sought anew.
+        """
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if state_dict.get("grad_scaler"):
+            self._scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _not_finite(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value))
