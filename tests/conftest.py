@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -53,20 +54,41 @@ def _repeatable():
         yield
 
 
+def _distiller_config(
+    folder: Path, kind: str = "faster", *, teacher_channels: int = 16, teacher_width: int = 16, change=None, **student
+) -> CfgNode:
+    """A distiller's config; the teacher's config and checkpoint are written into ``folder``.
+
+    Args:
+        folder: exists.
+        kind: as for :func:`tiny.detector_config`.
+        teacher_channels, teacher_width: of the teacher; ``student`` holds those of the student.
+        change: applied to both configs before the teacher is built.
+    """
+    teacher, cfg = (
+        detector_config(kind, channels=teacher_channels, width=teacher_width),
+        detector_config(kind, **student),
+    )
+    if change is not None:
+        change(teacher)
+        change(cfg)
+    torch.manual_seed(100)
+    torch.save({"model": calm(build_model(teacher)).state_dict()}, folder / "teacher.pth")
+    (folder / "teacher.yaml").write_text(teacher.dump())
+    cfg.GKD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = "GKDDistiller"
+    cfg.GKD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
+    cfg.GKD.TEACHER.WEIGHTS = str(folder / "teacher.pth")
+    return cfg
+
+
+@pytest.fixture(scope="session")
+def make_distiller_config():
+    """A function that makes the config of a distiller in a given folder."""
+    return _distiller_config
+
+
 @pytest.fixture
 def distiller_config(tmp_path):
     """A function that makes the config of a distiller, with its teacher's config and checkpoint on disk."""
-
-    def make(kind: str = "faster", *, teacher_channels: int = 16, teacher_width: int = 16, **student) -> CfgNode:
-        teacher = detector_config(kind, channels=teacher_channels, width=teacher_width)
-        torch.manual_seed(100)
-        torch.save({"model": calm(build_model(teacher)).state_dict()}, tmp_path / "teacher.pth")
-        (tmp_path / "teacher.yaml").write_text(teacher.dump())
-        cfg = detector_config(kind, **student)
-        cfg.GKD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
-        cfg.MODEL.META_ARCHITECTURE = "GKDDistiller"
-        cfg.GKD.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
-        cfg.GKD.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
-        return cfg
-
-    return make
+    return functools.partial(_distiller_config, tmp_path)

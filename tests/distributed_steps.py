@@ -1,0 +1,54 @@
+"""What each of two processes does in a test; spawned, so that it has to lie in a module of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import batched_nms
+from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import proposal_utils
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import gkd_d2  # noqa: F401  registers the distiller in a spawned process
+
+
+def gradients(model: torch.nn.Module, batch: list[dict], terms: str, *, steps: int) -> dict[str, Tensor]:
+    """The parameters' gradients of the losses whose names start with ``terms``, of the last of some equal steps."""
+    with EventStorage():
+        for _ in range(steps):
+            model.zero_grad()
+            losses = model(batch)
+            # Every parameter must have a part in what DistributedDataParallel differentiates.
+            sum(value * float(name.startswith(terms)) for name, value in losses.items()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def nms(boxes: Tensor, scores: Tensor, *args) -> Tensor:
+    """For a float64 model: Detectron2 casts the boxes to float32, but not their scores."""
+    return batched_nms(boxes, scores.float(), *args)
+
+
+def build(cfg: CfgNode) -> torch.nn.Module:
+    """A float64 model with weights that depend on the config alone."""
+    torch.manual_seed(3)
+    return build_model(cfg).double().train()
+
+
+def half_a_batch(rank: int, cases: dict[str, tuple[CfgNode, str]], batch: list[dict], folder: Path) -> None:
+    """Save the gradients that two processes, each with half of ``batch``, agree on in every case."""
+    torch.set_num_threads(1)
+    proposal_utils.batched_nms = nms
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    half = len(batch) // 2
+    for name, (cfg, terms) in cases.items():
+        # As in the trainer: no find_unused_parameters, for which the second step would fail.
+        model = DistributedDataParallel(build(cfg), broadcast_buffers=False)
+        found = gradients(model, batch[rank * half : (rank + 1) * half], terms, steps=2)
+        torch.save({key.removeprefix("module."): value for key, value in found.items()}, folder / f"{name}.{rank}.pth")
+    comm.synchronize()
+    distributed.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Two processes with half a batch each train as one with the whole batch; no parameter is left unused."""
+
+import itertools
+
+import pytest
+import torch
+from detectron2.modeling.proposal_generator import proposal_utils
+from distributed_steps import build, gradients, half_a_batch, nms
+from tiny import ARCHITECTURES, training_batch
+from torch import multiprocessing
+
+WEIGHTS = {
+    "all": (0.5, 1e-3, 5e-4, 1e-3),
+    "no_gradient": (0.0, 1e-3, 5e-4, 1e-3),
+    "gradient_only": (0.5, 0.0, 0.0, 0.0),
+    "no_box": (0.5, 0.0, 5e-4, 1e-3),
+    "attention_only": (0.0, 0.0, 5e-4, 0.0),
+    "image_only": (0.0, 0.0, 0.0, 1e-3),
+    "none": (0.0, 0.0, 0.0, 0.0),
+}
+# With fewer channels than the teacher's 16 there are align convolutions.
+CASES = [
+    f"{kind}-{channels}-{weights}" for kind, channels, weights in itertools.product(ARCHITECTURES, (16, 8), WEIGHTS)
+]
+
+
+def comparable(cfg):
+    """Take from the detectors what makes half batches differ, so that what remains must agree.
+
+    Batch statistics, random samples of anchors and proposals, and the number of proposals, by which Faster R-CNN
+    divides its losses: without suppression every image of these has as many.
+    """
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 100_000
+    cfg.MODEL.RPN.POSITIVE_FRACTION = cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
+    cfg.MODEL.RPN.NMS_THRESH = 1.0
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(0)
+    # Two boxes in each image, all of one size: what a batch is padded to depends on its largest image.
+    return training_batch(((96, 120), (96, 120))) + training_batch(((96, 120), (96, 120)))
+
+
+@pytest.fixture(scope="module")
+def cases(batch, tmp_path_factory, make_distiller_config):
+    """Case -> its config, the losses to compare, and the gradients of the two processes."""
+    configs = {}
+    for case in CASES:
+        kind, channels, weights = case.split("-")
+        folder = tmp_path_factory.mktemp(case)
+        cfg = make_distiller_config(folder, kind, channels=int(channels), change=comparable)
+        for key, value in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE"), WEIGHTS[weights]):
+            cfg.GKD.LOSS_WEIGHTS[key] = value
+        # RetinaNet divides its own losses by a moving average of the process's positive anchors; the distillation
+        # losses do not depend on that factor.
+        configs[case] = cfg, "loss" if kind == "faster" or weights == "none" else "loss_gkd loss_bmfi"
+    configs = {case: (cfg, tuple(terms.split())) for case, (cfg, terms) in configs.items()}
+    folder = tmp_path_factory.mktemp("gradients")
+    multiprocessing.spawn(half_a_batch, (configs, batch, folder), nprocs=2)
+    return configs, folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, cases, batch, monkeypatch):
+    monkeypatch.setattr(proposal_utils, "batched_nms", nms)
+    configs, folder = cases
+    found = [torch.load(folder / f"{case}.{rank}.pth") for rank in range(2)]
+    cfg, terms = configs[case]
+    expected = gradients(build(cfg), batch, terms, steps=1)
+    assert found[0].keys() == expected.keys()
+    assert any("align" in name for name in expected) == (case.split("-")[1] == "8" and not case.endswith("none"))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=0, atol=0)
+        if case.startswith("retinanet") and case.endswith("none"):
+            continue  # RetinaNet's own losses alone
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-12 + 1e-7 * gradient.abs().max().item())
+    assert sum(gradient.abs().sum() for name, gradient in expected.items() if "backbone" in name) > 0
