@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
-	hypothesis pytest ruff setuptools tabulate wheel
+	hypothesis pytest ruff clang-format setuptools tabulate wheel
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: setup demo test fuzz sanitize bench lint format clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/ops/fused.py \
-	$(wildcard csrc/* csrc/*/*)
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/ops/fused.py $(SOURCES)
 	@echo "Setting up $(VENV): torch with CUDA libraries is about 5.5 GB the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(PACKAGES)
@@ -45,10 +45,12 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf $(VENV) build output *.egg-info
