@@ -18,8 +18,16 @@ except ModuleNotFoundError as error:
 
 from gkd_d2.config import add_gkd_config
 from gkd_d2.data import builtin as _registered_datasets  # noqa: F401
+from gkd_d2.detector import SplitDetector, register_split
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.losses import LossWeights, distillation_losses
 
-__all__ = ["GKDDistiller", "LossWeights", "add_gkd_config", "distillation_losses"]
+__all__ = [
+    "GKDDistiller",
+    "LossWeights",
+    "SplitDetector",
+    "add_gkd_config",
+    "distillation_losses",
+    "register_split",
+]
 __version__ = "0.1.0"

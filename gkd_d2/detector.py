@@ -1,12 +1,14 @@
 """How a detector is split at its feature pyramid: features from images, losses from given features.
 
 Each split computes exactly what the detector's own training forward computes, in the same order and with the same
-random draws. This is the one place that knows where the supported versions of Detectron2 differ.
+random draws. This is the one place that knows where the supported versions of Detectron2 differ. Splits of other
+meta-architectures are added by :func:`register_split`: docs/own_detector.md.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -24,7 +26,7 @@ class SplitDetector(ABC):
 
     Attributes:
         model: the Detectron2 meta-architecture.
-        running_attributes: names of plain attributes of ``model`` that its losses update, outside its state_dict.
+        running_attributes: names of numbers that ``model`` holds outside its state_dict and its losses update.
     """
 
     running_attributes: tuple[str, ...] = ()
@@ -82,17 +84,57 @@ class SplitDetector(ABC):
         by_stride = sorted(self.output_shape().items(), key=lambda item: item[1].stride)
         return {name for name, _ in by_stride[-backbone.top_block.num_levels :]}
 
-    def _instances(self, batched_inputs: list[dict]) -> list[Instances]:
+    def instances(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The ground truth of a training batch, on the model's device.
+
+        Raises:
+            ValueError: an image has none.
+        """
         if any("instances" not in x for x in batched_inputs):
             raise ValueError("a training batch holds an image without 'instances': distillation needs ground truth")
         return [x["instances"].to(self.model.device) for x in batched_inputs]
 
 
+_SPLITS: dict[type[nn.Module], type[SplitDetector]] = {}
+
+
+def register_split(meta_architecture: type[nn.Module]) -> Callable[[type[SplitDetector]], type[SplitDetector]]:
+    """Class decorator: the decorated split is that of a meta-architecture.
+
+    It also serves classes derived from ``meta_architecture`` that have no split of their own.
+
+    Args:
+        meta_architecture: the class of the detectors, as it stands in Detectron2's META_ARCH_REGISTRY.
+
+    Raises:
+        TypeError: ``meta_architecture`` is no module class, or the decorated class is no SplitDetector.
+        ValueError: ``meta_architecture`` has a split already.
+    """
+    if not (isinstance(meta_architecture, type) and issubclass(meta_architecture, nn.Module)):
+        raise TypeError(
+            f"register_split is given {meta_architecture!r}, but must be given the detector's class, as in "
+            "`@register_split(RetinaNet)`"
+        )
+
+    def register(split: type[SplitDetector]) -> type[SplitDetector]:
+        if not (isinstance(split, type) and issubclass(split, SplitDetector)):
+            raise TypeError(
+                f"the split of {meta_architecture.__name__} is {split!r}, but must derive from SplitDetector"
+            )
+        if meta_architecture in _SPLITS:
+            raise ValueError(f"{meta_architecture.__name__} has a split already: {_SPLITS[meta_architecture].__name__}")
+        _SPLITS[meta_architecture] = split
+        return split
+
+    return register
+
+
+@register_split(GeneralizedRCNN)
 class SplitGeneralizedRCNN(SplitDetector):
     """Faster, Cascade and Mask R-CNN."""
 
     def losses(self, images, features, batched_inputs):
-        model, instances = self.model, self._instances(batched_inputs)
+        model, instances = self.model, self.instances(batched_inputs)
         if model.proposal_generator is not None:
             proposals, proposal_losses = model.proposal_generator(images, features, instances)
         else:
@@ -117,13 +159,14 @@ class SplitGeneralizedRCNN(SplitDetector):
         return self.model.roi_heads.num_classes
 
 
+@register_split(RetinaNet)
 class SplitRetinaNet(SplitDetector):
     """RetinaNet of Detectron2 0.5 and later."""
 
     running_attributes = ("loss_normalizer",)
 
     def losses(self, images, features, batched_inputs):
-        model, instances = self.model, self._instances(batched_inputs)
+        model, instances = self.model, self.instances(batched_inputs)
         levels = [features[name] for name in model.head_in_features]
         if hasattr(model, "forward_training"):
             return model.forward_training(images, levels, model.head(levels), instances)
@@ -150,30 +193,40 @@ class SplitRetinaNet(SplitDetector):
         return self.model.num_classes
 
 
-_SPLITS = {GeneralizedRCNN: SplitGeneralizedRCNN, RetinaNet: SplitRetinaNet}
-
-
 def split_detector(model: nn.Module) -> SplitDetector:
-    """The split of a built Detectron2 model.
+    """The split of a built Detectron2 model: that of its class, else of the nearest class it is derived from.
 
     Args:
-        model: a GeneralizedRCNN or a RetinaNet, or of a class derived from one.
+        model: a GeneralizedRCNN, a RetinaNet, or what :func:`register_split` was told of.
 
     Raises:
-        ValueError: it is of another meta-architecture.
+        ValueError: there is no split for it, or it is derived from a class with a split, but has a forward of its own.
     """
-    for kind, split in _SPLITS.items():
-        if isinstance(model, kind):
-            return split(model)
-    raise ValueError(
-        f"{type(model).__name__} can't be distilled: known meta-architectures are "
-        f"{', '.join(kind.__name__ for kind in _SPLITS)} and what is derived from them"
-    )
+    kind, name = _class_with_split(model), type(model).__name__
+    if kind is None:
+        raise ValueError(
+            f"{name} can't be distilled: known meta-architectures are "
+            f"{', '.join(known.__name__ for known in _SPLITS)} and what is derived from them; "
+            "gkd_d2.register_split adds one, see docs/own_detector.md"
+        )
+    if type(model).forward is not kind.forward:
+        raise ValueError(
+            f"{name} can't be distilled as a {kind.__name__}: it has a forward of its own, whose losses the split of "
+            f"{kind.__name__} may not compute; register one for {name} by gkd_d2.register_split, see "
+            "docs/own_detector.md"
+        )
+    return _SPLITS[kind](model)
+
+
+def _class_with_split(model: nn.Module) -> type[nn.Module] | None:
+    """The class of ``model``, or else the nearest one it is derived from, that has a split."""
+    return next((kind for kind in type(model).__mro__ if kind in _SPLITS), None)
 
 
 def running_state(model: nn.Module) -> dict[str, float]:
     """The moving averages that a detector keeps outside its state_dict; nothing for one that is not known."""
-    names = next((split.running_attributes for kind, split in _SPLITS.items() if isinstance(model, kind)), ())
+    kind = _class_with_split(model)
+    names = _SPLITS[kind].running_attributes if kind else ()
     return {name: float(getattr(model, name)) for name in names if hasattr(model, name)}
 
 

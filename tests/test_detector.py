@@ -4,11 +4,20 @@ import copy
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model
 from detectron2.utils.events import EventStorage
-from tiny import detector_config, training_batch
+from tiny import Scorer, SplitScorer, detector_config, training_batch
 
-from gkd_d2.detector import feature_gradients, split_detector
+from gkd_d2 import detector
+from gkd_d2.detector import (
+    SplitGeneralizedRCNN,
+    SplitRetinaNet,
+    feature_gradients,
+    load_running_state,
+    register_split,
+    running_state,
+    split_detector,
+)
 
 
 @pytest.mark.parametrize("kind", ["faster", "cascade", "mask", "retinanet"])
@@ -63,8 +72,83 @@ def test_what_the_heads_use():
 
 
 def test_other_meta_architectures_are_refused():
-    with pytest.raises(ValueError, match="Linear can't be distilled: known .* GeneralizedRCNN, RetinaNet"):
+    with pytest.raises(
+        ValueError, match="Linear can't be distilled: known .* GeneralizedRCNN, RetinaNet .*own_detector"
+    ):
         split_detector(torch.nn.Linear(1, 1))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(detector, "_SPLITS", dict(detector._SPLITS))
+
+
+def test_a_registered_split_is_used_by_the_distiller(registry, distiller_config):
+    cfg = distiller_config("scorer", channels=8)
+    with pytest.raises(ValueError, match="Scorer can't be distilled"):
+        build_model(cfg)
+    assert register_split(Scorer)(SplitScorer) is SplitScorer
+    distiller = build_model(cfg).train()
+    assert distiller.student_features == ["p3", "p4"]
+    teacher = distiller._teacher.model
+    with EventStorage():
+        losses = distiller(training_batch())
+    assert list(losses)[:2] == ["loss_p3", "loss_p4"]
+    assert all(value > 0 for value in losses.values())
+    # The student's moving average has moved, the teacher's was put back.
+    assert (distiller.student.average == 100.0, teacher.average) == (False, 100.0)
+    distillation = sum(value for name, value in losses.items() if name.startswith(("loss_gkd", "loss_bmfi")))
+    stem = distiller.student.backbone.bottom_up.stem.conv1.weight
+    (gradient,) = torch.autograd.grad(distillation, stem)
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_the_nearest_class_with_a_split_decides(registry):
+    class Derived(RetinaNet):
+        pass
+
+    class MoreDerived(Derived):
+        pass
+
+    class SplitDerived(SplitRetinaNet):
+        running_attributes = ("average",)
+
+    model = build_model(detector_config("retinanet"))
+    model.average, model.loss_normalizer = 7.0, 8.0
+    model.__class__ = MoreDerived
+    assert type(split_detector(model)) is SplitRetinaNet
+    assert running_state(model) == {"loss_normalizer": 8.0}
+    register_split(Derived)(SplitDerived)
+    assert type(split_detector(model)) is SplitDerived
+    assert running_state(model) == {"average": 7.0}
+    load_running_state(model, {"average": 9.0})
+    assert model.average == 9.0
+    assert running_state(torch.nn.Linear(1, 1)) == {}
+    model.__class__ = RetinaNet
+    assert type(split_detector(model)) is SplitRetinaNet
+
+
+def test_a_derived_class_with_its_own_forward_is_refused(registry):
+    """PanopticFPN's has the losses of a semantic head too, which the split of GeneralizedRCNN would leave out."""
+    cfg = detector_config("mask")
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    model = build_model(cfg)
+    assert isinstance(model, GeneralizedRCNN)
+    with pytest.raises(ValueError, match="PanopticFPN can't be distilled as a GeneralizedRCNN: .*register one"):
+        split_detector(model)
+    register_split(type(model))(SplitGeneralizedRCNN)
+    assert type(split_detector(model)) is SplitGeneralizedRCNN
+
+
+def test_wrong_registrations_are_refused(registry):
+    with pytest.raises(ValueError, match="RetinaNet has a split already: SplitRetinaNet"):
+        register_split(RetinaNet)(SplitRetinaNet)
+    with pytest.raises(TypeError, match="split of Scorer .*tiny.Scorer.* must derive from SplitDetector"):
+        register_split(Scorer)(Scorer)
+    with pytest.raises(TypeError, match="given .*SplitScorer.* but must be given the detector's class"):
+        register_split(SplitScorer)  # the decorator without its argument
+    assert Scorer not in detector._SPLITS
 
 
 def test_batch_without_ground_truth_is_refused():

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
+from torch.nn import functional as F
 
-from gkd_d2 import add_gkd_config
+from gkd_d2 import SplitDetector, add_gkd_config
+from gkd_d2.losses import box_context_mask
 
 ARCHITECTURES = ("faster", "retinanet")
-META_ARCHITECTURES = {"retinanet": "RetinaNet"}
+META_ARCHITECTURES = {"retinanet": "RetinaNet", "scorer": "Scorer"}
 
 
 def detector_config(kind: str, *, channels: int = 16, width: int = 8) -> CfgNode:
     """A tiny detector from scratch, for images of about 100 pixels.
 
     Args:
-        kind: "faster", "cascade", "mask" or "retinanet".
+        kind: "faster", "cascade", "mask", "retinanet" or "scorer".
         channels: of the feature pyramid.
         width: of the ResNet's bottlenecks.
     """
@@ -84,3 +87,62 @@ def training_batch(sizes=((90, 120), (96, 100)), *, masks: bool = False) -> list
         image = torch.randint(0, 255, (3, height, width)).float()
         batch.append({"image": image, "instances": instances, "height": height, "width": width})
     return batch
+
+
+@META_ARCH_REGISTRY.register()
+class Scorer(torch.nn.Module):
+    """A meta-architecture that gkd_d2 has no split for: it scores whether a cell lies near an object.
+
+    Half of the cells, drawn at random, enter its loss, divided by a moving average.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.levels = ["p3", "p4"]
+        self.head = torch.nn.Conv2d(cfg.MODEL.FPN.OUT_CHANNELS, 1, kernel_size=1)
+        self.average = 100.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        images = [x["image"].to(self.device) / 255 for x in batched_inputs]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+        images = self.preprocess_image(batched_inputs)
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        return self.losses(images, self.backbone(images.tensor), instances)
+
+    def losses(self, images, features, instances) -> dict[str, torch.Tensor]:
+        losses = {}
+        for level in self.levels:
+            scores = self.head(features[level])[:, 0]
+            size = tuple(images.tensor.shape[2:])
+            mask = box_context_mask([x.gt_boxes.tensor for x in instances], size, tuple(scores.shape[1:]))
+            drawn = torch.rand_like(scores) < 0.5
+            self.average = 0.9 * self.average + 0.1 * drawn.sum().item()
+            loss = F.binary_cross_entropy_with_logits(scores, (mask > 0).to(scores), reduction="none")
+            losses[f"loss_{level}"] = loss[drawn].sum() / self.average
+        return losses
+
+
+class SplitScorer(SplitDetector):
+    """The split of :class:`Scorer`, which a test registers."""
+
+    running_attributes = ("average",)
+
+    def losses(self, images, features, batched_inputs):
+        return self.model.losses(images, features, self.instances(batched_inputs))
+
+    def head_features(self):
+        return set(self.model.levels)
+
+    def head_modules(self):
+        return [self.model.head]
+
+    @property
+    def num_classes(self):
+        return 1

@@ -1,0 +1,139 @@
+"""The code of docs/own_detector.md, as it stands there."""
+
+import pytest
+import torch
+from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
+from documents import fenced_blocks
+from tiny import SplitScorer, calm, detector_config, training_batch
+
+from gkd_d2 import detector, register_split
+
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+
+
+@pytest.fixture(autouse=True)
+def _forget_splits(monkeypatch):
+    monkeypatch.setattr(detector, "_SPLITS", dict(detector._SPLITS))
+
+
+@pytest.fixture
+def document(project):
+    """A function that runs blocks of the document, all or those without FCOS, and returns what they define."""
+
+    def run(*, fcos: bool) -> dict:
+        path = project / "docs" / "own_detector.md"
+        names: dict = {}
+        for block in fenced_blocks(path):
+            assert block.language == "python"
+            if fcos or "FCOS" not in block.text:
+                # Blank lines ahead give a traceback the document's own line numbers.
+                exec(compile("\n" * block.line + block.text, path, "exec"), names)
+        return names
+
+    return run
+
+
+def make_fcos(channels):
+    """A tiny FCOS with the backbone of the tiny RetinaNet."""
+    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+
+    cfg = detector_config("retinanet", channels=channels)
+    backbone = build_backbone(cfg)
+    head = FCOSHead(input_shape=list(backbone.output_shape().values()), num_classes=3, conv_dims=[channels])
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    return calm(FCOS(backbone=backbone, head=head, num_classes=3, pixel_mean=mean, pixel_std=std))
+
+
+def make_scorer(channels):
+    return calm(build_model(detector_config("scorer", channels=channels)))
+
+
+def train_a_step(build_distiller, make, folder):
+    """Distil a student of 8 channels from a teacher of 16, and check what reaches the student."""
+    torch.save({"model": make(16).state_dict()}, folder / "teacher.pth")
+    teacher = make(16)
+    distiller = build_distiller(make(8), teacher, str(folder / "teacher.pth")).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    saved = torch.load(folder / "teacher.pth")["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in before.items())
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
+    student = list(distiller.student.backbone.parameters())
+    with EventStorage():
+        losses = distiller(training_batch())
+    assert set(NAMES) < set(losses)
+    for name in NAMES:
+        gradients = torch.autograd.grad(losses[name], student, retain_graph=True, allow_unused=True)
+        norm = sum(g.square().sum() for g in gradients if g is not None) ** 0.5
+        assert torch.isfinite(norm) and norm > 0, name
+    first = [p.clone() for p in student]
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in student)
+    assert not all(torch.equal(p, q) for p, q in zip(student, first))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_fcos(document, tmp_path):
+    pytest.importorskip("detectron2.modeling.meta_arch.fcos", reason="this Detectron2 has no FCOS")
+    names = document(fcos=True)
+    names["check_split"](make_fcos(16), training_batch(((90, 120), (96, 100), (64, 64))))
+    train_a_step(names["build_distiller"], make_fcos, tmp_path)
+
+
+def test_fcos_as_a_lazy_config(document, tmp_path):
+    pytest.importorskip("detectron2.modeling.meta_arch.fcos", reason="this Detectron2 has no FCOS")
+    from detectron2.config import LazyCall, instantiate
+
+    build_distiller = document(fcos=True)["build_distiller"]
+    torch.save({"model": make_fcos(16).state_dict()}, tmp_path / "teacher.pth")
+    config = LazyCall(build_distiller)(
+        student=LazyCall(make_fcos)(channels=8),
+        teacher=LazyCall(make_fcos)(channels=16),
+        teacher_weights=str(tmp_path / "teacher.pth"),
+    )
+    distiller = instantiate(config)
+    assert distiller.student_features == ["p3", "p4", "p5", "p6", "p7"]
+    assert list(distiller.align) == distiller.student_features
+
+
+def test_another_detector(document, tmp_path):
+    names = document(fcos=False)
+    register_split(type(make_scorer(8)))(SplitScorer)
+    names["check_split"](make_scorer(16), training_batch())
+    train_a_step(names["build_distiller"], make_scorer, tmp_path)
+
+
+def draws_more(self, images, features, batched_inputs):
+    torch.rand(1)
+    return SplitScorer.losses(self, images, features, batched_inputs)
+
+
+def leaves_one_out(self, images, features, batched_inputs):
+    losses = SplitScorer.losses(self, images, features, batched_inputs)
+    return {"loss_p3": losses["loss_p3"]}
+
+
+def stops_the_gradient(self, images, features, batched_inputs):
+    detached = {name: feature.detach() for name, feature in features.items()}
+    return SplitScorer.losses(self, images, detached, batched_inputs)
+
+
+def scales(self, images, features, batched_inputs):
+    return {k: 2 * v for k, v in SplitScorer.losses(self, images, features, batched_inputs).items()}
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (draws_more, "other random numbers"),
+        (leaves_one_out, r"returns \['loss_p3'\], the detector \['loss_p3', 'loss_p4'\]"),
+        (scales, "loss_p3 differs"),
+        (stops_the_gradient, "the gradient of backbone.* differs"),
+    ],
+)
+def test_the_check_finds_a_wrong_split(document, losses, message):
+    wrong = type("Wrong", (SplitScorer,), {"losses": losses})
+    register_split(type(make_scorer(8)))(wrong)
+    with pytest.raises(AssertionError, match=message):
+        document(fcos=False)["check_split"](make_scorer(16), training_batch())
