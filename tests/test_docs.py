@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from documents import MARK, fenced_blocks
 
+import gkd_d2
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 # What a run leaves in the tree.
 LEFTOVERS = (".*", "build", "datasets", "output", "*.egg-info", "__pycache__")
@@ -46,6 +49,14 @@ def test_documents_that_the_code_names_exist():
     assert [(file, page) for file, page in named if not (ROOT / page).is_file()] == []
 
 
+def test_there_is_one_version():
+    version = gkd_d2.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == version
+
+
 def test_paths_are_found_in_prose_and_commands():
     text = (
         "`python tools/a.py --config-file configs/b/c.yaml`, [d](docs/d.md). In configs/toy/: see csrc/*.h, x/docs/no."
@@ -53,7 +64,11 @@ def test_paths_are_found_in_prose_and_commands():
     assert PATH.findall(text) == ["tools/a.py", "configs/b/c.yaml", "docs/d.md", "configs/toy/", "csrc/*.h"]
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if MARK in d.read_text(encoding="utf-8")], ids=name)
+def marks(document: Path) -> int:
+    return document.read_text(encoding="utf-8").splitlines().count(MARK)
+
+
+@pytest.mark.parametrize("document", filter(marks, DOCUMENTS), ids=name)
 def test_marked_commands_run(document, tmp_path):
     tree = tmp_path / "gkd_d2"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFTOVERS))
@@ -63,7 +78,7 @@ def test_marked_commands_run(document, tmp_path):
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment.pop("DETECTRON2_DATASETS", None)
     marked = [block for block in fenced_blocks(document) if block.marked]
-    assert len(marked) == document.read_text(encoding="utf-8").count(MARK), f"{MARK} stands above no fenced block"
+    assert len(marked) == marks(document), f"{MARK} stands above no fenced block"
     for block in marked:
         assert block.language == "bash"
         done = subprocess.run(
