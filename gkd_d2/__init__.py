@@ -1,8 +1,43 @@
 """Gradient-guided knowledge distillation for object detectors, as a Detectron2 project.
 
-Importing the package registers the meta-architecture ``GKDDistiller`` and the datasets. To use it in a Detectron2
-program: ``from gkd_d2 import add_gkd_config``, call it on the config before merging a file, and build the model as
-always.
+A student detector learns from the ground truth and from the features of a frozen teacher. The gradient of each
+network's own detection loss says which features matter; the student imitates those, at several grains inside and
+around the ground-truth boxes. Importing the package registers the meta-architecture ``GKDDistiller`` and the datasets.
+
+To distil the detector of a Detectron2 config, name its teacher and build the model as always:
+
+>>> from detectron2.config import get_cfg
+>>> from detectron2.modeling import build_model
+>>> from gkd_d2 import add_gkd_config
+>>> cfg = get_cfg()
+>>> add_gkd_config(cfg)
+>>> cfg.merge_from_file("student.yaml")
+>>> cfg.GKD.STUDENT.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+>>> cfg.MODEL.META_ARCHITECTURE = "GKDDistiller"
+>>> cfg.GKD.TEACHER.CONFIG_FILE = "teacher.yaml"
+>>> cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
+>>> model = build_model(cfg)
+
+In training the model returns the student's losses and four more; otherwise it is the student. ``Trainer`` of
+``gkd_d2.engine.trainer`` trains it, and so does ``tools/train_net.py`` where these keys stand in a config file.
+
+The four losses by themselves, for features of one level or several and their gradients:
+
+>>> import torch
+>>> from gkd_d2 import LossWeights, distillation_losses
+>>> student = torch.rand(2, 8, 32, 32, requires_grad=True)
+>>> teacher, student_grad, teacher_grad = torch.rand(3, 2, 8, 32, 32)
+>>> boxes = [torch.tensor([[10.0, 20.0, 90.0, 80.0]]), torch.zeros(0, 4)]  # of each image, xyxy in pixels
+>>> losses = distillation_losses(
+...     [student], [teacher], [student_grad], [teacher_grad], boxes, (128, 128), weights=LossWeights()
+... )
+>>> list(losses)
+['loss_gkd_gradient', 'loss_bmfi_box', 'loss_bmfi_attention', 'loss_bmfi_image']
+>>> sum(losses.values()).backward()
+
+Where to go next: ``python -m gkd_d2.config_docs`` lists the config's keys, ``python -m gkd_d2.collect_env`` says what
+is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN and RetinaNet. In the source
+folder README.md leads through a training, docs/method.md has the formulas and docs/datasets.md the data.
 """
 
 try:
