@@ -40,6 +40,13 @@ def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
     return FrozenTeacher(model, seed)
 
 
+def hold_norms(model: nn.Module) -> None:
+    """Put norms and dropout into evaluation mode, so that running statistics stay and are used."""
+    for module in model.modules():
+        if isinstance(module, (_NormBase, _DropoutNd)):
+            module.eval()
+
+
 class FrozenTeacher:
     """A detector whose parameters, buffers, running statistics and moving averages stay as they are.
 
@@ -57,10 +64,10 @@ class FrozenTeacher:
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
         model.requires_grad_(False).eval()
-        # Heads return losses only in training mode; norms and dropout stay in evaluation mode.
+        # Heads return losses only in training mode.
         for head in self.split.head_modules():
-            for module in head.modules():
-                module.training = not isinstance(module, (_NormBase, _DropoutNd))
+            head.train()
+        hold_norms(model)
 
     def to(self, apply) -> None:
         """Apply ``apply`` to every tensor, as :meth:`nn.Module._apply` does for ``.to``, ``.cuda`` and the like."""
