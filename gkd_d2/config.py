@@ -59,6 +59,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # So many iterations in a row in which the gradient of a loss at a level is exactly 0 or not finite stop the run.
     cfg.GKD.WATCH_PATIENCE = 20
 
+    # Every so many iterations a picture of the first image of the batch goes to TensorBoard: gradient maps, box context
+    # mask and detections of both networks; 0: never. It needs a loss weight above 0 and changes nothing else.
+    cfg.GKD.VIS_PERIOD = 0
+
     # Write the detections of datasets of KITTI's form in KITTI's result format too, one file an image, into
     # OUTPUT_DIR/inference/<dataset>/kitti_results. For kitti_test, which has no labels, that is always done.
     cfg.GKD.KITTI_RESULTS = False

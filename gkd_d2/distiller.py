@@ -21,6 +21,7 @@ from gkd_d2.losses import LossWeights, check_options, distillation_losses
 from gkd_d2.pairing import check_pair, pair_levels
 from gkd_d2.streams import separate_random_stream
 from gkd_d2.teacher import FrozenTeacher, build_teacher
+from gkd_d2.visualize import Picture, put_picture, take_picture
 from gkd_d2.watch import TermReport, measure_terms
 
 _STUDENT = "student."
@@ -80,6 +81,7 @@ class GKDDistiller(nn.Module):
         weighting: str = "gradient",
         rectifier: str = "abs",
         implementation: str = "auto",
+        vis_period: int = 0,
         seed: int = 0,
     ):
         """
@@ -91,6 +93,7 @@ class GKDDistiller(nn.Module):
             weights: of the four losses.
             warmup_iters: over so many iterations the weights grow linearly to their values.
             temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
+            vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
 
         Raises:
@@ -100,6 +103,10 @@ class GKDDistiller(nn.Module):
         check_options(temperature, weighting, rectifier, implementation)
         if warmup_iters < 0:
             raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
+        if vis_period < 0:
+            raise ValueError(f"GKD.VIS_PERIOD is {vis_period}, but must be >= 0")
+        self.vis_period = vis_period
+        self._pictured = -1
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
@@ -147,6 +154,7 @@ class GKDDistiller(nn.Module):
             "weighting": cfg.GKD.WEIGHTING,
             "rectifier": cfg.GKD.RECTIFIER,
             "implementation": cfg.GKD.IMPLEMENTATION,
+            "vis_period": cfg.GKD.VIS_PERIOD,
             "seed": seed,
         }
 
@@ -171,11 +179,15 @@ class GKDDistiller(nn.Module):
         if not (self.training and self.weights):
             return self.student(batched_inputs)
         weighting = self.options["weighting"]
+        picture_due = self._picture_due()
         seen = self.observe(
             batched_inputs,
-            student_grad=self.watch or self.weights.need_student_grad(),
-            teacher_grad=self.weights.need_teacher_grad(weighting),
+            student_grad=picture_due or self.watch or self.weights.need_student_grad(),
+            teacher_grad=picture_due or self.weights.need_teacher_grad(weighting),
         )
+        if picture_due:
+            put_picture(self.picture(batched_inputs, seen))
+            self._pictured = get_event_storage().iter
         if self.watch:
             self.watched = self._measure(seen)
         return {**seen.losses, **self._distil(seen, seen.student, range(len(seen.student)))}
@@ -217,6 +229,32 @@ class GKDDistiller(nn.Module):
             boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
             scale=self.gradient_scale,
         )
+
+    def picture(self, batched_inputs: list[dict], seen: Observation) -> Picture:
+        """The first image of a batch as both networks see it. Nothing of the distiller changes, nor a random stream.
+
+        Args:
+            batched_inputs: the batch, with ground truth.
+            seen: of it, by :meth:`observe` with the gradients of both networks.
+        """
+        shapes = self._split.output_shape()
+        return take_picture(
+            batched_inputs[0],
+            tuple(seen.images.tensor.shape[-2:]),
+            {name: shapes[name].stride for name in self.student_features},
+            (seen.student, seen.student_grad),
+            (seen.teacher, seen.teacher_grad),
+            student=self.student,
+            teacher=self._teacher.model,
+            rectifier=self.options["rectifier"],
+        )
+
+    def _picture_due(self) -> bool:
+        """An iteration may consist of several forwards, of which the first is drawn."""
+        if self.vis_period == 0:
+            return False
+        iteration = get_event_storage().iter
+        return iteration % self.vis_period == 0 and iteration != self._pictured
 
     def _distil(self, seen: Observation, student: list[Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
         """The four losses of some levels, whose features before alignment are ``student``."""
