@@ -1,0 +1,127 @@
+"""Pictures through the command line, of toy scenes and tiny detectors."""
+
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+from tiny import calm
+
+from gkd_d2.config import detector_config
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """Toy scenes, and an image without labels."""
+    folder = tmp_path_factory.mktemp("datasets")
+    make_toy_kitti(folder / "toy_kitti", 2, 4, 0)
+    unlabelled = folder / "kitti" / "testing" / "image_2"
+    unlabelled.mkdir(parents=True)
+    Image.new("RGB", (96, 64)).save(unlabelled / "000000.png")
+    return folder
+
+
+@pytest.fixture
+def visualize(project, datasets, monkeypatch, tmp_path):
+    """Run tools/visualize_gkd.py in an empty folder."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["visualize_gkd.py", *map(str, arguments)])
+        runpy.run_path(str(project / "tools" / "visualize_gkd.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def write_config(distiller_config, tmp_path):
+    """Write the config of a tiny distiller, and a checkpoint of its student; return both paths."""
+
+    def write(kind):
+        cfg = distiller_config(kind, channels=8)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+        cfg.INPUT.MIN_SIZE_TEST = 100
+        cfg.OUTPUT_DIR = "run"
+        path = tmp_path / "distiller.yaml"
+        path.write_text(cfg.dump())
+        torch.save({"model": calm(build_model(detector_config(cfg))).state_dict()}, tmp_path / "student.pth")
+        return path, tmp_path / "student.pth"
+
+    return write
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("faster", 5), ("retinanet", 6)])
+def test_page_of_pictures(kind, rows, visualize, write_config, tmp_path, capsys):
+    config, student = write_config(kind)
+    visualize("--config-file", config, "--count", 2, "MODEL.WEIGHTS", student)
+    folder = tmp_path / "run" / "visualize"
+    assert f"Page: {folder.relative_to(tmp_path) / 'index.html'}" in capsys.readouterr().out
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'<img src="([^"]*)"', page)
+    assert [link[:3] for link in links] == ["01_", "02_"]
+    assert {path.name for path in folder.iterdir()} == {*links, "index.html"}
+    assert "toy_kitti_val" in page and str(student) in page and str(config) in page
+    for link in links:
+        with Image.open(folder / link) as image:
+            # 100 x 250 pixels in panels of 1.6 x 4 inches.
+            assert image.size == (1746, 90 + 160 * rows + 28 * (rows - 1))
+
+    # An image looks the same whichever were drawn before it, and by whatever name it is called.
+    name = links[1].removeprefix("02_")
+    for asked in (name, name.removesuffix(".png")):
+        visualize("--config-file", config, "--image", asked, "--output", "again", "MODEL.WEIGHTS", student)
+        with Image.open(folder / links[1]) as one, Image.open(tmp_path / "again" / f"01_{name}") as other:
+            assert one.tobytes() == other.tobytes()
+    with Image.open(folder / links[0]) as one, Image.open(folder / links[1]) as other:
+        assert one.tobytes() != other.tobytes()
+
+
+def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_path):
+    config, student = write_config("retinanet")
+    scenes = ("--config-file", config, "--count", 1, "--output")
+    visualize(*scenes, "trained", "MODEL.WEIGHTS", student)
+    visualize(*scenes, "random")
+    ((one, trained), (other, drawn)) = (
+        (path.name, path.read_bytes()) for folder in ("trained", "random") for path in (tmp_path / folder).glob("*.png")
+    )
+    assert one == other and trained != drawn
+    assert "MODEL.WEIGHTS is empty" in (tmp_path / "random" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nobody"], r"dataset toy_kitti_val has no image 'nobody' among its 4: name one by its id \(\d+, "),
+        (["--dataset", "kitti_test"], "dataset kitti_test has images without ground truth"),
+        (["--dataset", "unheard_of"], "DATASETS names unheard_of: dataset 'unheard_of' is not registered"),
+        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: name the dataset to draw by --dataset"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "need the config of a GKDDistiller"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS is nowhere.pth: there is no such file"),
+        (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
+        (["GKD.TEACHER.WEIGHTS", "student.pth"], "GKD.TEACHER.WEIGHTS student.pth is no checkpoint of the detector"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(arguments, message, visualize, write_config, tmp_path):
+    config, _ = write_config("retinanet")
+    with pytest.raises(SystemExit, match=message):
+        visualize("--config-file", config, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "nowhere.yaml"], "--config-file nowhere.yaml is no file"),
+        (["--config-file", "x.yaml", "--count", "0"], "--count is 0, but must be at least 1"),
+        (["--config-file", "x.yaml", "--count", "2", "--image", "1"], "not allowed with"),
+    ],
+)
+def test_bad_command_lines(arguments, message, visualize, capsys):
+    with pytest.raises(SystemExit):
+        visualize(*arguments)
+    assert message in capsys.readouterr().err

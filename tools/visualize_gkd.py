@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Draw what teacher and student see in images of a dataset: gradient maps, box context masks and detections.
+
+Writes a PNG for each image and a page of them, index.html. The config is a distiller's; MODEL.WEIGHTS names the
+checkpoint of the student, KEY VALUE pairs at the end override the config. Examples:
+    python tools/visualize_gkd.py --config-file configs/gkd_frcnn_kitti.yaml --count 8 \\
+        MODEL.WEIGHTS output/gkd_frcnn_kitti/model_final.pth
+    python tools/visualize_gkd.py --config-file configs/toy/gkd_frcnn.yaml --image 500003 --image 500007 \\
+        --output output/pictures MODEL.WEIGHTS output/toy/gkd_frcnn/model_final.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.config import DISTILLER, add_gkd_config, resolve_teacher_config
+from gkd_d2.data.mapper import FileNamingMapper
+from gkd_d2.distiller import GKDDistiller
+from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.streams import seed_everything, separate_random_stream
+from gkd_d2.teacher import hold_norms
+from gkd_d2.visualize import Picture, draw, write_page
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of a distiller")
+    parser.add_argument("--dataset", metavar="NAME", help="default: the first of DATASETS.TEST")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--image", action="append", metavar="NAME", help="id or file name of an image; may be given several times"
+    )
+    which.add_argument("--count", type=int, default=4, metavar="N", help="the first N images with objects (default: 4)")
+    parser.add_argument(
+        "--score", type=float, default=0.5, metavar="S", help="detections below it are left out (default: 0.5)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize below OUTPUT_DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
+    args = parser.parse_args()
+    if args.count < 1:
+        parser.error(f"--count is {args.count}, but must be at least 1")
+    if not Path(args.config_file).is_file():
+        parser.error(f"--config-file {args.config_file} is no file")
+    return args
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The distiller's config, with the dataset to draw as its only one."""
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    resolve_teacher_config(cfg, args.config_file)
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+        raise ValueError(
+            f"{args.config_file}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, but pictures of a teacher "
+            f"and its student need the config of a {DISTILLER}, such as configs/gkd_frcnn_kitti.yaml"
+        )
+    if not (args.dataset or cfg.DATASETS.TEST):
+        raise ValueError(f"{args.config_file}: DATASETS.TEST is empty: name the dataset to draw by --dataset")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (args.dataset or cfg.DATASETS.TEST[0],)
+    cfg.freeze()
+    return cfg
+
+
+def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dict]:
+    """Records of the images asked for, or of the first ``count`` with objects."""
+    records = DatasetCatalog.get(dataset)
+    if any("annotations" not in record for record in records):
+        raise ValueError(
+            f"dataset {dataset} has images without ground truth, which the gradients of the losses need: name another "
+            "by --dataset"
+        )
+    if not names:
+        chosen = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])][:count]
+        if not chosen:
+            raise ValueError(
+                f"none of the {len(records)} images of dataset {dataset} has an object: name one by --image"
+            )
+        return chosen
+    by_name: dict[str, dict] = {}
+    for record in records:
+        path = Path(record["file_name"])
+        for name in (str(record["image_id"]), path.stem, path.name):
+            by_name.setdefault(name, record)
+    for name in names:
+        if name not in by_name:
+            some = ", ".join(str(record["image_id"]) for record in records[:3])
+            raise ValueError(
+                f"dataset {dataset} has no image {name!r} among its {len(records)}: name one by its id ({some}, ...) "
+                "or its file name"
+            )
+    return [by_name[name] for name in names]
+
+
+def picture(distiller: GKDDistiller, mapper: FileNamingMapper, record: dict, seed: int) -> Picture:
+    """The picture of one image, whatever was drawn before."""
+    batch = [mapper(record)]
+    with EventStorage(), separate_random_stream(distiller.device, seed):
+        seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
+    return distiller.picture(batch, seen)
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    try:
+        cfg = read_config(args)
+        check_inputs(cfg, eval_only=False, resume=False)
+        (dataset,) = cfg.DATASETS.TEST
+        records = choose_images(dataset, args.image, args.count)
+        seed = max(cfg.SEED, 0)
+        seed_everything(seed)
+        distiller = build_model(cfg)
+        StudentCheckpointer(distiller).load(cfg.MODEL.WEIGHTS)
+    except (PreflightError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    # Seen as in evaluation; the heads of the student return losses in training mode only.
+    hold_norms(distiller.train())
+    mapper = FileNamingMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
+    output = args.output or Path(cfg.OUTPUT_DIR) / "visualize"
+    output.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    for number, record in enumerate(records, start=1):
+        path = Path(record["file_name"])
+        seen = picture(distiller, mapper, record, seed)
+        figure = draw(
+            seen, class_names=MetadataCatalog.get(dataset).get("thing_classes", ()), score=args.score, title=path.name
+        )
+        name = f"{number:02d}_{path.stem}.png"
+        figure.savefig(output / name)
+        captions[name] = f"{path.name}, objects: {len(seen.truth)}"
+        print(f"{number} of {len(records)}: {output / name}", flush=True)
+    facts = {
+        "config": args.config_file,
+        "dataset": dataset,
+        "teacher": cfg.GKD.TEACHER.WEIGHTS,
+        "student": cfg.MODEL.WEIGHTS or "random weights: MODEL.WEIGHTS is empty",
+    }
+    write_page(output / "index.html", "What teacher and student see", facts, captions)
+    print(f"Page: {output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
