@@ -8,7 +8,9 @@ uninterrupted one would, two runs of one seed see the same, and the number of wo
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from detectron2.config import CfgNode
@@ -113,7 +115,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         batch_sampler=BatchSampler(_build_sampler(cfg, dicts), batch_size, groups),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_outlive_sigterm,
     )
 
 
@@ -141,6 +143,16 @@ def _wide(dicts: list[dict]) -> list[bool]:
     return [record["width"] > record["height"] for record in dicts]
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Slurm signals every process of a job; a worker that died of it would keep the trainer from saving."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_sigterm(worker: int) -> None:
+    """Slurm signals every process of a job; a worker that died of it would keep the trainer from saving.
+
+    Only the trainer's own SIGTERM, which Python sends to its workers when it ends, is obeyed.
+    """
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()

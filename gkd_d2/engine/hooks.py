@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import threading
 
 import numpy as np
 from detectron2.engine.hooks import HookBase
@@ -15,6 +17,8 @@ from gkd_d2.watch import TermReport
 
 # What a shell reports of a process that SIGTERM ended.
 EXIT_BY_SIGTERM = 128 + signal.SIGTERM
+# For the iteration that is under way; Slurm's own limit is half of it by default.
+GRACE_SECONDS = 60
 
 
 class PeriodicSaver(HookBase):
@@ -41,12 +45,17 @@ class PeriodicSaver(HookBase):
 class SaveOnSigterm(HookBase):
     """On SIGTERM, which Slurm sends before a time limit, finishes the iteration, saves and ends the process.
 
+    Where the iteration does not end within GRACE_SECONDS, as in the middle of an evaluation or waiting for a process
+    that died, the process ends without saving.
+
     Raises:
         SystemExit: with EXIT_BY_SIGTERM, in all processes, when the checkpoint is written.
     """
 
     def __init__(self):
         self._asked = False
+        self._deadline = threading.Timer(GRACE_SECONDS, os._exit, (EXIT_BY_SIGTERM,))
+        self._deadline.daemon = True
         self._previous = signal.SIG_DFL
 
     def before_train(self) -> None:
@@ -56,6 +65,7 @@ class SaveOnSigterm(HookBase):
         # One process may get the signal an iteration before another.
         if not any(comm.all_gather(self._asked)):
             return
+        self._deadline.cancel()
         if self.trainer.iter + 1 < self.trainer.max_iter:
             self.trainer.save(f"model_{self.trainer.iter:07d}")
         comm.synchronize()
@@ -65,10 +75,13 @@ class SaveOnSigterm(HookBase):
         raise SystemExit(EXIT_BY_SIGTERM)
 
     def after_train(self) -> None:
+        self._deadline.cancel()
         signal.signal(signal.SIGTERM, self._previous)
 
     def _ask(self, number: int, frame) -> None:
-        self._asked = True
+        if not self._asked:
+            self._asked = True
+            self._deadline.start()
 
 
 class DeadLossError(RuntimeError):

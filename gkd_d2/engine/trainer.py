@@ -132,11 +132,18 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         """Detectron2's, and what else a resume needs: the moving averages of each process, and what it depends on."""
-        return {**super().state_dict(), "running_states": self._running_states, "run": self._identity()}
+        return {
+            **super().state_dict(),
+            # With the optimizer, which Detectron2 0.5 leaves out.
+            "_trainer": self._trainer.state_dict(),
+            "running_states": self._running_states,
+            "run": self._identity(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Warns where the resumed run can't continue exactly."""
         super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
         was, now = state_dict.get("run", {}), self._identity()
         changed = [f"{key} was {was.get(key)} and is {value}" for key, value in now.items() if was.get(key) != value]
         if changed:

@@ -1,0 +1,229 @@
+"""Runs that are killed, stopped and starved, through the command line: what is kept, and how they go on."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+# Small networks and pictures; align convolutions, a ramp, a step of the learning rate and workers, so that a resume
+# has everything to get right that there is.
+SMALL = """
+    MODEL.RESNETS.DEPTH 18 MODEL.FPN.OUT_CHANNELS 16 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 30 SOLVER.STEPS (20,) SOLVER.WARMUP_ITERS 10 SOLVER.CHECKPOINT_PERIOD 5
+    GKD.WARMUP_ITERS 25 GKD.STUDENT.INIT_FROM_TEACHER False DATALOADER.NUM_WORKERS 1 TEST.EVAL_PERIOD 0 SEED -1
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, project):
+    """A folder with toy data and one teacher for each detector; a function that starts train_net.py there."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_toy_kitti(folder / "datasets" / "toy_kitti", 8, 2, 0)
+    environment = os.environ | {
+        "DETECTRON2_DATASETS": str(folder / "datasets"),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def start(config, *arguments, processes=1, launcher=(sys.executable,), limit=None):
+        command = [*launcher, str(project / "tools" / "train_net.py"), "--num-gpus", str(processes)]
+        command += ["--config-file", str(project / "configs" / "toy" / config), *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+        )
+
+    start.folder = folder
+    for detector in ("frcnn", "retinanet"):
+        settings = [*SMALL, "MODEL.FPN.OUT_CHANNELS", 24, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", f"teacher_{detector}"]
+        finish(start(f"teachers/{detector}.yaml", *settings))
+    return start
+
+
+@pytest.fixture(scope="module")
+def distil(workplace):
+    """Start the distilled training of a detector in a folder."""
+
+    def start(detector, output, *arguments, seed=5, resume=False, **options):
+        settings = [
+            *("GKD.TEACHER.WEIGHTS", f"teacher_{detector}/model_final.pth"),
+            *(*SMALL, "SEED", seed, "OUTPUT_DIR", output, *arguments),
+        ]
+        # The teacher is made of its config file, which must describe the small one.
+        config = workplace.folder / f"teacher_{detector}" / "config.yaml"
+        flags = ["--resume"] if resume else []
+        return workplace(f"gkd_{detector}.yaml", *flags, *settings, "GKD.TEACHER.CONFIG_FILE", config, **options)
+
+    start.folder = workplace.folder
+    return start
+
+
+def finish(process, status=0):
+    """Wait for the end of a run and return its output."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def wait_for(path: Path, process) -> None:
+    """Wait until a running process has written a file."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.02)
+
+
+def children(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def equal(first, second) -> bool:
+    """Whether two checkpoints hold the same, bit by bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def state(folder: Path, name: str) -> dict:
+    """Everything that a checkpoint holds, as plain tensors and numbers."""
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(distil):
+    """The folder of a run of Faster R-CNN that nothing disturbed; its seed was drawn."""
+    output = finish(distil("frcnn", "whole", seed=-1))
+    assert "Exception" not in output
+    return distil.folder / "whole"
+
+
+def seed_of(folder: Path) -> int:
+    return state(folder, "model_final.pth")["trainer"]["run"]["SEED"]
+
+
+def test_killed_run_resumes_bit_for_bit(distil, uninterrupted):
+    folder = distil.folder / "killed"
+    run = distil("frcnn", "killed", seed=seed_of(uninterrupted))
+    wait_for(folder / "model_0000009.pth", run)
+    time.sleep(0.3)
+    run.kill()
+    finish(run, -signal.SIGKILL)
+    assert not (folder / "model_final.pth").exists()
+    # With another number of workers the batches are the same.
+    output = finish(distil("frcnn", "killed", "DATALOADER.NUM_WORKERS", 2, resume=True, seed=seed_of(uninterrupted)))
+    assert "Starting training from iteration" in output and "does not continue exactly" not in output
+    whole, resumed = state(uninterrupted, "model_final.pth"), state(folder, "model_final.pth")
+    assert any(name.startswith("align.") for name in whole["model"])
+    assert not any("teacher" in name for name in whole["model"])
+    assert equal(whole, resumed)
+    # The watch's scalars stand in metrics.json.
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/attention"} <= names
+
+
+def test_drawn_seed_is_kept(distil, uninterrupted):
+    folder = distil.folder / "drawn"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000024.pth")
+    output = finish(distil("frcnn", "drawn", resume=True, seed=-1))
+    assert "does not continue exactly" not in output
+    assert equal(state(uninterrupted, "model_final.pth"), state(folder, "model_final.pth"))
+
+
+def test_damaged_last_checkpoint_is_passed_over(distil, uninterrupted):
+    folder = distil.folder / "damaged"
+    shutil.copytree(uninterrupted, folder)
+    final = folder / "model_final.pth"
+    final.write_bytes(final.read_bytes()[:-1000])
+    output = finish(distil("frcnn", "damaged", resume=True, seed=seed_of(uninterrupted)))
+    assert f"{final} is damaged" in output or "model_final.pth is damaged" in output
+    assert "Starting training from iteration 25" in output
+    assert equal(state(uninterrupted, "model_final.pth"), state(folder, "model_final.pth"))
+
+
+def test_full_disk_keeps_the_last_checkpoint(distil, uninterrupted):
+    folder = distil.folder / "full"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000024.pth")
+    # Files of this run end at a megabyte, as where a quota is used up.
+    output = finish(distil("frcnn", "full", resume=True, seed=seed_of(uninterrupted), limit=1 << 20), status=1)
+    assert "model_final.pth can't be written" in output
+    assert "The last whole one: full/model_0000024.pth" in output
+    assert not list(folder.glob("*.partial")) and not (folder / "model_final.pth").exists()
+    assert (folder / "last_checkpoint").read_text() == "model_0000024.pth"
+    assert equal(state(uninterrupted, "model_0000024.pth"), state(folder, "model_0000024.pth"))
+
+
+def test_killed_worker_ends_the_run(distil):
+    folder = distil.folder / "worker"
+    run = distil("frcnn", "worker", "SOLVER.MAX_ITER", 10000)
+    wait_for(folder / "model_0000004.pth", run)
+    for pid in children(run):
+        os.kill(pid, signal.SIGKILL)
+    output = finish(run, status=1)
+    assert "DataLoader worker" in output and "killed by signal" in output
+    last = (folder / "last_checkpoint").read_text()
+    assert state(folder, last)["iteration"] >= 4
+
+
+def test_two_processes_stopped_by_sigterm_resume_bit_for_bit(distil):
+    """RetinaNet, whose processes each keep a moving average of their own."""
+    # On these pictures p7 has two cells, of which one is the map's least and one its greatest: no gradient.
+    arguments = ("SOLVER.MAX_ITER", 12, "GKD.FEATURES", "('p3', 'p4', 'p5')")
+    output = finish(distil("retinanet", "pair_whole", *arguments, processes=2))
+    assert "Exception" not in output
+    folder = distil.folder / "pair_stopped"
+    run = distil("retinanet", "pair_stopped", *arguments, processes=2)
+    wait_for(folder / "model_0000004.pth", run)
+    # As Slurm does, which signals the loaders' workers too.
+    os.killpg(run.pid, signal.SIGTERM)
+    output = finish(run, 128 + signal.SIGTERM)
+    assert "Stopped by SIGTERM after iteration" in output
+    assert not (folder / "model_final.pth").exists()
+    last = state(folder, (folder / "last_checkpoint").read_text())
+    averages = [row["loss_normalizer"] for row in last["trainer"]["running_states"]]
+    assert len(averages) == 2 and averages[0] != averages[1]
+    finish(distil("retinanet", "pair_stopped", *arguments, resume=True, processes=2))
+    whole = state(distil.folder / "pair_whole", "model_final.pth")
+    assert equal(whole, state(folder, "model_final.pth"))
+
+    # torchrun is another way to the same two processes.
+    shutil.rmtree(folder)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512")
+    finish(distil("retinanet", "pair_stopped", *arguments, launcher=torchrun))
+    assert equal(whole, state(folder, "model_final.pth"))
+
+
+def test_killed_process_ends_the_others(distil):
+    folder = distil.folder / "pair_killed"
+    run = distil("retinanet", "pair_killed", "SOLVER.MAX_ITER", 10000, processes=2)
+    wait_for(folder / "model_0000004.pth", run)
+    # The parent's first child is Python's resource tracker.
+    ranks = children(run)[-2:]
+    os.kill(ranks[1], signal.SIGKILL)
+    finish(run, 128 + signal.SIGKILL)
+    for pid in ranks:
+        assert not Path(f"/proc/{pid}").exists()
+    assert state(folder, (folder / "last_checkpoint").read_text())["iteration"] >= 4
