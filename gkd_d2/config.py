@@ -74,6 +74,27 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
 
 
+def read_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The config that a file and KEY VALUE pairs describe, not frozen.
+
+    Args:
+        config_file: of any detector or distiller.
+        opts: override the file's values.
+
+    Raises:
+        ValueError: ``opts`` are no pairs, or a value does not fit its key.
+        KeyError: a key does not exist.
+    """
+    if len(opts) % 2:
+        raise ValueError(f"the arguments {' '.join(opts)} must be pairs KEY VALUE; options go before them")
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(opts)
+    resolve_teacher_config(cfg, config_file)
+    return cfg
+
+
 def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
     """Make GKD.TEACHER.CONFIG_FILE absolute where it is found beside the student's config file.
 

@@ -15,31 +15,17 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gkd_d2.checkpoint import CompleteCheckpointer
-from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config
+from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer, settle_seed
-
-
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """The config that the command line describes."""
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    resolve_teacher_config(cfg, args.config_file)
-    if args.eval_only:
-        # The student is evaluated as the plain detector it is: no teacher is built.
-        cfg = detector_config(cfg)
-    cfg.freeze()
-    return cfg
 
 
 def main(cfg: CfgNode, args: argparse.Namespace):
@@ -64,7 +50,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is missing: name one of configs/")
-    cfg = read_config(args)
+    cfg = read_config(args.config_file, args.opts)
+    if args.eval_only:
+        # The student is evaluated as the plain detector it is: no teacher is built.
+        cfg = detector_config(cfg)
+    cfg.freeze()
     try:
         check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
     except PreflightError as error:

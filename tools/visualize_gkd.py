@@ -15,14 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config import DISTILLER, add_gkd_config, resolve_teacher_config
+from gkd_d2.config import DISTILLER, read_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.preflight import PreflightError, check_inputs
@@ -54,13 +54,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
+def dataset_config(args: argparse.Namespace) -> CfgNode:
     """The distiller's config, with the dataset to draw as its only one."""
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    resolve_teacher_config(cfg, args.config_file)
+    cfg = read_config(args.config_file, args.opts)
     if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
         raise ValueError(
             f"{args.config_file}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, but pictures of a teacher "
@@ -115,7 +111,7 @@ def main() -> None:
     """Run the command."""
     args = parse_args()
     try:
-        cfg = read_config(args)
+        cfg = dataset_config(args)
         check_inputs(cfg, eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
         records = choose_images(dataset, args.image, args.count)
