@@ -73,8 +73,8 @@ class TrainStep(TrainerBase):
         """Compute the gradients of one batch and update the model.
 
         Raises:
-            FloatingPointError: a loss is infinite or NaN; the images are named. In float16 such a step is left out
-                instead, unless MAX_SKIPPED_STEPS of them come in a row.
+            FloatingPointError: a loss is infinite or NaN; the images are named. In float16 a step with such a loss or
+                gradient is left out instead, unless more than MAX_SKIPPED_STEPS of them come in a row.
         """
         start = time.perf_counter()
         batch = next(self._batches)
@@ -84,12 +84,16 @@ class TrainStep(TrainerBase):
             self.module.gradient_scale = self._scaler.get_scale()
         self.optimizer.zero_grad()
         losses = self._backward(batch)
-        self._write_metrics(losses, data_time, batch)
-        # Gradient clipping, where it is enabled, is part of the optimizer's step and must see unscaled gradients.
-        if self._scaler.is_enabled():
-            self._scaler.unscale_(self.optimizer)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        scale = self._scaler.get_scale()
+        fault = self._write_metrics(losses, data_time) or self._update()
+        if not fault:
+            self._skipped = 0
+            return
+        if not self._scaler.is_enabled() or self._skipped == MAX_SKIPPED_STEPS:
+            raise FloatingPointError(f"Iteration {self.iter}: {fault}; {self._origin(losses, batch)}")
+        self._skipped += 1
+        self._scaler.update(scale * self._scaler.get_backoff_factor())
+        logging.getLogger(__name__).warning("Iteration %d is left out: %s; scale %g", self.iter, fault, scale)
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
         """Add up the gradients of the batch's parts; returns the parts' mean losses."""
@@ -113,28 +117,36 @@ class TrainStep(TrainerBase):
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} Iteration {self.iter}; {self._blame(part)}") from error
 
-    def _write_metrics(self, losses: dict[str, Tensor], data_time: float, batch: list[dict]) -> None:
-        """Put the losses, averaged over the processes, into the EventStorage; all processes judge them alike."""
+    def _write_metrics(self, losses: dict[str, Tensor], data_time: float) -> str:
+        """Put the losses, averaged over the processes, into the EventStorage; returns which of them are not finite."""
         numbers = torch.stack([value.float() for value in losses.values()]).tolist()
-        own = dict(zip(losses, numbers))
-        rows = comm.all_gather((own, data_time))
-        means = {name: float(np.mean([row[name] for row, _ in rows])) for name in own}
+        rows = comm.all_gather((dict(zip(losses, numbers)), data_time))
+        # All processes judge the same numbers alike.
+        means = {name: float(np.mean([row[name] for row, _ in rows])) for name in losses}
         if all(math.isfinite(value) for value in means.values()):
-            self._skipped = 0
             storage = get_event_storage()
             # The slowest process decides.
             storage.put_scalar("data_time", max(seconds for _, seconds in rows))
             storage.put_scalar("total_loss", sum(means.values()))
             storage.put_scalars(**means)
-            return
-        self._skipped += 1
-        if self._scaler.is_enabled() and self._skipped <= MAX_SKIPPED_STEPS:
-            logging.getLogger(__name__).warning(
-                "Iteration %d is left out: %s; scale %g", self.iter, _not_finite(means), self._scaler.get_scale()
-            )
-            return
-        where = self._blame(batch) if _not_finite(own) else "the images are those of another process"
-        raise FloatingPointError(f"Iteration {self.iter}: {_not_finite(means)}; {where}")
+        return ", ".join(f"{name} is {value}" for name, value in means.items() if not math.isfinite(value))
+
+    def _update(self) -> str:
+        """Take the optimizer's step; returns why it was left out, if it was."""
+        # Gradient clipping, where it is enabled, is part of the optimizer's step and must see unscaled gradients.
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
+        scale = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # The scaler tells of a step that it left out by its scale alone.
+        return "a gradient is infinite or NaN" if self._scaler.get_scale() < scale else ""
+
+    def _origin(self, losses: dict[str, Tensor], batch: list[dict]) -> str:
+        """Where a fault comes from, of which all processes know."""
+        if all(torch.isfinite(value) for value in losses.values()):
+            return "the losses of this process are finite"
+        return self._blame(batch)
 
     def _blame(self, batch: list[dict]) -> str:
         """Which images of a failed batch fail by themselves."""
@@ -164,7 +176,3 @@ class TrainStep(TrainerBase):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict.get("grad_scaler"):
             self._scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _not_finite(losses: dict[str, float]) -> str:
-    return ", ".join(f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value))
