@@ -89,6 +89,7 @@ class FrozenTeacher:
 
         Raises:
             RuntimeError: a level has no part in the losses.
+            FloatingPointError: its region proposals are infinite or NaN.
         """
         with torch.no_grad():
             images, features = self.split.features(batched_inputs)
@@ -97,7 +98,11 @@ class FrozenTeacher:
             return wanted, None
         leaves = {name: feature.detach().requires_grad_(name in levels) for name, feature in features.items()}
         with self._own_streams():
-            losses = self.split.losses(images, leaves, batched_inputs)
+            try:
+                losses = self.split.losses(images, leaves, batched_inputs)
+            except FloatingPointError as error:
+                # Detectron2's text alone would blame the training.
+                raise FloatingPointError(f"The teacher's own losses can't be computed: {error}") from error
         return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
 
     @contextlib.contextmanager
