@@ -29,9 +29,14 @@ class PeriodicSaver(HookBase):
 
     Args:
         period: in iterations.
+
+    Raises:
+        ValueError: it is below 1.
     """
 
     def __init__(self, period: int):
+        if period < 1:
+            raise ValueError(f"SOLVER.CHECKPOINT_PERIOD is {period}, but must be >= 1")
         self._period = period
 
     def after_step(self) -> None:
@@ -101,6 +106,7 @@ class LossWatch(HookBase):
         patience: number of iterations in a row with such a gradient that stop the run.
 
     Raises:
+        ValueError: ``period`` or ``patience`` is below 1.
         DeadLossError: in :meth:`after_step`, in all processes; the state is saved as model_stopped.pth.
     """
 
