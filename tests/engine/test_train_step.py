@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from gkd_d2.config import detector_config
 from gkd_d2.data.loader import BatchSampler, SeededDataset
 from gkd_d2.engine.train_step import MAX_SKIPPED_STEPS, TrainStep
+from gkd_d2.streams import mix_seed, seed_everything
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 SIZES = ((90, 120), (96, 100), (80, 110), (64, 96))
@@ -55,16 +57,6 @@ def equal(ours, theirs):
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-class BeforeStep(HookBase):
-    """Calls a function with the iteration before each step."""
-
-    def __init__(self, function):
-        self._function = function
-
-    def before_step(self):
-        self._function(self.trainer.iter)
-
-
 class Linear(nn.Module):
     """The dot product of two weights and the inputs' mean, whose gradient is that mean."""
 
@@ -77,14 +69,35 @@ class Linear(nn.Module):
             self.layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
 
     def forward(self, batch):
-        return {"loss_dot": self.layer(torch.stack([x["input"] for x in batch])).mean()}
+        products = self.layer(torch.stack([x["input"] for x in batch]))
+        return {"loss_dot": products.float().mean() + sum(x.get("offset", 0.0) for x in batch)}
 
 
-def linear_config(cfg):
-    """A plain gradient descent of rate 0.5."""
+# Their mean, and so the gradient, is (0.375, 0.5), of norm 0.625.
+INPUTS = [{"input": torch.tensor([0.25, 0.25])}, {"input": torch.tensor([0.5, 0.75])}]
+
+
+def plain_descent(cfg):
+    """Set a plain gradient descent of rate 0.5."""
     cfg.SOLVER.BASE_LR = 0.5
-    cfg.SOLVER.MOMENTUM = cfg.SOLVER.WEIGHT_DECAY = 0.0
+    cfg.SOLVER.MOMENTUM = cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
     return cfg
+
+
+def clip(cfg, kind, value):
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = kind, value
+    return cfg
+
+
+def set_scale(step, scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    step.load_state_dict({**step.state_dict(), "grad_scaler": scaler.state_dict()})
+    return step
+
+
+def get_scale(step):
+    return step.state_dict()["grad_scaler"]["scale"]
 
 
 # --- parts of a batch
@@ -93,21 +106,20 @@ def linear_config(cfg):
 @pytest.mark.parametrize(("kind", "parts"), [("faster", 2), ("retinanet", 4)])
 def test_a_batch_in_parts_takes_one_step_by_the_mean_gradient(kind, parts, distiller_config):
     cfg = distiller_config(kind, channels=8)
-    # Every anchor and proposal is taken, so that nothing depends on random draws.
-    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8000
     cfg.SOLVER.BASE_LR = 0.01
     samples = images()
-    model = build_model(cfg).double()
+    # Detectron2's proposals are float32 only.
+    model = build_model(cfg).to(torch.float32 if kind == "faster" else torch.float64)
     reference = copy.deepcopy(model).train()
-    step = train_step(model, cfg, samples, batch_size=4, accumulate_steps=parts)
-    scalars = run(step, 0, 2)
+    scalars = run(train_step(model, cfg, samples, batch_size=4, accumulate_steps=parts, seed=3), 0, 2)
 
     optimizer = build_optimizer(cfg, reference)
+    trained = dict(reference.named_parameters())
     with EventStorage() as storage:
         for iteration in range(2):
+            seed_everything(mix_seed(3, iteration, 0))
             size = 4 // parts
             losses = [reference(samples[first : first + size]) for first in range(0, 4, size)]
-            trained = dict(reference.named_parameters())
             gradients = [torch.autograd.grad(sum(loss.values()), trained.values()) for loss in losses]
             for parameter, *summands in zip(trained.values(), *gradients):
                 parameter.grad = torch.stack(summands).mean(dim=0)
@@ -116,14 +128,12 @@ def test_a_batch_in_parts_takes_one_step_by_the_mean_gradient(kind, parts, disti
             for name in losses[0]:
                 mean = sum(loss[name].item() for loss in losses) / parts
                 assert scalars[name][iteration] == pytest.approx(mean, rel=1e-6), name
-    ours = dict(model.named_parameters())
-    for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
-        torch.testing.assert_close(ours[name], parameter, rtol=1e-8, atol=1e-12, msg=name)
+    for name, parameter in model.named_parameters():
+        for ours, theirs in ((parameter.grad, trained[name].grad), (parameter.data, trained[name].data)):
+            assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max(), name
 
 
-def test_a_batch_in_one_part_equals_detectron2s_step(distiller_config):
-    """The plain detector: nothing of the distiller's is needed."""
+def test_a_plain_detector_trains_as_in_a_plain_loop(distiller_config):
     cfg = detector_config(distiller_config("retinanet"))
     samples = images()
     model = build_model(cfg)
@@ -143,177 +153,304 @@ def test_a_batch_in_one_part_equals_detectron2s_step(distiller_config):
 
 @pytest.mark.parametrize(
     ("kind", "value", "expected"),
-    # Gradient (0.375, 0.5): its norm is 0.625.
     [("norm", 0.25, (1 - 0.5 * 0.15, 2 - 0.5 * 0.2)), ("value", 0.4375, (1 - 0.5 * 0.375, 2 - 0.5 * 0.4375))],
 )
 @pytest.mark.parametrize("amp_dtype", [None, torch.float16])
-def test_clipping_sees_unscaled_gradients(kind, value, expected, amp_dtype, distiller_config):
-    cfg = linear_config(distiller_config())
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = kind, value
+def test_clipping_sees_unscaled_gradients(kind, value, expected, amp_dtype):
+    cfg = clip(plain_descent(get_cfg()), kind, value)
     model = Linear()
-    step = train_step(model, cfg, [{"input": torch.tensor([0.375, 0.5])}], batch_size=1, amp_dtype=amp_dtype)
-    assert step.state_dict()["grad_scaler"].get("scale") == (2.0**16 if amp_dtype else None)
+    step = train_step(model, cfg, INPUTS, amp_dtype=amp_dtype)
     run(step, 0, 1)
     assert model.layer.weight.tolist()[0] == pytest.approx(expected, rel=1e-5)
+    # In float16 the gradient itself was 65536 times as large.
+    assert step.state_dict()["grad_scaler"].get("scale") == (2.0**16 if amp_dtype else None)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_clipping_a_detector_in_float16(kind, distiller_config):
-    """Each parameter moves by its own float32 gradient's direction, by the clipped length."""
-    cfg = linear_config(distiller_config(kind))
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = "norm", 0.01
-    samples = images()
+def test_clipping_a_distilled_student_in_float16(distiller_config):
+    """Against the scaling, unscaling and clipping of each parameter's gradient by hand."""
+    cfg = clip(plain_descent(distiller_config("retinanet", channels=8)), "norm", 0.01)
+    samples = images()[:2]
     model = build_model(cfg)
-    step = train_step(model, cfg, samples, amp_dtype=torch.float16)
-    step.load_state_dict({**step.state_dict(), "grad_scaler": scaler_state(2.0**10)})
-    unclipped = copy.deepcopy(model).train()
-    before = weights(model)
-    run(step, 0, 1)
-    with EventStorage():
-        sum(unclipped(samples[:2]).values()).backward()
+    reference = copy.deepcopy(model).train()
+    run(set_scale(train_step(model, cfg, samples, amp_dtype=torch.float16), 2.0**8), 0, 1)
+    reference.gradient_scale = 2.0**8
+    with EventStorage(), torch.autocast("cpu", torch.float16):
+        losses = reference(samples)
+    (2.0**8 * sum(losses.values())).backward()
     clipped = 0
-    for name, parameter in unclipped.named_parameters():
-        length, moved = parameter.grad.norm(), before[name] - dict(model.named_parameters())[name].detach()
-        if length > 0.02:
-            clipped += 1
-            assert moved.norm() == pytest.approx(0.5 * 0.01, rel=1e-3), name
-            assert torch.cosine_similarity(moved.flatten(), parameter.grad.flatten(), dim=0) > 0.8, name
-        elif 1e-4 < length < 0.005:
-            assert moved.norm() == pytest.approx(0.5 * length.item(), rel=0.5), name
-    assert clipped > 10
-
-
-def scaler_state(scale):
-    return torch.amp.GradScaler("cpu", init_scale=scale).state_dict()
+    for (name, parameter), moved in zip(reference.named_parameters(), weights(model).values()):
+        gradient = parameter.grad / 2.0**8
+        norm = gradient.norm().item()
+        clipped += norm > 0.01
+        expected = parameter - 0.5 * gradient * min(1, 0.01 / (norm + 1e-6))
+        torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7, msg=name)
+    assert 0 < clipped < len(list(reference.parameters()))
 
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_half_precision_trains_like_float32(kind, amp_dtype, distiller_config):
+    """Tolerances: 15 % for a loss of the first step, 10 % for the sum of all in four steps."""
     cfg = distiller_config(kind, channels=8)
-    # A level of few cells has no gradient of the map loss.
+    # A level of one cell has no gradient of the map loss.
     cfg.GKD.FEATURES = ["p3", "p4", "p5"]
     cfg.SOLVER.BASE_LR = 0.005
+    samples = images()[:2]
     runs = []
     for dtype in (None, amp_dtype):
         torch.manual_seed(5)
         model = build_model(cfg)
         model.watch = True
         before = weights(model)
-        step = train_step(model, cfg, images(), amp_dtype=dtype)
+        step = train_step(model, cfg, samples, amp_dtype=dtype)
         if dtype == torch.float16:
-            step.load_state_dict({**step.state_dict(), "grad_scaler": scaler_state(2.0**10)})
+            set_scale(step, 2.0**10)
         runs.append(run(step, 0, 4))
-        assert all(math.isfinite(norm) and norm > 0 for norm in model.watched.norms.values()), model.watched
-        assert len(model.watched.norms) == 4 * 3
-        assert all(not torch.equal(value, before[name]) for name, value in weights(model).items() if "align" in name)
     full, half = runs
-    for name, values in full.items():
-        if name.startswith(("loss", "total_loss")):
-            assert half[name] == pytest.approx(values, rel=0.1, abs=0.005), name
+    assert half["total_loss"] == pytest.approx(full["total_loss"], rel=0.1)
+    for name in (name for name in full if name.startswith("loss_")):
+        assert half[name][0] == pytest.approx(full[name][0], rel=0.15, abs=1e-3), name
     assert all(value > 0 for name in NAMES for value in half[name])
+    assert len(model.watched.norms) == 4 * 3
+    assert all(math.isfinite(norm) and norm > 0 for norm in model.watched.norms.values()), model.watched.norms
+    for name, value in weights(model).items():
+        assert value.dtype == torch.float32
+        assert value.isfinite().all(), name
+        assert not torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("kind", "channels"), [("faster", 16), ("retinanet", 8)])
+@pytest.mark.parametrize(
+    ("kind", "channels", "dtype"),
+    [("faster", 16, torch.float32), ("faster", 8, torch.float32), ("retinanet", 8, torch.float64)],
+)
 def test_losses_do_not_depend_on_the_gradient_scale(kind, channels, dtype, distiller_config):
     model = build_model(distiller_config(kind, channels=channels)).to(dtype).train()
-    model.watch = True
     batch = training_batch()
     results = []
-    for scale in (1.0, 2.0**10, 2.0**16):
-        model.gradient_scale = scale
+    for model.gradient_scale in (1.0, 2.0**10, 2.0**16):
         model.student.loss_normalizer = 100
         torch.manual_seed(3)
         with EventStorage():
-            results.append(({name: value.item() for name, value in model(batch).items()}, model.watched))
-    (first, first_watched), *others = results
-    for losses, watched in others:
-        assert losses == pytest.approx(first, rel=1e-6)
-        assert watched.norms == pytest.approx(first_watched.norms, rel=1e-5)
-        assert watched.detection == pytest.approx(first_watched.detection, rel=1e-5)
+            results.append(model(batch))
+    for losses in results[1:]:
+        for name, value in losses.items():
+            # Powers of two leave every digit as it is.
+            assert torch.equal(value, results[0][name]), name
 
 
 def test_float16_gradients_need_the_scale(distiller_config):
-    """At RetinaNet's p3 the detection gradient is too small for float16: without a scale the maps there vanish."""
+    """RetinaNet's gradient at p3 is too small for float16: without a scale the map there is lost."""
     cfg = distiller_config("retinanet")
     cfg.GKD.FEATURES = ["p3"]
     model = build_model(cfg).train()
     batch = training_batch()
-    losses, zeros = {}, {}
-    for scale, dtype in ((1.0, None), (1.0, torch.float16), (2.0**10, torch.float16)):
-        model.gradient_scale = scale
+    results = []
+    for model.gradient_scale, dtype in ((1.0, None), (1.0, torch.float16), (2.0**10, torch.float16)):
         model.student.loss_normalizer = 100
         with EventStorage(), torch.autocast("cpu", dtype, enabled=dtype is not None):
-            seen = model.observe(batch, student_grad=True, teacher_grad=True)
+            loss = model(batch)["loss_gkd_gradient"].item()
             model.student.loss_normalizer = 100
-            losses[scale, dtype] = model(batch)["loss_gkd_gradient"].item()
-        zeros[scale, dtype] = (seen.student_grad[0] == 0).float().mean().item()
+            seen = model.observe(batch, student_grad=True, teacher_grad=True)
+        results.append((loss, (seen.student_grad[0] == 0).float().mean().item()))
     assert seen.student_grad[0].dtype == torch.float16
-    full, alone, scaled = losses.values()
-    assert zeros[1.0, None] == 0
-    assert zeros[1.0, torch.float16] > 0.9
-    assert zeros[2.0**10, torch.float16] < 0.2
+    (full, full_zeros), (alone, alone_zeros), (scaled, scaled_zeros) = results
+    assert full_zeros == 0
+    assert alone_zeros > 0.9
+    assert scaled_zeros < 0.2
     assert scaled == pytest.approx(full, rel=0.05)
-    assert abs(alone - full) > 0.3 * full
+    assert abs(alone - full) > 0.2 * full
 
 
 # --- steps that are left out
 
 
-def test_an_overflow_leaves_the_step_out(distiller_config):
-    """Iteration 1 overflows; the run without it that starts with the scale it leaves behind ends at the same weights."""
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_step_whose_gradient_overflows_is_left_out(factor, distiller_config):
+    """A run that passes over the iteration, and has the scale that it leaves behind, ends at the same weights."""
     cfg = distiller_config("faster")
-    samples = images(SIZES + SIZES[:2])
-    torch.manual_seed(5)
+    samples = images(((64, 64),) * 6)
     model = build_model(cfg)
     other = copy.deepcopy(model)
-    step = train_step(model, cfg, samples, amp_dtype=torch.float16)
-    step.load_state_dict({**step.state_dict(), "grad_scaler": scaler_state(2.0**10)})
-    iteration = [0]
-    step.register_hooks([BeforeStep(lambda now: iteration.__setitem__(0, now))])
+    step = set_scale(train_step(model, cfg, samples, amp_dtype=torch.float16), 2.0**6)
     model.student.roi_heads.box_predictor.cls_score.bias.register_hook(
-        lambda gradient: gradient * (float("inf") if iteration[0] == 1 else 1)
+        lambda gradient: gradient * (factor if step.iter == 1 else 1)
     )
     run(step, 0, 1)
     before, momentum = weights(model), copy.deepcopy(step.state_dict()["optimizer"]["state"])
-    assert momentum
     run(step, 1, 2)
     assert equal(weights(model), before)
+    assert momentum
     for index, state in step.state_dict()["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], momentum[index]["momentum_buffer"])
-    assert step.state_dict()["grad_scaler"]["scale"] == 2.0**9
+    assert get_scale(step) == 2.0**5
     run(step, 2, 3)
     assert not equal(weights(model), before)
 
-    again = train_step(other, cfg, samples, amp_dtype=torch.float16)
-    again.load_state_dict({**again.state_dict(), "grad_scaler": scaler_state(2.0**10)})
+    again = set_scale(train_step(other, cfg, samples, amp_dtype=torch.float16), 2.0**6)
     run(again, 0, 1)
-    again.load_state_dict({**again.state_dict(), "grad_scaler": scaler_state(2.0**9)})
-    run(again, 2, 3)
+    run(set_scale(again, 2.0**5), 2, 3)
     assert equal(weights(other), weights(model))
 
 
-@pytest.mark.parametrize("kind", ["distiller", "detector"])
-def test_a_scale_is_found_or_the_run_ends(kind, distiller_config):
-    """Without distillation the losses stay finite and only the gradients overflow."""
+def test_a_step_whose_loss_alone_overflows_is_left_out(caplog):
+    """The gradient of an infinite distance may be finite."""
+    cfg = plain_descent(get_cfg())
+    samples = [*INPUTS, {**INPUTS[0], "offset": float("inf")}, INPUTS[1], *INPUTS]
+    model = Linear()
+    step = train_step(model, cfg, samples, amp_dtype=torch.float16)
+    scalars = run(step, 0, 2)
+    assert model.layer.weight.tolist() == [[1 - 0.5 * 0.375, 2 - 0.5 * 0.5]]
+    assert "Iteration 1 is left out: loss_dot is inf; scale 65536" in caplog.text
+    assert get_scale(step) == 2.0**15
+    assert len(scalars["loss_dot"]) == 1
+    run(step, 2, 3)
+    assert model.layer.weight.tolist() == [[1 - 0.375, 2 - 0.5]]
+
+    with pytest.raises(FloatingPointError, match="Iteration 1: loss_dot is inf"):
+        run(train_step(Linear(), cfg, samples), 0, 3)
+
+
+def test_too_many_overflows_in_a_row_end_the_run():
+    """Their losses are finite: only the gradients overflow."""
+    model = Linear()
+    step = train_step(model, plain_descent(get_cfg()), INPUTS, amp_dtype=torch.float16)
+    good = {MAX_SKIPPED_STEPS}
+    model.layer.weight.register_hook(lambda gradient: gradient * (1 if step.iter in good else float("inf")))
+    last = 2 * MAX_SKIPPED_STEPS + 1
+    with pytest.raises(FloatingPointError, match=f"Iteration {last}: a gradient is infinite or NaN"):
+        run(step, 0, last + 5)
+    assert step.iter == last
+    assert model.layer.weight.isfinite().all()
+
+
+def test_a_distiller_finds_its_scale_or_ends(distiller_config, monkeypatch, caplog):
+    """At a large scale the teacher's gradients overflow, and with them the losses."""
+    monkeypatch.setattr("gkd_d2.engine.train_step.MAX_SKIPPED_STEPS", 4)
     cfg = distiller_config("retinanet")
-    if kind == "detector":
-        cfg = detector_config(cfg)
-    for exponent in (24, 60):
-        model = build_model(cfg)
-        before = weights(model)
-        step = train_step(model, cfg, images(), amp_dtype=torch.float16)
-        step.load_state_dict({**step.state_dict(), "grad_scaler": scaler_state(2.0**exponent)})
-        if exponent == 24:
-            run(step, 0, MAX_SKIPPED_STEPS)
-            assert step.state_dict()["grad_scaler"]["scale"] < 2.0**exponent
-            assert not equal(weights(model), before)
-            assert all(value.isfinite().all() for value in weights(model).values())
-        else:
-            with pytest.raises(FloatingPointError, match=f"Iteration {MAX_SKIPPED_STEPS}: "):
-                run(step, 0, MAX_SKIPPED_STEPS + 5)
-            assert step.iter == MAX_SKIPPED_STEPS
-            assert equal(weights(model), before)
+    samples = images(((64, 64),) * 2)
+    model = build_model(cfg)
+    before = weights(model)
+    step = set_scale(train_step(model, cfg, samples, amp_dtype=torch.float16), 2.0**60)
+    with pytest.raises(FloatingPointError, match="Iteration 4: .*loss_gkd_gradient is nan"):
+        run(step, 0, 6)
+    assert equal(weights(model), before)
+    step = set_scale(train_step(model, cfg, samples, amp_dtype=torch.float16), 2.0**14)
+    caplog.clear()
+    run(step, 0, 5)
+    assert "Iteration 0 is left out" in caplog.text
+    assert 2.0**10 <= get_scale(step) < 2.0**14
+    assert all(value.isfinite().all() for value in weights(model).values())
+    assert not equal(weights(model), before)
+
+
+# --- images that spoil a step
+
+
+def spoil(samples, index):
+    samples[index]["image"][0, 3, 4] = float("nan")
+    return samples
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "batch"), [(1, 2), (2, 4)])
+def test_the_image_that_spoils_the_losses_is_named(parts, batch, amp_dtype, distiller_config):
+    cfg = distiller_config("retinanet")
+    samples = spoil(images(2 * SIZES), batch + 1)
+    model = build_model(cfg)
+    step = train_step(model, cfg, samples, batch_size=batch, accumulate_steps=parts, amp_dtype=amp_dtype)
+    run(step, 0, 1)
+    before = weights(model)
+    names = ", ".join(f"image_{index}.png" for index in range(batch, 2 * batch))
+    with pytest.raises(FloatingPointError) as error:
+        run(step, 1, 2)
+    text = str(error.value)
+    assert text.startswith("Iteration 1: loss_cls is nan, loss_box_reg is nan, loss_gkd_gradient is nan")
+    assert text.endswith(f"; the batch was {names}; by themselves fail: image_{batch + 1}.png")
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize(("parts", "names"), [(1, "0.png, image_1.png, image_2.png, image_3"), (2, "2.png, image_3")])
+def test_the_image_that_spoils_the_proposals_is_named(parts, names, distiller_config):
+    """Detectron2's RPN raises by itself, before there is any loss."""
+    cfg = distiller_config("faster")
+    step = train_step(build_model(cfg), cfg, spoil(images(), 3), batch_size=4, accumulate_steps=parts)
+    with pytest.raises(FloatingPointError) as error:
+        run(step, 0, 1)
+    text = str(error.value)
+    assert "boxes or scores contain Inf/NaN. Training has diverged. Iteration 0; " in text
+    assert text.endswith(f"the batch was image_{names}.png; by themselves fail: image_3.png")
+
+
+def bright(samples, index):
+    """Make an image the only one with pixels above 300."""
+    samples[index]["image"] += 300
+    return samples
+
+
+def spoil_bright(module, args, features):
+    """Forward hook of a backbone."""
+    for image, feature in zip(args[0], features["p4"]):
+        if image.amax() > (300 - 100) / 57:
+            feature[0] = float("nan")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_image_that_spoils_a_teacher_feature_is_named(kind, distiller_config):
+    cfg = distiller_config(kind)
+    step = train_step(build_model(cfg), cfg, bright(images(), 1), batch_size=4)
+    step.model._teacher.model.backbone.register_forward_hook(spoil_bright)
+    with pytest.raises(FloatingPointError) as error:
+        run(step, 0, 1)
+    text = str(error.value)
+    if kind == "faster":
+        assert text.startswith("The teacher's own losses can't be computed: Predicted boxes or scores contain Inf/NaN.")
+        assert "Iteration 0; the batch was" in text
+    else:
+        assert text.startswith(f"Iteration 0: {', '.join(f'{name} is nan' for name in NAMES)}; the batch was")
+    assert text.endswith("by themselves fail: image_1.png")
+
+
+def test_a_broken_teacher_spoils_every_image(distiller_config):
+    cfg = distiller_config("retinanet")
+    step = train_step(build_model(cfg), cfg, images())
+    with torch.no_grad():
+        step.model._teacher.model.backbone.fpn_output4.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="by themselves fail: image_0.png, image_1.png$"):
+        run(step, 0, 1)
+
+
+def test_synchronised_norms_leave_it_at_the_batch(distiller_config):
+    """One process alone must not enter them."""
+    cfg = distiller_config("retinanet")
+    cfg.MODEL.RESNETS.NORM = "naiveSyncBN"
+    step = train_step(build_model(cfg), cfg, spoil(images(), 0))
+    with pytest.raises(FloatingPointError, match="; the batch was image_0.png, image_1.png$"):
+        run(step, 0, 1)
+
+
+# --- random stream
+
+
+class Disturb(HookBase):
+    """Draws from every global generator between steps."""
+
+    def before_step(self):
+        random.random()
+        np.random.rand(3)
+        torch.rand(5)
+
+
+def test_a_step_draws_from_a_stream_of_its_own(distiller_config):
+    """The proposals and anchors of a Faster R-CNN are sampled at random."""
+    cfg = distiller_config("faster")
+    samples = images()
+    ends = []
+    model = build_model(cfg)
+    for seed, hooks in ((3, []), (3, [Disturb()]), (4, [])):
+        trained = copy.deepcopy(model)
+        step = train_step(trained, cfg, samples, seed=seed)
+        step.register_hooks(hooks)
+        run(step, 0, 3)
+        ends.append(weights(trained))
+    assert equal(ends[0], ends[1])
+    assert not equal(ends[0], ends[2])
