@@ -45,8 +45,7 @@ def test_ratios_to_no_detection_gradient_are_left_out():
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("channels", [16, 8])
-@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+@pytest.mark.parametrize(("channels", "scale"), [(16, 1.0), (8, 2.0**10)])
 def test_the_report_equals_the_gradients_of_the_step(kind, channels, scale, distiller_config):
     """The step's own graph, loss by loss, back to the features that the student's backbone gave."""
     cfg = distiller_config(kind, channels=channels)
@@ -95,8 +94,9 @@ def test_losses_of_weight_0_are_not_in_the_report(distiller_config):
     assert all(norm > 0 for norm in distiller.watched.detection.values())
 
 
-@pytest.mark.parametrize(("kind", "channels", "gradient"), [("faster", 8, 0.5), ("retinanet", 16, 0.0)])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "channels", "gradient", "dtype"), [("faster", 8, 0.5, None), ("retinanet", 16, 0.0, torch.bfloat16)]
+)
 def test_measuring_changes_nothing(kind, channels, gradient, dtype, distiller_config):
     cfg = distiller_config(kind, channels=channels)
     cfg.GKD.LOSS_WEIGHTS.GRADIENT = gradient
