@@ -1,0 +1,69 @@
+"""Weights proposed through the command line, for toy scenes and tiny detectors."""
+
+import runpy
+import sys
+
+import pytest
+import yaml
+
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+
+@pytest.fixture
+def suggest(project, distiller_config, monkeypatch, tmp_path):
+    """Run tools/suggest_weights.py on the config of a tiny distiller."""
+    make_toy_kitti(tmp_path / "datasets" / "toy_kitti", 4, 2, 0)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    cfg = distiller_config("faster", channels=8)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+    cfg.INPUT.MIN_SIZE_TRAIN = (100,)
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.DATALOADER.NUM_WORKERS = 0
+    path = tmp_path / "distiller.yaml"
+    path.write_text(cfg.dump())
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["suggest_weights.py", "--config-file", str(path), *map(str, arguments)])
+        runpy.run_path(str(project / "tools" / "suggest_weights.py"), run_name="__main__")
+
+    return run
+
+
+def proposed(output):
+    return yaml.safe_load(output[output.index("GKD:") :])["GKD"]["LOSS_WEIGHTS"]
+
+
+def test_proposal_is_proportional_to_what_is_asked_for(suggest, capsys):
+    suggest("--batches", 2, "--ratio", 0.5, "--box", 0)
+    first = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["gradient", "box", "attention", "image"]
+    weights = proposed(first)
+    assert weights["BOX"] == 0.0
+    for term, weight, median, *_, last in rows[2:]:
+        assert float(last) == weights[term.upper()]
+        if term != "box":
+            # The ratio at today's weight, times what the proposal changes, is the ratio asked for.
+            assert float(median) * float(last) / float(weight) == pytest.approx(0.5, rel=0.06)
+    # Twice the ratio is twice the weight; today's weight has no part in it.
+    suggest("--batches", 2, "--ratio", 1.0, "GKD.LOSS_WEIGHTS.IMAGE", 0.5)
+    assert proposed(capsys.readouterr().out)["IMAGE"] == pytest.approx(2 * weights["IMAGE"], rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "is no config of a GKDDistiller"),
+        (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
+        (["DATALOADER.NUM_WORKERS"], "must be pairs KEY VALUE"),
+    ],
+)
+def test_bad_input(arguments, message, suggest):
+    with pytest.raises(SystemExit, match=message):
+        suggest("--batches", 2, *arguments)
+
+
+def test_bad_ratio(suggest, capsys):
+    with pytest.raises(SystemExit):
+        suggest("--gradient", -1)
+    assert "--gradient is -1.0, but must be a finite number >= 0" in capsys.readouterr().err
