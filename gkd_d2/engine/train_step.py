@@ -14,6 +14,7 @@ from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -83,6 +84,8 @@ class TrainStep(TrainerBase):
         if isinstance(self.module, GKDDistiller):
             self.module.gradient_scale = self._scaler.get_scale()
         self.optimizer.zero_grad()
+        statistics = self._running_statistics() if self._scaler.is_enabled() else []
+        before = [statistic.clone() for statistic in statistics]
         losses = self._backward(batch)
         scale = self._scaler.get_scale()
         fault = self._write_metrics(losses, data_time) or self._update()
@@ -93,7 +96,14 @@ class TrainStep(TrainerBase):
             raise FloatingPointError(f"Iteration {self.iter}: {fault}; {self._origin(losses, batch)}")
         self._skipped += 1
         self._scaler.update(scale * self._scaler.get_backoff_factor())
+        for statistic, value in zip(statistics, before):
+            statistic.copy_(value)
         logging.getLogger(__name__).warning("Iteration %d is left out: %s; scale %g", self.iter, fault, scale)
+
+    def _running_statistics(self) -> list[Tensor]:
+        """Those of the batch norms, which a step that is left out must not change: it may hold NaN."""
+        norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
+        return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
         """Add up the gradients of the batch's parts; returns the parts' mean losses."""
@@ -149,7 +159,12 @@ class TrainStep(TrainerBase):
         return self._blame(batch)
 
     def _blame(self, batch: list[dict]) -> str:
-        """Which images of a failed batch fail by themselves."""
+        """Which images of a failed batch fail by themselves, where it is the images' fault."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.module.parameters()):
+            return (
+                "the weights themselves are not finite, as the gradients of a step before were not: go on from an "
+                "earlier checkpoint with a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS"
+            )
         names = [str(x.get("file_name", "an image without file_name")) for x in batch]
         whole = f"the batch was {', '.join(names)}"
         if len(batch) == 1 or any(isinstance(m, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) for m in self.module.modules()):

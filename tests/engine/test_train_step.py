@@ -284,8 +284,10 @@ def test_a_step_whose_gradient_overflows_is_left_out(factor, distiller_config):
     )
     run(step, 0, 1)
     before, momentum = weights(model), copy.deepcopy(step.state_dict()["optimizer"]["state"])
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     run(step, 1, 2)
     assert equal(weights(model), before)
+    assert equal(dict(model.named_buffers()), statistics)
     assert momentum
     for index, state in step.state_dict()["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], momentum[index]["momentum_buffer"])
@@ -315,6 +317,15 @@ def test_a_step_whose_loss_alone_overflows_is_left_out(caplog):
 
     with pytest.raises(FloatingPointError, match="Iteration 1: loss_dot is inf"):
         run(train_step(Linear(), cfg, samples), 0, 3)
+
+
+def test_weights_that_a_step_before_spoiled_are_not_the_images_fault():
+    model = Linear()
+    step = train_step(model, plain_descent(get_cfg()), INPUTS)
+    model.layer.weight.register_hook(lambda gradient: gradient * float("nan"))
+    run(step, 0, 1)
+    with pytest.raises(FloatingPointError, match="Iteration 1: loss_dot is nan; the weights themselves are not finite"):
+        run(step, 1, 2)
 
 
 def test_too_many_overflows_in_a_row_end_the_run():
