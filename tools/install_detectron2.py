@@ -50,6 +50,8 @@ EDITS = (
         'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'os.path.join(os.path.dirname(__file__), "configs", config_path)',
     ),
+    # Only its Caffe2 exporter needs caffe2, which torch no longer holds.
+    ("export/__init__.py", "from .api import *\n", "try:\n    from .api import *\nexcept ImportError:\n    pass\n"),
 )
 
 # Projects that upstream's own setup puts below detectron2.projects.
