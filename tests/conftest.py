@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tiny import calm, detector_config
+
+from gkd_d2.runs import Run
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"
@@ -39,6 +44,31 @@ def kitti_sample() -> Path:
 def coco_sample() -> Path:
     """59 real COCO images, which lie beside the project where it is developed."""
     return _sample("coco_sample")
+
+
+@pytest.fixture(scope="session")
+def demo(project, tmp_path_factory) -> tuple[Path, str]:
+    """The demo, cut short: its output folder, with three runs on toy scenes, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(project / "tools" / "demo.py"), "--output", str(folder)]
+    command += ["--train", "8", "--val", "4", "--iterations", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def run_tool(project, tmp_path):
+    """Run a file of tools/ in an empty folder and return what it printed."""
+
+    def run(name: str, *arguments, fails: bool = False, **environment: str) -> str:
+        command = [sys.executable, str(project / "tools" / name), *map(str, arguments)]
+        environment = os.environ | {"PYTHONWARNINGS": "ignore"} | environment
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
 
 
 # The tests' tensors are so small that more threads cost time, much of it where others use the cores too.
@@ -92,3 +122,17 @@ def make_distiller_config():
 def distiller_config(tmp_path):
     """A function that makes the config of a distiller, with its teacher's config and checkpoint on disk."""
     return functools.partial(_distiller_config, tmp_path)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function that writes the folder of a finished run, config.yaml and metrics.json, and returns the run."""
+
+    def make(name: str, cfg: CfgNode, rows: list[dict]) -> Run:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        (folder / "metrics.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return Run(name, folder)
+
+    return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -13,6 +14,14 @@ from gkd_d2.losses import box_context_mask
 
 ARCHITECTURES = ("faster", "retinanet")
 META_ARCHITECTURES = {"retinanet": "RetinaNet", "scorer": "Scorer"}
+
+try:
+    import detectron2.export  # noqa: F401
+
+    HAS_EXPORTER = True
+except ImportError:
+    HAS_EXPORTER = False
+needs_exporter = pytest.mark.skipif(not HAS_EXPORTER, reason="this Detectron2's exporter can't be imported")
 
 
 def detector_config(kind: str, *, channels: int = 16, width: int = 8) -> CfgNode:

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.report import Run, markdown_table, plot
+from gkd_d2.report import markdown_table, plot_detections
+from gkd_d2.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASET = "toy_kitti_val"
@@ -75,8 +76,8 @@ def main() -> None:
     ]
     runs = [teacher, alone, distilled]
     table = markdown_table(runs, DATASET)
-    plot(runs, DATASET, output / "report.png")
-    gain = distilled.metrics()["bbox/AP"] - alone.metrics()["bbox/AP"]
+    plot_detections(runs, DATASET, output / "report.png")
+    gain = distilled.metrics(DATASET)["bbox/AP"] - alone.metrics(DATASET)["bbox/AP"]
     times = ", ".join(f"{run.name} {value:.0f} s" for run, value in zip(runs, seconds))
     report = output / "report.md"
     report.write_text(

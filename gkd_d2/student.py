@@ -1,0 +1,70 @@
+"""The plain detector that a config trains: of a distiller its student, without a teacher."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from detectron2.checkpoint import Checkpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from gkd_d2.checkpoint import CompleteCheckpointer
+from gkd_d2.config import detector_config
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Build the detector on the CPU, in eval mode, with random weights.
+
+    Args:
+        cfg: of a distiller or of a plain detector.
+    """
+    plain = detector_config(cfg)
+    plain.defrost()
+    plain.MODEL.DEVICE = "cpu"
+    return META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain).eval()
+
+
+def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
+    """Build the detector on the CPU, in eval mode, and load all of it.
+
+    Args:
+        cfg: of a distiller or of a plain detector.
+        weights: a checkpoint, or a folder whose ``last_checkpoint`` names one.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the file is no checkpoint, or leaves a part of the detector unset.
+    """
+    path = find_checkpoint(weights)
+    model = build_student(cfg)
+    try:
+        CompleteCheckpointer(model).load(str(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the student of the config: {error}") from None
+    return model
+
+
+def find_checkpoint(weights: Path) -> Path:
+    """The file that ``weights`` names.
+
+    Args:
+        weights: a checkpoint, or a folder whose ``last_checkpoint`` names one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = weights
+    if weights.is_dir():
+        checkpointer = Checkpointer(nn.Module(), str(weights))
+        if not checkpointer.has_checkpoint():
+            raise FileNotFoundError(
+                f"{weights} holds no last_checkpoint: name a checkpoint, or the OUTPUT_DIR of a run"
+            )
+        path = Path(checkpointer.get_checkpoint_file())
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    return path

@@ -1,0 +1,80 @@
+"""Real runs compared through the command line."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from gkd_d2.runs import Run
+
+
+def runs_of(report):
+    """The table of runs, a dictionary of header -> cell each."""
+    table = report[report.index("| ") :].split("\n\n")[0]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(header, row)) for row in rows]
+
+
+def test_three_runs(demo, run_tool, tmp_path):
+    folders = [demo[0] / name for name in ("teacher", "student_alone", "student_distilled")]
+    options = ["--output", tmp_path / "out", "--input-size", 64, 96, "--repeats", 2, "--images", 1, "--device", "cpu"]
+    printed = run_tool("compare_runs.py", *folders, *options, DETECTRON2_DATASETS=str(demo[0] / "datasets"))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report in printed
+    rows = runs_of(report)
+    roles = ("teacher", "student alone", "student distilled")
+    assert len(rows) == len(roles)
+    for folder, role, found in zip(folders, roles, rows):
+        metrics = {}
+        for line in (folder / "metrics.json").read_text().splitlines():
+            metrics |= json.loads(line)
+        state = torch.load(folder / "model_final.pth")["model"]
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        parameters = sum(v.numel() for k, v in state.items() if not k.endswith(buffers) and not k.startswith("align."))
+        assert found[""] == folder.name
+        assert found["role"] == role
+        assert found["AP"] == f"{metrics['bbox/AP']:.1f}"
+        assert found["AP50"] == f"{metrics['bbox/AP50']:.1f}"
+        # Detectron2 writes none where nothing was detected, as may be after two iterations.
+        for name in (name for name in metrics if name.startswith("bbox/AP-")):
+            assert found[f"AP {name.removeprefix('bbox/AP-')}"] == f"{metrics[name]:.1f}"
+        assert found["KITTI AP moderate"] == f"{metrics['kitti/AP_moderate']:.1f}"
+        assert found["parameters (M)"] == f"{parameters / 1e6:.2f}"
+        assert found["iterations"] == "2"
+    # One network, measured twice: R34 has more of everything than R18.
+    operations, times = ([float(row[name]) for row in rows] for name in ("GFLOPs", "ms an image"))
+    assert operations[0] > operations[1] > 0
+    assert operations[1] == pytest.approx(operations[2], rel=0.2)
+    assert min(times) > 0
+    assert "one image of random pixels, 64 x 96; ms is the median of 2 times on the CPU" in report
+    assert "- student_distilled: alone is student_alone; teacher is teacher." in report
+    for name in ("curves.png", "detections.png"):
+        assert f"]({name})" in report
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.width > 1000
+
+
+def test_only_what_is_there_is_measured(demo, run_tool, tmp_path):
+    """Of a run without checkpoint the size is known from the config."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        (folder / name).write_bytes((demo[0] / "student_alone" / name).read_bytes())
+    run_tool("compare_runs.py", folder, "--no-speed", "--output", tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text()
+    (found,) = runs_of(report)
+    assert found["parameters (M)"] == f"{Run('', folder).parameters / 1e6:.2f}"
+    assert found["GFLOPs"] == found["ms an image"] == "–"
+    assert "copied holds no last_checkpoint, so that its GFLOPs and time were not measured." in report
+    assert "ms is the median" not in report
+
+
+def test_a_run_that_was_never_evaluated_is_named(demo, run_tool, tmp_path):
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    (folder / "config.yaml").write_bytes((demo[0] / "student_alone" / "config.yaml").read_bytes())
+    (folder / "metrics.json").write_text('{"iteration": 0, "total_loss": 1.0}\n')
+    printed = run_tool("compare_runs.py", folder, "--output", tmp_path / "out", fails=True)
+    assert printed.startswith(f"error: {folder} was never evaluated")
+    assert not (tmp_path / "out").exists()
