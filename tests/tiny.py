@@ -13,6 +13,8 @@ from gkd_d2 import SplitDetector, add_gkd_config
 from gkd_d2.losses import box_context_mask
 
 ARCHITECTURES = ("faster", "retinanet")
+# In the training set of short real trainings.
+TOY_SCENES = 6
 META_ARCHITECTURES = {"retinanet": "RetinaNet", "scorer": "Scorer"}
 
 try:

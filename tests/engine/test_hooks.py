@@ -7,10 +7,10 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
+from tiny import TOY_SCENES
 
 from gkd_d2.config import detector_config
 from gkd_d2.data.kitti import load_kitti
-from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.engine.hooks import DeadLossError
 from gkd_d2.engine.trainer import Trainer
 
@@ -20,35 +20,6 @@ TERMS = {
     "attention": "loss_bmfi_attention",
     "image": "loss_bmfi_image",
 }
-NUM_IMAGES = 6
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    """A datasets folder with a few toy scenes."""
-    folder = tmp_path_factory.mktemp("datasets")
-    make_toy_kitti(folder / "toy_kitti", NUM_IMAGES, 1, 0, image_size=(160, 64))
-    return folder
-
-
-@pytest.fixture
-def training(datasets, tmp_path, monkeypatch, distiller_config):
-    """A function that makes the config of a short training."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
-
-    def make(kind="retinanet", *, iterations):
-        cfg = distiller_config(kind)
-        cfg.GKD.FEATURES = ["p3", "p4"]
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (64,), 160
-        cfg.SOLVER.IMS_PER_BATCH = 1
-        cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = iterations, ()
-        cfg.OUTPUT_DIR = str(tmp_path / "output")
-        (tmp_path / "output").mkdir()
-        return cfg
-
-    return make
 
 
 @pytest.fixture
@@ -176,7 +147,7 @@ def test_a_dead_level_stops_the_run_and_keeps_its_checkpoints(training, tmp_path
 @pytest.mark.parametrize("kind", ["faster", "retinanet"])
 def test_a_run_without_boxes_is_stopped(kind, training, without_boxes):
     cfg = training(kind, iterations=10)
-    without_boxes(cfg, range(NUM_IMAGES))
+    without_boxes(cfg, range(TOY_SCENES))
     cfg.GKD.WATCH_PATIENCE = 2
     with pytest.raises(
         DeadLossError, match=r"box loss \(GKD.LOSS_WEIGHTS.BOX\) at the student's p3 was exactly 0 in"
@@ -189,7 +160,7 @@ def test_a_run_without_boxes_is_stopped(kind, training, without_boxes):
 def test_only_as_many_iterations_in_a_row_stop_a_run(patience, training, without_boxes):
     """Iterations 1 and 2 of 6 see images without boxes."""
     cfg = training(iterations=6)
-    order = list(itertools.islice(TrainingSampler(NUM_IMAGES, seed=cfg.SEED), 6))
+    order = list(itertools.islice(TrainingSampler(TOY_SCENES, seed=cfg.SEED), 6))
     without_boxes(cfg, order[1:3])
     cfg.GKD.WATCH_PERIOD, cfg.GKD.WATCH_PATIENCE = 2, patience
     trainer = Trainer(cfg)

@@ -1,0 +1,34 @@
+"""Short real trainings on toy scenes."""
+
+import pytest
+from tiny import TOY_SCENES
+
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """A datasets folder with a few toy scenes."""
+    folder = tmp_path_factory.mktemp("datasets")
+    make_toy_kitti(folder / "toy_kitti", TOY_SCENES, 1, 0, image_size=(160, 64))
+    return folder
+
+
+@pytest.fixture
+def training(datasets, tmp_path, monkeypatch, distiller_config):
+    """A function that makes the config of a short training."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+
+    def make(kind="retinanet", *, iterations):
+        cfg = distiller_config(kind)
+        cfg.GKD.FEATURES = ["p3", "p4"]
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (64,), 160
+        cfg.SOLVER.IMS_PER_BATCH = 1
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = iterations, ()
+        cfg.OUTPUT_DIR = str(tmp_path / "output")
+        (tmp_path / "output").mkdir()
+        return cfg
+
+    return make
