@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
-	hypothesis pytest ruff clang-format setuptools tabulate wheel
+	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate wheel
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: setup demo test fuzz sanitize bench lint format clean
@@ -23,8 +23,9 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2
 demo: setup
 	$(BIN)/python tools/demo.py
 
+# A file's tests share what they train, so a file goes to one process.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: setup
 	$(BIN)/python tools/benchmark_losses.py --device cpu --shapes kitti --batch 2
