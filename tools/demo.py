@@ -2,25 +2,34 @@
 """Show on toy data, on a CPU, what distillation does: a teacher, a student alone and the same student distilled.
 
 All three are trained from scratch through tools/train_net.py and evaluated. Both students have one seed, schedule and
-order of batches; the distilled one starts with the teacher's heads (GKD.STUDENT.INIT_FROM_TEACHER). Example:
+order of batches; the distilled one starts with the teacher's heads (GKD.STUDENT.INIT_FROM_TEACHER). The runs are
+compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py. Example:
     python tools/demo.py --output output/demo
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.report import markdown_table, plot_detections
-from gkd_d2.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-DATASET = "toy_kitti_val"
 # What of Detectron2's log is progress: the estimate of the time left, and that of the evaluation.
 PROGRESS = (" eta: ", "Inference done")
+
+
+def tool(name: str, *arguments: str | Path) -> list[str]:
+    """The command line of one of the tools."""
+    return [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+
+
+def toy_config(name: str) -> Path:
+    """A config of configs/toy."""
+    return ROOT / "configs" / "toy" / name
 
 
 def train(title: str, config: str, output: Path, *overrides: str) -> float:
@@ -30,8 +39,8 @@ def train(title: str, config: str, output: Path, *overrides: str) -> float:
         SystemExit: it failed; its log is named.
     """
     print(f"\n== {title}", flush=True)
-    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--num-gpus", "0"]
-    command += ["--config-file", str(ROOT / "configs" / "toy" / config), "OUTPUT_DIR", str(output), *overrides]
+    command = tool("train_net.py", "--num-gpus", "0", "--config-file", toy_config(config))
+    command += ["OUTPUT_DIR", str(output), *overrides]
     start = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     # Earlier results would be appended to.
@@ -62,32 +71,49 @@ def main() -> None:
     overrides = ["SOLVER.MAX_ITER", str(args.iterations), "SOLVER.STEPS", "()"] if args.iterations else []
     # As the built-in datasets toy_kitti_train and toy_kitti_val, in this process and in the trainings.
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
+    # Today's torch warns of much that Detectron2 does.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     print(f"== Toy data: {args.train} scenes to train on, {args.val} to evaluate on", flush=True)
     make_toy_kitti(output / "datasets" / "toy_kitti", args.train, args.val, force=True)
 
-    teacher = Run("teacher", output / "teacher")
-    alone = Run("student alone", output / "student_alone")
-    distilled = Run("student distilled", output / "student_distilled")
-    weights = ["GKD.TEACHER.WEIGHTS", str(teacher.folder / "model_final.pth")]
+    names = ("teacher", "student_alone", "student_distilled")
+    teacher, alone, distilled = runs = [output / name for name in names]
+    weights = ["GKD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
     seconds = [
-        train("1 of 3: the teacher", "teachers/frcnn.yaml", teacher.folder, *overrides),
-        train("2 of 3: the student alone", "baselines/frcnn.yaml", alone.folder, *overrides),
-        train("3 of 3: the student distilled", "gkd_frcnn.yaml", distilled.folder, *overrides, *weights),
+        train("1 of 3: the teacher", "teachers/frcnn.yaml", teacher, *overrides),
+        train("2 of 3: the student alone", "baselines/frcnn.yaml", alone, *overrides),
+        train("3 of 3: the student distilled", "gkd_frcnn.yaml", distilled, *overrides, *weights),
     ]
-    runs = [teacher, alone, distilled]
-    table = markdown_table(runs, DATASET)
-    plot_detections(runs, DATASET, output / "report.png")
-    gain = distilled.metrics(DATASET)["bbox/AP"] - alone.metrics(DATASET)["bbox/AP"]
-    times = ", ".join(f"{run.name} {value:.0f} s" for run, value in zip(runs, seconds))
+    print("\n== Comparison and pictures", flush=True)
+    subprocess.run(tool("compare_runs.py", "--output", output, "--images", "3", *runs), check=True)
+    shutil.rmtree(output / "pictures", ignore_errors=True)
+    look = ["--config-file", toy_config("gkd_frcnn.yaml"), "--count", "2", "--output", output / "pictures"]
+    subprocess.run(
+        tool("visualize_gkd.py", *look, *weights, "MODEL.WEIGHTS", distilled / "model_final.pth"), check=True
+    )
     report = output / "report.md"
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in zip(names, seconds))
+    pictures = "\n".join(
+        f"![What both networks see](pictures/{path.name})" for path in sorted(output.glob("pictures/*.png"))
+    )
     report.write_text(
-        f"# Demo: one student, alone and distilled\n\n{table}\n\nDistilled minus alone: {gain:+.1f} AP. The distilled "
-        "student starts with the teacher's heads and imitates its features; the table does not tell the two apart. One "
-        "seed, toy data and a few hundred iterations: it shows that the pieces work together, not how much the method "
-        f"gains.\n\nTime to train and evaluate: {times}.\n\n![AP and example detections](report.png)\n",
+        f"""{report.read_text(encoding="utf-8")}
+## What this shows
+
+The distilled student starts with the teacher's heads and imitates its features; the table does not tell the two apart.
+One seed, toy data and a few hundred iterations: it shows that the pieces work together, not how much the method gains.
+
+Time to train and evaluate: {times}.
+
+## What both networks see
+
+[All pictures, with a legend](pictures/index.html)
+
+{pictures}
+""",
         encoding="utf-8",
     )
-    print(f"\n{table}\n\nDistilled minus alone: {gain:+.1f} AP. Report: {report}")
+    print(f"\nReport with pictures: {report}")
 
 
 if __name__ == "__main__":
