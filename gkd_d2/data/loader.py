@@ -91,10 +91,12 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         mapper: dataset dict -> training sample.
 
     Raises:
-        ValueError: the batch can't be shared evenly, SEED is negative, or an option is unknown or has no data.
+        ValueError: the batch can't be shared evenly, SEED is negative, or an option is unknown or lacks data.
     """
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}, but the order of the images needs a seed >= 0")
+    if cfg.SOLVER.ACCUMULATE_STEPS < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}, but must be >= 1")
     shares = comm.get_world_size() * cfg.SOLVER.ACCUMULATE_STEPS
     if cfg.SOLVER.IMS_PER_BATCH <= 0 or cfg.SOLVER.IMS_PER_BATCH % shares:
         raise ValueError(
