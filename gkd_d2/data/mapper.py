@@ -30,4 +30,5 @@ class FileNamingMapper(DatasetMapper):
         # Pillow's readers of the many formats raise errors of many kinds on damaged files.
         except Exception as error:
             name = dataset_dict.get("file_name", "a record without file_name")
-            raise ValueError(f"{name}: Detectron2 can't use this image: {error or type(error).__name__}") from error
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{name}: Detectron2 can't use this image: {reason}") from error

@@ -115,5 +115,5 @@ def _unreadable(path: str) -> str:
         with contextlib.redirect_stderr(io.StringIO()):
             local = PathManager.get_local_path(path)
     except Exception as error:  # every kind of URL has its own
-        return f"it can't be fetched ({error or type(error).__name__})"
+        return f"it can't be fetched ({str(error) or type(error).__name__})"
     return "" if os.path.isfile(local) else "there is no such file"
