@@ -66,6 +66,11 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device
     if place is not None:
         _run(main, main_args, place, device)
         return
+    if args.num_machines > 1 and args.num_gpus < 1:
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, with --num-machines {args.num_machines}: each machine would train by "
+            "itself; give the number of processes on a machine, on a CPU too"
+        )
     if args.num_gpus * args.num_machines <= 1:
         main(*main_args)
         return
