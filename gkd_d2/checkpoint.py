@@ -50,7 +50,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """As Detectron2's, but where the last checkpoint is damaged the one before it is taken, with a warning.
+        """As Detectron2's, but where the last checkpoint is damaged or gone the one before it is taken, with a warning.
 
         Raises:
             DamagedCheckpointError: ``resume`` is set and there are checkpoints, but none can be read.
@@ -58,8 +58,10 @@ class StudentCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
         last = self.get_checkpoint_file()
-        for candidate in [last, *self._periodic_checkpoints(without=last)]:
+        for candidate in [last, *self._periodic_checkpoints(before=last)]:
             try:
+                if not os.path.isfile(candidate):
+                    raise DamagedCheckpointError(f"last_checkpoint names {candidate}, which is no file")
                 return self.load(candidate)
             except DamagedCheckpointError as error:
                 self.logger.warning("%s. Falling back to the checkpoint before it", error)
@@ -67,17 +69,22 @@ class StudentCheckpointer(DetectionCheckpointer):
             f"no checkpoint in {self.save_dir} can be read: start anew without --resume, in another OUTPUT_DIR"
         )
 
-    def _periodic_checkpoints(self, without: str) -> list[str]:
-        """The checkpoints that are named after their iteration, latest first."""
-        found = [(re.fullmatch(r"model_(\d+)\.pth", name), name) for name in os.listdir(self.save_dir)]
-        names = [name for _, name in sorted(((int(m[1]), name) for m, name in found if m), reverse=True)]
-        return [path for path in (os.path.join(self.save_dir, name) for name in names) if path != without]
+    def _periodic_checkpoints(self, before: str) -> list[str]:
+        """The checkpoints that are named after their iteration, latest first.
+
+        Those with a later iteration than ``before`` are of another run, which OUTPUT_DIR held earlier.
+        """
+        found = {path: _iteration(path) for path in self.get_all_checkpoint_files()}
+        end = _iteration(before)
+        earlier = [path for path, number in found.items() if number is not None and (end is None or number < end)]
+        return sorted(earlier, key=found.get, reverse=True)
 
     def _load_file(self, filename: str) -> dict:
         try:
             return super()._load_file(filename)
         except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
-            raise DamagedCheckpointError(f"the checkpoint {filename} is damaged: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise DamagedCheckpointError(f"the checkpoint {filename} is damaged: {reason}") from error
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
@@ -117,6 +124,12 @@ def _some(names: Iterable[str]) -> str:
     """The first few of ``names`` for a message."""
     names = sorted(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "nothing"
+
+
+def _iteration(path: str) -> int | None:
+    """The number in the name of a periodic checkpoint."""
+    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
+    return int(match[1]) if match else None
 
 
 def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
