@@ -38,9 +38,11 @@ class StudentCheckpointer(DetectionCheckpointer):
         try:
             _write_whole(path, lambda file: torch.save(data, file))
         except (OSError, RuntimeError) as error:
+            # Where torch can't write it complains about its file, and what the system said comes before.
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
             last = self.get_checkpoint_file() if self.has_checkpoint() else "none"
             raise OSError(
-                f"the checkpoint {path} can't be written ({error}); is the disk full? The last whole one: {last}"
+                f"the checkpoint {path} can't be written ({reason}); is the disk full? The last whole one: {last}"
             ) from error
         if resumable:
             self.tag_last_checkpoint(os.path.basename(path))
