@@ -71,6 +71,13 @@ class StudentCheckpointer(DetectionCheckpointer):
             f"no checkpoint in {self.save_dir} can be read: start anew without --resume, in another OUTPUT_DIR"
         )
 
+    def load(self, path: str, *args, **kwargs) -> dict:
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            # Detectron2's HEAD keeps it where a loading fails, and then refuses the next one.
+            self._parsed_url_during_load = None
+
     def _periodic_checkpoints(self, before: str) -> list[str]:
         """The checkpoints that are named after their iteration, latest first.
 
