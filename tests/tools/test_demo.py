@@ -12,7 +12,7 @@ def test_report_holds_the_measured_ap(demo):
     for name in ("teacher", "student_alone", "student_distilled"):
         rows = [json.loads(line) for line in (output / name / "metrics.json").read_text().splitlines()]
         (ap,) = [row["bbox/AP"] for row in rows if "bbox/AP" in row]
-        (row,) = [line for line in report.splitlines() if line.startswith(f"| {name} |")]
+        row = next(line for line in report.splitlines() if line.startswith(f"| {name} |"))
         assert row in printed
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[2] == f"{ap:.1f}"
