@@ -91,6 +91,9 @@ class StudentCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict:
         try:
             return super()._load_file(filename)
+        except OSError:
+            # The file system's fault, which may pass; the file may be whole.
+            raise
         except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
             reason = str(error) or type(error).__name__
             raise DamagedCheckpointError(f"the checkpoint {filename} is damaged: {reason}") from error

@@ -156,5 +156,7 @@ def _outlive_sigterm(worker: int) -> None:
             pass
         os._exit(0)
 
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS, which has no Slurm either
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()

@@ -208,5 +208,8 @@ def _free_port() -> int:
 
 def _pass_on(number: int, frame) -> None:
     """Send a signal of the parent to the processes that it started, and wait for them."""
-    for child in multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    for child in children:
         os.kill(child.pid, number)
+    if not children:
+        raise SystemExit(128 + number)
