@@ -57,9 +57,9 @@ class Sleeper(nn.Module):
 
 def test_times_are_medians_of_turns_after_a_warm_up():
     log = []
-    slow = Sleeper(log, "slow", [0.2, 0.02, 0.2, 0.02])
+    slow = Sleeper(log, "slow", [0.5, 0.02, 0.5, 0.02])
     fast = Sleeper(log, "fast", [0.0, 0.005, 0.005, 0.005])
     times = milliseconds([slow, fast], random_image((4, 4)), repeats=3, warm_up=1)
     assert log == ["slow", "fast"] * 4
-    assert 20 <= times[0] < 60
-    assert 5 <= times[1] < 15
+    assert 20 <= times[0] < 150
+    assert 5 <= times[1] < 100
