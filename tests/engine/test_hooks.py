@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,7 +64,28 @@ def checkpoints(tmp_path):
     return {path.name for path in (tmp_path / "output").glob("*.pth")}
 
 
-# --- checkpoints
+# --- checkpoints and signals
+
+# An iteration that never ends, as where another process died.
+HANGING = """
+import os, signal, time
+from gkd_d2.engine import hooks
+
+hooks.GRACE_SECONDS = 0.2
+hooks.SaveOnSigterm().before_train()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(600)
+"""
+
+
+def test_sigterm_does_not_wait_for_ever():
+    assert subprocess.run([sys.executable, "-c", HANGING], timeout=300).returncode == 128 + signal.SIGTERM
+
+
+def test_the_signal_is_free_again_after_a_training(training):
+    before = signal.getsignal(signal.SIGTERM)
+    train(training(iterations=1))
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
