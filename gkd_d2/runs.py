@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from fvcore.nn import parameter_count
 from torch import nn
 
-from gkd_d2.config import DISTILLER, add_gkd_config, detector_config, teacher_config
+from gkd_d2.config import DISTILLER, detector_config, read_config, teacher_config
 from gkd_d2.student import build_student, load_student
 
 HEADLINE = "bbox/AP"
@@ -42,10 +42,8 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} holds no config.yaml: it is not the OUTPUT_DIR of a training")
-        cfg = get_cfg()
-        add_gkd_config(cfg)
         try:
-            cfg.merge_from_file(str(path))
+            cfg = read_config(str(path), [])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is no config of this version of Detectron2: {error.args[0]}") from None
         cfg.freeze()

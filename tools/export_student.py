@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from gkd_d2.config import add_gkd_config
+from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
 
 
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
+def run_config(args: argparse.Namespace) -> CfgNode:
     """The config that the command line names."""
     if not args.weights.exists():
         raise FileNotFoundError(f"--weights is {args.weights}, which does not exist")
@@ -65,18 +65,14 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     path = args.config_file or folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}: name the one of the run by --config-file")
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list(args.opts)
-    return cfg
+    return read_config(str(path), args.opts)
 
 
 def main() -> int:
     """Run the command."""
     args = parse_args()
     try:
-        cfg = read_config(args)
+        cfg = run_config(args)
         image = sample_image(cfg, args.image) if args.torchscript else None
         written = export_student(cfg, args.weights, args.output, half=args.fp16, image=image, force=args.force)
     except (OSError, ValueError, KeyError, ExportError) as error:
