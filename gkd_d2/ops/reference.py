@@ -82,16 +82,11 @@ def _image_mask(
     """``box_context_mask`` of one image: boxes K,4 -> H,W."""
     if len(boxes) == 0:
         return boxes.new_zeros(feature_size, dtype=dtype)
-    # Products of float32 coordinates and sizes are exact in float64, so floor and ceil see no rounding error.
-    boxes = boxes.detach().double()
-    usable = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes = torch.where(usable[:, None], boxes, 0.0)
+    grid = boxes_on_grid(boxes, image_size, feature_size)
     inside, context, extents = [], [], []
-    for axis, (cells, pixels) in enumerate(zip(feature_size, image_size)):
-        first = (boxes[:, 1 - axis] * cells / pixels).floor()[:, None]
-        last = (boxes[:, 3 - axis] * cells / pixels).ceil()[:, None]
-        usable = usable & (last > first)[:, 0]
-        extent = torch.where(usable[:, None], last - first, 1.0)
+    for axis, cells in enumerate(feature_size):
+        first, last = grid[:, 1 - axis, None], grid[:, 3 - axis, None]
+        extent = torch.where(last > first, last - first, 1.0)
         middle = (first + last) / 2
         cell = torch.arange(cells, device=boxes.device) + 0.5
         inside.append((cell >= first) & (cell < last))
@@ -99,6 +94,7 @@ def _image_mask(
         within = (cell >= middle - extent) & (cell < middle + extent)
         context.append(torch.where(within, gauss, 0.0).to(dtype))
         extents.append(extent[:, 0])
+    usable = (grid[:, 2:] > grid[:, :2]).all(dim=1)
     (inside_y, inside_x), (context_y, context_x) = inside, context
     scale = torch.where(usable, 1 / (4 * extents[0] * extents[1]), 0.0).to(dtype)
     core = inside_y[:, :, None] & inside_x[:, None, :]
@@ -106,12 +102,31 @@ def _image_mask(
     return (scale[:, None, None] * mask).amax(dim=0)
 
 
-def _channel_attention(magnitude: Tensor, temperature: float) -> Tensor:
+def boxes_on_grid(boxes: Tensor, image_size: tuple[int, int], feature_size: tuple[int, int]) -> Tensor:
+    """Boxes rounded outwards to the feature grid; those that are empty or not finite are all 0.
+
+    Args:
+        boxes: K,4, xyxy, pixels of the padded batch.
+        image_size: (height, width) of the padded batch in pixels.
+        feature_size: (height, width) of the level in cells.
+
+    Returns:
+        K,4, float64, xyxy in cells, not clipped to the level.
+    """
+    # Products of float32 coordinates and sizes are exact in float64, so floor and ceil see no rounding error.
+    boxes = boxes.detach().double()
+    usable = boxes.isfinite().all(dim=1, keepdim=True) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
+    (height, width), (rows, columns) = image_size, feature_size
+    (x0, x1), (y0, y1) = (boxes[:, 0::2] * columns / width).T, (boxes[:, 1::2] * rows / height).T
+    return torch.where(usable, torch.stack([x0.floor(), y0.floor(), x1.ceil(), y1.ceil()], dim=1), 0.0)
+
+
+def channel_attention(magnitude: Tensor, temperature: float) -> Tensor:
     """``C * softmax over c of (mean over h,w / temperature)`` of N,C,H,W magnitudes -> N,C."""
     return magnitude.shape[1] * (magnitude.mean(dim=(2, 3)) / temperature).softmax(dim=1)
 
 
-def _spatial_attention(magnitude: Tensor, temperature: float) -> Tensor:
+def spatial_attention(magnitude: Tensor, temperature: float) -> Tensor:
     """``H*W * softmax over h,w of (mean over c / temperature)`` of N,C,H,W magnitudes -> N,H,W."""
     mean = magnitude.mean(dim=1)
     return mean[0].numel() * (mean.flatten(1) / temperature).softmax(dim=1).view_as(mean)
@@ -145,7 +160,7 @@ def imitation_weights(
         return channel, _normalized(gradient_map(teacher, teacher_grad, rectifier))
     if weighting == "attention":
         magnitude = teacher.to(dtype).abs()
-        return _channel_attention(magnitude, temperature), _spatial_attention(magnitude, temperature)
+        return channel_attention(magnitude, temperature), spatial_attention(magnitude, temperature)
     n, c, h, w = teacher.shape
     return teacher.new_ones((n, c), dtype=dtype), teacher.new_ones((n, h, w), dtype=dtype)
 
@@ -193,8 +208,8 @@ def distillation_losses(
                 image = image + distance.mean()
         if weights.attention:
             s_abs, t_abs = s.abs(), t.abs()
-            channels = (_channel_attention(s_abs, temperature) - _channel_attention(t_abs, temperature)).abs().sum()
-            cells = (_spatial_attention(s_abs, temperature) - _spatial_attention(t_abs, temperature)).abs().sum()
+            channels = (channel_attention(s_abs, temperature) - channel_attention(t_abs, temperature)).abs().sum()
+            cells = (spatial_attention(s_abs, temperature) - spatial_attention(t_abs, temperature)).abs().sum()
             attention = attention + (channels + cells) / n
     return {
         "loss_gkd_gradient": weights.gradient * gradient,
