@@ -72,6 +72,35 @@ class SplitDetector(ABC):
     def num_classes(self) -> int:
         """Number of object classes."""
 
+    def anchor_generator(self) -> tuple[nn.Module, list[str]] | None:
+        """What makes the anchors, and the names of the levels it is called with; None where there are no anchors."""
+        return None
+
+    def anchors(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The detector's own anchors at some levels.
+
+        Args:
+            features: level name -> N,C,H,W.
+
+        Returns:
+            Level name -> H*W*A,4, xyxy in pixels of the padded batch: cell by cell and row by row, A in each cell.
+
+        Raises:
+            ValueError: a level has no anchors.
+        """
+        generator, levels = self.anchor_generator() or (None, [])
+        absent = [name for name in features if name not in levels]
+        if absent:
+            raise ValueError(
+                f"GKD.METHOD asks for anchors, but {type(self.model).__name__} has none at {', '.join(absent)}: choose "
+                "another method, or other GKD.FEATURES; a split of your own names its anchors by anchor_generator, see "
+                "docs/own_detector.md"
+            )
+        # The generator wants all its levels; of those that are not asked for a single cell will do.
+        single = next(iter(features.values())).new_empty((0, 0, 1, 1))
+        found = generator([features.get(name, single) for name in levels])
+        return {name: boxes.tensor for name, boxes in zip(levels, found) if name in features}
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level."""
         return self.model.backbone.output_shape()
@@ -154,6 +183,10 @@ class SplitGeneralizedRCNN(SplitDetector):
     def head_modules(self):
         return [m for m in (self.model.proposal_generator, self.model.roi_heads) if m is not None]
 
+    def anchor_generator(self):
+        rpn = self.model.proposal_generator
+        return (rpn.anchor_generator, rpn.in_features) if hasattr(rpn, "anchor_generator") else None
+
     @property
     def num_classes(self):
         return self.model.roi_heads.num_classes
@@ -187,6 +220,9 @@ class SplitRetinaNet(SplitDetector):
 
     def head_modules(self):
         return [self.model.head]
+
+    def anchor_generator(self):
+        return self.model.anchor_generator, self.model.head_in_features
 
     @property
     def num_classes(self):

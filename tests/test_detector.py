@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model
 from detectron2.utils.events import EventStorage
-from tiny import Scorer, SplitScorer, detector_config, training_batch
+from tiny import ARCHITECTURES, Scorer, SplitScorer, detector_config, training_batch
 
 from gkd_d2 import detector
 from gkd_d2.detector import (
@@ -186,3 +186,44 @@ def test_a_level_without_part_in_the_losses_is_named():
         feature_gradients({"loss_cls": 2 * used}, {"p2": used, "p9": unused}, ["p2", "p9"], retain_graph=False)
     with pytest.raises(RuntimeError, match="returned no loss"):
         feature_gradients({}, {"p2": used}, ["p2"], retain_graph=False)
+
+
+# --- anchors
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_anchors_are_those_that_the_detector_uses(kind, offset):
+    cfg = detector_config(kind)
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = offset
+    model = build_model(cfg).train()
+    split = split_detector(model)
+    generator, levels = split.anchor_generator()
+    used = []
+    handle = generator.register_forward_hook(lambda module, args, output: used.extend(output))
+    batch = training_batch()
+    with EventStorage():
+        images, features = split.features(batch)
+        split.losses(images, features, batch)
+    handle.remove()
+    expected = {name: boxes.tensor for name, boxes in zip(levels, used)}
+    everywhere = split.anchors({name: features[name] for name in levels})
+    assert list(everywhere) == levels
+    assert all(torch.equal(anchors, expected[name]) for name, anchors in everywhere.items())
+    # A level by itself has the same ones, and each lies about its cell.
+    (p4,) = split.anchors({"p4": features["p4"]}).values()
+    assert torch.equal(p4, expected["p4"])
+    height, width = features["p4"].shape[2:]
+    centres = ((p4[:, :2] + p4[:, 2:]) / 2).view(height, width, -1, 2)
+    stride = split.output_shape()["p4"].stride
+    assert centres[1, 2].tolist() == [pytest.approx([(2 + offset) * stride, (1 + offset) * stride])] * centres.shape[2]
+
+
+def test_levels_and_detectors_without_anchors():
+    split = split_detector(build_model(detector_config("faster")))
+    with pytest.raises(ValueError, match="GeneralizedRCNN has none at res2, p9"):
+        split.anchors({"p3": torch.zeros(1, 1, 2, 2), "res2": torch.zeros(1, 1, 2, 2), "p9": torch.zeros(1, 1, 2, 2)})
+    split.model.proposal_generator = None
+    assert split.anchor_generator() is None
+    with pytest.raises(ValueError, match="GeneralizedRCNN has none at p3"):
+        split.anchors({"p3": torch.zeros(1, 1, 2, 2)})
