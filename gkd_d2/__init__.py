@@ -18,10 +18,11 @@ To distil the detector of a Detectron2 config, name its teacher and build the mo
 >>> cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
 >>> model = build_model(cfg)
 
-In training the model returns the student's losses and four more; otherwise it is the student. ``Trainer`` of
-``gkd_d2.engine.trainer`` trains it, and so does ``tools/train_net.py`` where these keys stand in a config file.
+In training the model returns the student's losses and those of ``cfg.GKD.METHOD``; otherwise it is the student.
+``Trainer`` of ``gkd_d2.engine.trainer`` trains it, and so does ``tools/train_net.py`` where these keys stand in a
+config file.
 
-The four losses by themselves, for features of one level or several and their gradients:
+The four losses of the method gkd by themselves, for features of one level or several and their gradients:
 
 >>> import torch
 >>> from gkd_d2 import LossWeights, distillation_losses
@@ -36,8 +37,9 @@ The four losses by themselves, for features of one level or several and their gr
 >>> sum(losses.values()).backward()
 
 Where to go next: ``python -m gkd_d2.config_docs`` lists the config's keys, ``python -m gkd_d2.collect_env`` says what
-is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN and RetinaNet. In the source
-folder README.md leads through a training, docs/method.md has the formulas and docs/datasets.md the data.
+is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN and RetinaNet, ``METHOD_REGISTRY``
+methods of distillation other than gkd, fitnet, fgfi, fgd and pkd. In the source folder README.md leads through a
+training, docs/method.md has the formulas and docs/datasets.md the data.
 """
 
 try:
@@ -56,11 +58,17 @@ from gkd_d2.data import builtin as _registered_datasets  # noqa: F401
 from gkd_d2.detector import SplitDetector, register_split
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.losses import LossWeights, distillation_losses
+from gkd_d2.methods import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term
 
 __all__ = [
+    "METHOD_REGISTRY",
     "GKDDistiller",
+    "Level",
+    "LevelwiseMethod",
     "LossWeights",
+    "Method",
     "SplitDetector",
+    "Term",
     "add_gkd_config",
     "distillation_losses",
     "register_split",

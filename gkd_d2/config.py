@@ -35,23 +35,56 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Levels to distil. Empty: those that the heads of both networks use, without max-pooled copies of others.
     cfg.GKD.FEATURES = []
 
-    # Weights of the four losses; at 0.0 a loss is not computed.
+    # What the student imitates: gkd (gradient maps and BMFI), fitnet (all cells alike), fgfi (cells near objects), fgd
+    # (foreground and background, by the teacher's attention), pkd (correlation of channels), none (nothing: the student
+    # is trained alone), or a method of your own, see docs/own_method.md.
+    cfg.GKD.METHOD = "gkd"
+    # Python module that registers a method of your own; it is imported before GKD.METHOD is looked up.
+    cfg.GKD.METHOD_MODULE = ""
+    # Options of a method of your own: whatever keys it reads.
+    cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
+
+    # Of gkd: weights of its four losses; at 0.0 a loss is not computed.
     cfg.GKD.LOSS_WEIGHTS = CfgNode()
     cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.5
     cfg.GKD.LOSS_WEIGHTS.BOX = 1e-3
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = 5e-4
     cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
-    # Over so many iterations the four weights grow linearly to their values; 0: no ramp.
-    cfg.GKD.WARMUP_ITERS = 0
-
-    # Temperature of the attention softmax, > 0.
+    # Of gkd: temperature of the attention softmax, > 0.
     cfg.GKD.TEMPERATURE = 0.5
-    # What weighs channels and cells in the imitation: gradient, attention or uniform.
+    # Of gkd: what weighs channels and cells in the imitation: gradient, attention or uniform.
     cfg.GKD.WEIGHTING = "gradient"
-    # What makes the gradient maps non-negative: abs or relu.
+    # Of gkd: what makes the gradient maps non-negative: abs or relu.
     cfg.GKD.RECTIFIER = "abs"
-    # Who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
+    # Of gkd: who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
     cfg.GKD.IMPLEMENTATION = "auto"
+
+    cfg.GKD.FITNET = CfgNode()
+    # Of fitnet: weight of its loss. The paper has none for detectors; tools/suggest_weights.py proposes one.
+    cfg.GKD.FITNET.WEIGHT = 1.0
+
+    cfg.GKD.FGFI = CfgNode()
+    # Of fgfi: weight of its loss, as in the authors' code.
+    cfg.GKD.FGFI.WEIGHT = 0.01
+    # Of fgfi: a cell is near an object if one of its anchors overlaps it by more than this part of the largest overlap
+    # at the level; at least 0 and below 1. The paper's psi, and its value.
+    cfg.GKD.FGFI.THRESHOLD = 0.5
+
+    cfg.GKD.FGD = CfgNode()
+    # Of fgd: weights of its three losses, alpha, beta and gamma of the paper. The values are those of the public code
+    # for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4 and 5e-4.
+    cfg.GKD.FGD.FOREGROUND_WEIGHT = 5e-5
+    cfg.GKD.FGD.BACKGROUND_WEIGHT = 2.5e-5
+    cfg.GKD.FGD.ATTENTION_WEIGHT = 5e-5
+    # Of fgd: temperature of the attention softmax, > 0, as in the public code.
+    cfg.GKD.FGD.TEMPERATURE = 0.5
+
+    cfg.GKD.PKD = CfgNode()
+    # Of pkd: weight of its loss. MMRazor's configs have 6 for Faster R-CNN and 10 for RetinaNet.
+    cfg.GKD.PKD.WEIGHT = 6.0
+
+    # Over so many iterations the weights of the method's losses grow linearly to their values; 0: no ramp.
+    cfg.GKD.WARMUP_ITERS = 0
 
     # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
     # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard.

@@ -70,10 +70,11 @@ def _escaped(text: str) -> str:
 
 def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in node.items():
-        if isinstance(value, CfgNode):
+        if isinstance(value, CfgNode) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            # A node without keys takes those that its user gives it.
+            yield prefix + name, dict(value) if isinstance(value, CfgNode) else value
 
 
 def _assignments(source: str) -> list[tuple[str, int]]:

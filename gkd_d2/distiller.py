@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gkd_d2.align import AlignConv
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
-from gkd_d2.losses import LossWeights, check_options, distillation_losses
+from gkd_d2.methods import Level, Method, build_method
 from gkd_d2.pairing import check_pair, pair_levels
 from gkd_d2.streams import separate_random_stream
 from gkd_d2.teacher import FrozenTeacher, build_teacher
@@ -56,8 +56,8 @@ class Observation:
 class GKDDistiller(nn.Module):
     """A student detector that learns from its own losses and from the features of a frozen teacher.
 
-    In training it returns the student's loss dictionary with the four distillation losses added; otherwise it is the
-    student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
+    In training it returns the student's loss dictionary with those of a method of distillation added; otherwise it is
+    the student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
     ``align.``: a checkpoint of it loads into the plain student, and one of the plain student into it.
 
     Attributes:
@@ -75,12 +75,8 @@ class GKDDistiller(nn.Module):
         teacher: FrozenTeacher,
         student_features: list[str],
         teacher_features: list[str],
-        weights: LossWeights,
+        method: Method,
         warmup_iters: int = 0,
-        temperature: float = 0.5,
-        weighting: str = "gradient",
-        rectifier: str = "abs",
-        implementation: str = "auto",
         vis_period: int = 0,
         seed: int = 0,
     ):
@@ -90,17 +86,15 @@ class GKDDistiller(nn.Module):
             teacher: built and loaded.
             student_features: names of the student's levels to distil.
             teacher_features: the teacher's names of the same levels.
-            weights: of the four losses.
-            warmup_iters: over so many iterations the weights grow linearly to their values.
-            temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
+            method: the losses by which the student imitates the teacher.
+            warmup_iters: over so many iterations their weights grow linearly to their values.
             vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
 
         Raises:
-            ValueError: an option is unknown or out of range.
+            ValueError: an option is out of range, or the student lacks what the method needs.
         """
         super().__init__()
-        check_options(temperature, weighting, rectifier, implementation)
         if warmup_iters < 0:
             raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
         if vis_period < 0:
@@ -110,19 +104,16 @@ class GKDDistiller(nn.Module):
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
-        self.weights = weights
+        self.method = method
         self.warmup_iters = warmup_iters
-        self.options = {
-            "temperature": temperature,
-            "weighting": weighting,
-            "rectifier": rectifier,
-            "implementation": implementation,
-        }
         self.gradient_scale = 1.0
         self.watch = False
         self.watched: TermReport | None = None
         self._teacher = teacher
         self._split: SplitDetector = split_detector(student)
+        if method.needs_anchors:
+            # A level without any is refused here, before the first step.
+            self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
         with separate_random_stream(torch.device("cpu"), seed):
             self.align = self._build_align()
         self._register_state_dict_hook(_drop_student_prefix)
@@ -131,7 +122,8 @@ class GKDDistiller(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        """Build the student, then the teacher, and check that they belong together."""
+        """Build the method, the student, then the teacher, and check that they belong together."""
+        method = build_method(cfg)
         student_cfg, teacher_cfg = detector_config(cfg), teacher_config(cfg)
         student = META_ARCH_REGISTRY.get(student_cfg.MODEL.META_ARCHITECTURE)(student_cfg)
         split = split_detector(student)
@@ -148,12 +140,8 @@ class GKDDistiller(nn.Module):
             "teacher": teacher,
             "student_features": student_features,
             "teacher_features": teacher_features,
-            "weights": LossWeights(**{key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}),
+            "method": method,
             "warmup_iters": cfg.GKD.WARMUP_ITERS,
-            "temperature": cfg.GKD.TEMPERATURE,
-            "weighting": cfg.GKD.WEIGHTING,
-            "rectifier": cfg.GKD.RECTIFIER,
-            "implementation": cfg.GKD.IMPLEMENTATION,
             "vis_period": cfg.GKD.VIS_PERIOD,
             "seed": seed,
         }
@@ -169,28 +157,31 @@ class GKDDistiller(nn.Module):
             batched_inputs: as for Detectron2's meta-architectures.
 
         Returns:
-            In training a dictionary of scalar losses: the student's own, and ``loss_gkd_gradient``,
-            ``loss_bmfi_box``, ``loss_bmfi_attention``, ``loss_bmfi_image``, already weighted. Otherwise the student's
-            detections. With all weights 0 the student's own training forward, untouched.
+            In training a dictionary of scalar losses: the student's own, and those of the method, already weighted.
+            Otherwise the student's detections. Without a weight above 0 the student's own training forward, untouched.
 
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
+            ValueError: a loss of the method has the name of one of the student's.
         """
-        if not (self.training and self.weights):
+        if not (self.training and self.method):
             return self.student(batched_inputs)
-        weighting = self.options["weighting"]
         picture_due = self._picture_due()
         seen = self.observe(
             batched_inputs,
-            student_grad=picture_due or self.watch or self.weights.need_student_grad(),
-            teacher_grad=picture_due or self.weights.need_teacher_grad(weighting),
+            student_grad=picture_due or self.watch or self.method.needs_student_grad,
+            teacher_grad=picture_due or self.method.needs_teacher_grad,
         )
         if picture_due:
             put_picture(self.picture(batched_inputs, seen))
             self._pictured = get_event_storage().iter
         if self.watch:
             self.watched = self._measure(seen)
-        return {**seen.losses, **self._distil(seen, seen.student, range(len(seen.student)))}
+        losses = self._distil(seen, seen.student, range(len(seen.student)))
+        taken = seen.losses.keys() & losses.keys()
+        if taken:
+            raise ValueError(f"GKD.METHOD calls a loss {taken.pop()}, which is the name of one of the student's own")
+        return {**seen.losses, **losses}
 
     def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
         """Run both networks on a training batch, in training mode and within an EventStorage.
@@ -246,7 +237,7 @@ class GKDDistiller(nn.Module):
             (seen.teacher, seen.teacher_grad),
             student=self.student,
             teacher=self._teacher.model,
-            rectifier=self.options["rectifier"],
+            rectifier=self.method.rectifier,
         )
 
     def _picture_due(self) -> bool:
@@ -257,27 +248,33 @@ class GKDDistiller(nn.Module):
         return iteration % self.vis_period == 0 and iteration != self._pictured
 
     def _distil(self, seen: Observation, student: list[Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
-        """The four losses of some levels, whose features before alignment are ``student``."""
+        """The method's losses of some levels, whose features before alignment are ``student``."""
         names = [self.student_features[level] for level in levels]
         teacher = [seen.teacher[level] for level in levels]
         student_grad = teacher_grad = None
-        if self.weights.need_student_grad():
+        anchors: dict[str, Tensor] = {}
+        if self.method.needs_student_grad:
             student_grad = self._align_gradients(names, [seen.student_grad[level] for level in levels])
-        if seen.teacher_grad is not None:
+        if self.method.needs_teacher_grad:
             teacher_grad = [seen.teacher_grad[level] for level in levels]
+        if self.method.needs_anchors:
+            anchors = self._split.anchors(dict(zip(names, student)))
         student, teacher, student_grad, teacher_grad = _in_one_dtype(
             self._align(names, student), teacher, student_grad, teacher_grad
         )
-        return distillation_losses(
-            student,
-            teacher,
-            student_grad,
-            teacher_grad,
-            seen.boxes,
-            tuple(seen.images.tensor.shape[-2:]),
-            weights=self.weights.scaled(self._ramp()),
-            **self.options,
-        )
+        parts = [
+            Level(
+                student=student[index],
+                teacher=teacher[index],
+                boxes=seen.boxes,
+                image_size=tuple(seen.images.tensor.shape[-2:]),
+                student_grad=student_grad and student_grad[index],
+                teacher_grad=teacher_grad and teacher_grad[index],
+                anchors=anchors.get(name),
+            )
+            for index, name in enumerate(names)
+        ]
+        return self.method(parts, self._ramp())
 
     def _measure(self, seen: Observation) -> TermReport:
         """Each loss and its gradient at the student's features, level by level."""
@@ -285,17 +282,17 @@ class GKDDistiller(nn.Module):
             lambda level, feature: self._distil(seen, [feature], [level]),
             dict(zip(self.student_features, seen.student)),
             seen.student_grad,
-            terms=self.weights.terms(),
+            terms=self.method.active(),
             scale=seen.scale,
         )
 
     def _ramp(self) -> float:
-        """The factor of the four weights at this iteration."""
+        """The factor of the weights at this iteration."""
         return min(1.0, (get_event_storage().iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
 
     def _build_align(self) -> nn.ModuleDict:
         """One convolution for every level whose channels differ; none where no loss would train it."""
-        if not self.weights:
+        if not self.method:
             return nn.ModuleDict()
         ours, theirs = self._split.output_shape(), self._teacher.split.output_shape()
         pairs = zip(self.student_features, self.teacher_features)

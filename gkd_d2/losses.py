@@ -18,7 +18,8 @@ from gkd_d2.ops import fused, reference
 WEIGHTINGS = ("gradient", "attention", "uniform")
 RECTIFIERS = ("abs", "relu")
 IMPLEMENTATIONS = ("auto", "reference", "fused")
-_KEYS = {
+# Name of a loss's weight -> key of the loss.
+LOSS_KEYS = {
     "gradient": "loss_gkd_gradient",
     "box": "loss_bmfi_box",
     "attention": "loss_bmfi_attention",
@@ -52,10 +53,6 @@ class LossWeights:
 
     def __bool__(self) -> bool:
         return any(dataclasses.astuple(self))
-
-    def terms(self) -> dict[str, str]:
-        """Key of the loss -> name of its weight, for the losses that are computed."""
-        return {key: name for name, key in _KEYS.items() if getattr(self, name) > 0}
 
     def scaled(self, factor: float) -> LossWeights:
         """All four weights times ``factor``."""

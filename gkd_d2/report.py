@@ -131,7 +131,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
             continue
         names = ", ".join(baseline.name for baseline in baselines)
         mean = "the mean of " if len(baselines) > 1 else ""
-        lines.append(f"{run.name}: alone is {mean}{names}; teacher is {teacher.name if teacher else 'no run here'}.")
+        method = run.config.GKD.METHOD
+        lines.append(
+            f"{run.name}: the method is {method}; alone is {mean}{names}; "
+            f"teacher is {teacher.name if teacher else 'no run here'}."
+        )
         for baseline in baselines:
             different = training_differences(run, baseline).items()
             if different:

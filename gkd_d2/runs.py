@@ -52,7 +52,7 @@ class Run:
     @property
     def distilled(self) -> bool:
         """Whether it trained a student under a teacher."""
-        return self.config.MODEL.META_ARCHITECTURE == DISTILLER
+        return self.config.MODEL.META_ARCHITECTURE == DISTILLER and self.config.GKD.METHOD != "none"
 
     @cached_property
     def architecture(self) -> CfgNode:

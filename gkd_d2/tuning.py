@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from gkd_d2.distiller import GKDDistiller
+from gkd_d2.methods import build_method
 from gkd_d2.streams import mix_seed, seed_everything
 from gkd_d2.watch import TermReport
 
@@ -35,11 +38,19 @@ class Ratio:
 
 
 def unit_weights(cfg: CfgNode) -> CfgNode:
-    """A copy of a distiller's config with all four losses at weight 1, from the first iteration on."""
+    """A copy of a distiller's config with all losses of its method at weight 1, from the first iteration on.
+
+    Raises:
+        ValueError: the method has no loss.
+    """
+    method = build_method(cfg)
+    if not method.terms:
+        raise ValueError(f"GKD.METHOD is {cfg.GKD.METHOD}, which has no loss to weigh")
     cfg = cfg.clone()
     cfg.defrost()
-    for key in cfg.GKD.LOSS_WEIGHTS:
-        cfg.GKD.LOSS_WEIGHTS[key] = UNIT
+    for term in method.terms.values():
+        *path, name = term.key.split(".")
+        functools.reduce(operator.getitem, path, cfg)[name] = UNIT
     cfg.GKD.WARMUP_ITERS = 0
     cfg.freeze()
     return cfg
@@ -55,7 +66,7 @@ def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed:
         seed: of the random draws.
 
     Returns:
-        Name of a loss, as in LossWeights -> its ratio.
+        Name of a loss -> its ratio.
 
     Raises:
         ValueError: there is no batch, or a loss has no gradient or none that is finite.
@@ -74,7 +85,7 @@ def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed:
         raise ValueError("there is no batch to measure the losses with")
     rows = [report.scalars() for report in reports]
     ratios = {}
-    for term in distiller.weights.terms().values():
+    for term in distiller.method.active().values():
         whole = _values(rows, f"gkd_ratio/{term}")
         if not (len(whole) and np.isfinite(whole).all() and np.median(whole) > 0):
             raise ValueError(

@@ -37,9 +37,9 @@ COLUMNS = {
     "teacher's map": "What matters to the teacher: its gradient map, scaled to [0, 1] at each level.",
     "student's map": "What matters to the student: its gradient map, scaled in the same way.",
     "difference": "The teacher's map minus the student's. Red: the teacher looks here, the student does not; blue: the "
-    "other way round. Its mean absolute value, summed over the levels, is loss_gkd_gradient before its weight.",
-    "box context mask": "Where loss_bmfi_box compares features: in the objects, each cell of which weighs the more the "
-    "smaller the object is, and fading in the context around them. Elsewhere the mask is 0 and not coloured.",
+    "other way round. Its mean absolute value, summed over the levels, is gkd's loss_gkd_gradient before its weight.",
+    "box context mask": "Where gkd's loss_bmfi_box compares features: in the objects, each cell of which weighs the "
+    "more the smaller the object is, and fading in the context around them. Elsewhere the mask is 0 and not coloured.",
 }
 # Inches.
 _LARGEST_PANEL, _SMALLEST_PANEL = (4.0, 3.0), (2.4, 1.2)

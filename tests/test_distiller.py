@@ -307,6 +307,16 @@ def test_features_of_other_size_are_refused(distiller_config):
         ("GKD.IMPLEMENTATION", "foo", "implementation is 'foo'"),
         ("GKD.WARMUP_ITERS", -1, "GKD.WARMUP_ITERS is -1"),
         ("GKD.LOSS_WEIGHTS.BOX", -1.0, "loss weight box is -1.0"),
+        (
+            "GKD.METHOD",
+            "foo",
+            "GKD.METHOD is 'foo', but must be one of fgd, fgfi, fitnet, gkd, none, pkd; ",
+        ),
+        (
+            "GKD.METHOD_MODULE",
+            "no.such",
+            "GKD.METHOD_MODULE is 'no.such', which can't be imported .*: put its folder",
+        ),
         ("GKD.TEACHER.WEIGHTS", "", "GKD.TEACHER.WEIGHTS is empty"),
         ("GKD.TEACHER.CONFIG_FILE", "", "GKD.TEACHER.CONFIG_FILE is empty"),
         ("GKD.STUDENT.META_ARCHITECTURE", "", "GKD.STUDENT.META_ARCHITECTURE is ''"),

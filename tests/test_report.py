@@ -85,7 +85,7 @@ def test_gains_by_hand(runs):
 
 def test_notes_say_what_is_compared_and_what_else_differs(runs):
     assert notes(runs) == [
-        "distilled: alone is the mean of alone, again; teacher is teacher.",
+        "distilled: the method is gkd; alone is the mean of alone, again; teacher is teacher.",
         "distilled and again were configured differently beside distillation: SEED 7 here, 8 there.",
     ]
     assert notes([runs[3]]) == ["distilled: no run here trained the same MODEL alone, so its gain is not known."]

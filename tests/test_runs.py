@@ -17,6 +17,16 @@ def config(kind="retinanet", *, datasets=("val",), **options):
     return cfg
 
 
+def test_with_the_method_none_a_student_is_trained_alone(make_run, distiller_config):
+    runs = []
+    for method in ("gkd", "fgd", "none"):
+        cfg = distiller_config("retinanet")
+        cfg.GKD.METHOD = method
+        runs.append(make_run(method, cfg, []))
+    assert [run.distilled for run in runs] == [True, True, False]
+    assert find_baselines(runs[1], runs) == [runs[2]]
+
+
 def test_a_resumed_runs_later_rows_win(make_run):
     run = make_run(
         "run",

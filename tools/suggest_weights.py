@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Measure each distillation loss's gradient against the detection loss's, and propose GKD.LOSS_WEIGHTS.
+"""Measure each distillation loss's gradient against the detection loss's, and propose weights.
 
-A run of batches goes through teacher and student without any update. The gradients are those at the student's
-features; a ratio of 0.5 means that a loss pulls half as hard there as the detection losses do. What is right depends
-on data and schedule: start with 0.1 to 1 a loss, and watch gkd_ratio/* of the run. MODEL.WEIGHTS names the student's
-checkpoint, KEY VALUE pairs at the end override the config. Examples:
+A run of batches goes through teacher and student without any update. The gradients are those of the losses of
+GKD.METHOD at the student's features; a ratio of 0.5 means that a loss pulls half as hard there as the detection losses
+do. What is right depends on data and schedule: start with 0.1 to 1 a loss, and watch gkd_ratio/* of the run.
+MODEL.WEIGHTS names the student's checkpoint, KEY VALUE pairs at the end override the config. Examples:
     python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml --batches 200 --ratio 0.5
     python tools/suggest_weights.py --config-file configs/toy/gkd_frcnn.yaml --batches 20 \\
-        --ratio 0.3 --gradient 1.0 --attention 0.1
+        --ratio 0.3 --term gradient=1.0 --term attention=0.1
+    python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml GKD.METHOD fgd
 """
 
 import argparse
 import itertools
 import sys
 
-from detectron2.config import CfgNode
+import yaml
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -22,10 +23,9 @@ from gkd_d2.checkpoint import StudentCheckpointer
 from gkd_d2.config import DISTILLER, read_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
+from gkd_d2.methods import Term, build_method
 from gkd_d2.streams import seed_everything
 from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
-
-TERMS = ("gradient", "box", "attention", "image")
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,29 +33,74 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="of a distiller")
     parser.add_argument("--batches", type=int, default=200, metavar="N", help="to measure with (default: 200)")
-    parser.add_argument("--ratio", type=float, default=0.5, metavar="R", help="wanted for every loss (default: 0.5)")
-    for term in TERMS:
-        parser.add_argument(f"--{term}", type=float, metavar="R", help=f"wanted for the {term} loss instead")
+    parser.add_argument("--ratio", type=ratio, default=0.5, metavar="R", help="wanted for every loss (default: 0.5)")
+    parser.add_argument(
+        "--term",
+        type=term_ratio,
+        action="append",
+        default=[],
+        metavar="NAME=R",
+        help="wanted for one loss instead, named as in gkd_ratio/NAME; may be given several times",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
     args = parser.parse_args()
     if args.batches < 1:
         parser.error(f"--batches is {args.batches}, but must be at least 1")
-    for name in ("ratio", *TERMS):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):
-            parser.error(f"--{name} is {getattr(args, name)}, but must be a finite number >= 0")
     return args
 
 
-def markdown(cfg: CfgNode, ratios: dict[str, Ratio], weights: dict[str, float]) -> str:
+def ratio(text: str) -> float:
+    """The type of --ratio."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number >= 0")
+    return value
+
+
+def term_ratio(text: str) -> tuple[str, float]:
+    """The type of --term: NAME=R."""
+    name, _, value = text.partition("=")
+    return name, ratio(value)
+
+
+def wanted_ratios(args: argparse.Namespace, terms: list[Term]) -> dict[str, float]:
+    """Name of a loss -> the ratio that is asked for.
+
+    Raises:
+        ValueError: --term names a loss that is not among ``terms``.
+    """
+    names, given = [term.name for term in terms], dict(args.term)
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"--term names {', '.join(unknown)}, but the method's losses are {', '.join(names)}")
+    return {name: given.get(name, args.ratio) for name in names}
+
+
+def markdown(terms: list[Term], ratios: dict[str, Ratio], weights: dict[str, float]) -> str:
     """The table of what was measured and what is proposed."""
     rows = []
-    for term, ratio in ratios.items():
-        now = cfg.GKD.LOSS_WEIGHTS[term.upper()]
-        levels = " ".join(f"{level} {now * value:.2g}" for level, value in ratio.levels.items())
-        spread = f"{now * ratio.low:.2g} to {now * ratio.high:.2g}"
-        rows.append([term, now, f"{now * ratio.median:.3g}", spread, levels, weights[term]])
+    for term in terms:
+        now, found = term.weight, ratios[term.name]
+        levels = " ".join(f"{level} {now * value:.2g}" for level, value in found.levels.items())
+        spread = f"{now * found.low:.2g} to {now * found.high:.2g}"
+        rows.append([term.name, now, f"{now * found.median:.3g}", spread, levels, weights[term.name]])
     headers = ["loss", "weight", "ratio: median", "10 % to 90 % of the batches", "median by level", "proposed weight"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def yaml_of(terms: list[Term], weights: dict[str, float]) -> str:
+    """The weights as they stand in a config file."""
+    nested: dict = {}
+    for term in terms:
+        *path, key = term.key.split(".")
+        node = nested
+        for name in path:
+            node = node.setdefault(name, {})
+        node[key] = weights[term.name]
+    return yaml.safe_dump(nested, sort_keys=False)
 
 
 def main() -> None:
@@ -68,18 +113,20 @@ def main() -> None:
         # Any seed serves to measure; the same one gives the same numbers again.
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()
+        terms = list(build_method(cfg).terms.values())
+        wanted = wanted_ratios(args, terms)
+        unit = unit_weights(cfg)
         check_inputs(cfg, eval_only=False, resume=False)
         seed_everything(cfg.SEED)
-        distiller = build_model(unit_weights(cfg))
+        distiller = build_model(unit)
         StudentCheckpointer(distiller).load(cfg.MODEL.WEIGHTS)
         batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
         ratios = measure_ratios(distiller, batches, cfg.SEED)
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
-    wanted = {term: args.ratio if getattr(args, term) is None else getattr(args, term) for term in TERMS}
     weights = suggest_weights(ratios, wanted)
-    print(f"\n{markdown(cfg, ratios, weights)}\n\nFor {', '.join(f'{t} {r:g}' for t, r in wanted.items())}:\n\nGKD:")
-    print("  LOSS_WEIGHTS:\n" + "\n".join(f"    {term.upper()}: {weight!r}" for term, weight in weights.items()))
+    print(f"\n{markdown(terms, ratios, weights)}\n\nFor {', '.join(f'{t} {r:g}' for t, r in wanted.items())}:\n")
+    print(yaml_of(terms, weights), end="")
 
 
 if __name__ == "__main__":

@@ -140,11 +140,13 @@ class LossWatch(HookBase):
 
     def _stop(self, loss: str, level: str, fault: str) -> None:
         self.trainer.save("model_stopped", resumable=False)
+        (key,) = (term.key for term in self._distiller.method.terms.values() if term.name == loss)
         raise DeadLossError(
-            f"the gradient of the {loss} loss (GKD.LOSS_WEIGHTS.{loss.upper()}) at the student's {level} was {fault} "
+            f"the gradient of the {loss} loss ({key}) at the student's {level} was {fault} "
             f"in the last {self._patience} iterations, up to iteration {self.trainer.iter}: it teaches nothing there. "
-            f"Take {level} out of GKD.FEATURES, set the weight to 0.0, or look at the data: without boxes the box loss "
-            "has no gradient. The state is saved as model_stopped.pth, --resume goes on from the checkpoint before it"
+            f"Take {level} out of GKD.FEATURES, set the weight to 0.0, or look at the data: without boxes a loss of "
+            "objects has no gradient. The state is saved as model_stopped.pth, --resume goes on from the checkpoint "
+            "before it"
         )
 
 

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import DISTILLER, teacher_config
 from gkd_d2.data.builtin import check_datasets
+from gkd_d2.methods import build_method
 
 
 class PreflightError(Exception):
@@ -20,7 +21,7 @@ class PreflightError(Exception):
 
 
 def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Look for the device, the data, the weights and the teacher that ``cfg`` names.
+    """Look for the device, the data, the weights, the method and the teacher that ``cfg`` names.
 
     Weights at a URL are fetched into Detectron2's cache.
 
@@ -34,7 +35,7 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     """
     problems = [*_device(cfg), *_datasets(cfg, eval_only), *_weights(cfg, eval_only, resume)]
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
-        problems += _teacher(cfg)
+        problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
         raise PreflightError("This run can't start:\n" + "\n".join(f"- {problem}" for problem in problems))
 
@@ -86,6 +87,14 @@ def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
             f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. Set MODEL.WEIGHTS to a file that holds these weights, "
             "fetched on another machine if need be; or to '' to train from scratch"
         ]
+    return []
+
+
+def _method(cfg: CfgNode) -> list[str]:
+    try:
+        build_method(cfg)
+    except (TypeError, ValueError) as error:
+        return [str(error)]
     return []
 
 

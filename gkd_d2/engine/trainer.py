@@ -91,7 +91,7 @@ class Trainer(DefaultTrainer):
         built = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
         ours = [PeriodicSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD), SaveOnSigterm()]
         model = self._trainer.module
-        if isinstance(model, GKDDistiller) and model.weights:
+        if isinstance(model, GKDDistiller) and model.method:
             ours.insert(0, LossWatch(model, self.cfg.GKD.WATCH_PERIOD, self.cfg.GKD.WATCH_PATIENCE))
         # A checkpoint comes before an evaluation, which takes long and may fail.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))

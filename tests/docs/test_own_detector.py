@@ -8,6 +8,7 @@ from documents import fenced_blocks
 from tiny import SplitScorer, calm, detector_config, training_batch
 
 from gkd_d2 import detector, register_split
+from gkd_d2.detector import split_detector
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 
@@ -79,6 +80,8 @@ def test_fcos(document, tmp_path):
     names = document(fcos=True)
     names["check_split"](make_fcos(16), training_batch(((90, 120), (96, 100), (64, 64))))
     train_a_step(names["build_distiller"], make_fcos, tmp_path)
+    with pytest.raises(ValueError, match="GKD.METHOD asks for anchors, but FCOS has none at p3"):
+        split_detector(make_fcos(8)).anchors({"p3": torch.zeros(1, 8, 2, 2)})
 
 
 def test_fcos_as_a_lazy_config(document, tmp_path):

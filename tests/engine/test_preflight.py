@@ -115,6 +115,13 @@ def test_missing_teacher(ready, distiller_config, tmp_path):
     assert "'nowhere.yaml', which is no file" in problems(cfg)
 
 
+def test_unknown_method(ready, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ready.DATASETS.TRAIN, ready.DATASETS.TEST
+    cfg.GKD.METHOD = "fkd"
+    assert "\n- GKD.METHOD is 'fkd', but must be one of" in problems(cfg)
+
+
 def test_device(ready, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ready.MODEL.DEVICE = "cuda"

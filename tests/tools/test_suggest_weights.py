@@ -34,7 +34,7 @@ def proposed(output):
 
 
 def test_proposal_is_proportional_to_what_is_asked_for(suggest, capsys):
-    suggest("--batches", 2, "--ratio", 0.5, "--box", 0)
+    suggest("--batches", 2, "--ratio", 0.5, "--term", "box=0")
     first = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines() if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == ["gradient", "box", "attention", "image"]
@@ -50,12 +50,24 @@ def test_proposal_is_proportional_to_what_is_asked_for(suggest, capsys):
     assert proposed(capsys.readouterr().out)["IMAGE"] == pytest.approx(2 * weights["IMAGE"], rel=0.06)
 
 
+def test_each_method_has_its_own_losses(suggest, capsys):
+    """A weight of 0 in the config has no part in it."""
+    suggest("--batches", 1, "--term", "background=1", "GKD.METHOD", "fgd", "GKD.FGD.ATTENTION_WEIGHT", 0.0)
+    output = capsys.readouterr().out
+    weights = yaml.safe_load(output[output.index("GKD:") :])["GKD"]["FGD"]
+    assert list(weights) == ["FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT"]
+    assert all(value > 0 for value in weights.values())
+    assert "For foreground 0.5, background 1, attention 0.5:" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "is no config of a GKDDistiller"),
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
         (["DATALOADER.NUM_WORKERS"], "must be pairs KEY VALUE"),
+        (["--term", "fgd=1"], "--term names fgd, but the method's losses are gradient, box, attention, image"),
+        (["GKD.METHOD", "none"], "GKD.METHOD is none, which has no loss to weigh"),
     ],
 )
 def test_bad_input(arguments, message, suggest):
@@ -63,7 +75,8 @@ def test_bad_input(arguments, message, suggest):
         suggest("--batches", 2, *arguments)
 
 
-def test_bad_ratio(suggest, capsys):
+@pytest.mark.parametrize("arguments", [("--ratio=-1",), ("--term", "gradient=-1")])
+def test_bad_ratio(arguments, suggest, capsys):
     with pytest.raises(SystemExit):
-        suggest("--gradient", -1)
-    assert "--gradient is -1.0, but must be a finite number >= 0" in capsys.readouterr().err
+        suggest(*arguments)
+    assert "'-1' must be a finite number >= 0" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+"""What a student can imitate: one file a method, each registered under the name that GKD.METHOD gives it.
+
+docs/own_method.md shows how to add one.
+"""
+
+from gkd_d2.methods.fgd import FGD
+from gkd_d2.methods.fgfi import FGFI
+from gkd_d2.methods.fitnet import FitNet
+from gkd_d2.methods.gkd import GKD
+from gkd_d2.methods.method import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term, build_method
+from gkd_d2.methods.none import Nothing
+from gkd_d2.methods.pkd import PKD
+
+__all__ = [
+    "FGD",
+    "FGFI",
+    "FitNet",
+    "GKD",
+    "Level",
+    "LevelwiseMethod",
+    "METHOD_REGISTRY",
+    "Method",
+    "Nothing",
+    "PKD",
+    "Term",
+    "build_method",
+]

@@ -1,0 +1,74 @@
+"""gkd: gradient maps and bounding-box-aware multi-grained feature imitation, the method this project is named after."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from gkd_d2.losses import LOSS_KEYS, LossWeights, check_options, distillation_losses
+from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term
+
+
+class GKD(Method):
+    """The four losses of :func:`gkd_d2.losses.distillation_losses`: docs/method.md.
+
+    Source: "Gradient-Guided Knowledge Distillation for Object Detectors", arXiv 2303.04240.
+
+    Args:
+        weights: of the four losses; default: those of LossWeights.
+        temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        weights: LossWeights | None = None,
+        *,
+        temperature: float = 0.5,
+        weighting: str = "gradient",
+        rectifier: str = "abs",
+        implementation: str = "auto",
+    ):
+        check_options(temperature, weighting, rectifier, implementation)
+        self.weights = LossWeights() if weights is None else weights
+        super().__init__(
+            {
+                key: Term(name, getattr(self.weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
+                for name, key in LOSS_KEYS.items()
+            }
+        )
+        self.needs_student_grad = self.weights.need_student_grad()
+        self.needs_teacher_grad = self.weights.need_teacher_grad(weighting)
+        self.rectifier = rectifier
+        self._options = {
+            "temperature": temperature,
+            "weighting": weighting,
+            "rectifier": rectifier,
+            "implementation": implementation,
+        }
+
+    def __call__(self, levels, factor=1.0):
+        # All levels at once: the extension works through them in one call.
+        return distillation_losses(
+            [level.student for level in levels],
+            [level.teacher for level in levels],
+            [level.student_grad for level in levels] if self.needs_student_grad else None,
+            [level.teacher_grad for level in levels] if self.needs_teacher_grad else None,
+            levels[0].boxes,
+            levels[0].image_size,
+            weights=self.weights.scaled(factor),
+            **self._options,
+        )
+
+
+@METHOD_REGISTRY.register()
+def gkd(cfg: CfgNode) -> GKD:
+    """The options stand in GKD itself."""
+    return GKD(
+        LossWeights(**{key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}),
+        temperature=cfg.GKD.TEMPERATURE,
+        weighting=cfg.GKD.WEIGHTING,
+        rectifier=cfg.GKD.RECTIFIER,
+        implementation=cfg.GKD.IMPLEMENTATION,
+    )

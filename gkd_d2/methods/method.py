@@ -1,0 +1,194 @@
+"""What a method of distillation is, and the registry of those that GKD.METHOD can name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
+from torch import Tensor
+
+from gkd_d2.ops.reference import accumulation_dtype
+
+METHOD_REGISTRY = Registry("METHOD")
+METHOD_REGISTRY.__doc__ = """
+Registry of the methods of distillation. A registered function is called with the config and returns a
+:class:`Method`; its name is what GKD.METHOD is set to.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One level of one training batch of N images, as a method sees it.
+
+    Attributes:
+        student: N,C,H,W, the student's feature, brought to the teacher's channels where they differ. Only it receives a
+            gradient.
+        teacher: N,C,H,W, the teacher's feature.
+        boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
+        image_size: (height, width) of the padded batch in pixels.
+        student_grad: N,C,H,W, the gradient of the student's own detection loss with respect to ``student``, times a
+            positive number that all levels share; its spatial mean alone where channels differ. None where the method
+            does not need it.
+        teacher_grad: the same of the teacher.
+        anchors: H*W*A,4, the student's own, xyxy in pixels of the padded batch, cell by cell and row by row. None where
+            the method does not need them.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    boxes: list[Tensor]
+    image_size: tuple[int, int]
+    student_grad: Tensor | None = None
+    teacher_grad: Tensor | None = None
+    anchors: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One loss of a method.
+
+    Attributes:
+        name: in reports, as in ``gkd_ratio/<name>``.
+        weight: what the loss is multiplied by; at 0 it is left out.
+        key: of the config, where the weight is set.
+
+    Raises:
+        ValueError: the weight is negative or not finite.
+    """
+
+    name: str
+    weight: float
+    key: str
+
+    def __post_init__(self):
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"{self.key} is {self.weight}, but must be a finite number >= 0")
+
+
+class Method(ABC):
+    """The losses by which a student imitates its teacher.
+
+    It has no parameters. Each loss is a sum over levels: a call with some of the levels gives their part of it, which
+    is how the watch over the losses measures them level by level.
+
+    Args:
+        terms: key in the model's loss dictionary, which begins with "loss_" -> the loss.
+
+    Attributes:
+        terms: the same.
+        needs_student_grad: whether :attr:`Level.student_grad` is asked for.
+        needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
+        needs_anchors: whether :attr:`Level.anchors` is asked for.
+        rectifier: "abs" or "relu", of the gradient maps in pictures.
+
+    Raises:
+        ValueError: a key does not begin with "loss_", or two losses have one name.
+    """
+
+    needs_student_grad: bool = False
+    needs_teacher_grad: bool = False
+    needs_anchors: bool = False
+    rectifier: str = "abs"
+
+    def __init__(self, terms: dict[str, Term]):
+        wrong = [key for key in terms if not key.startswith("loss_")]
+        if wrong:
+            raise ValueError(f"{type(self).__name__} calls a loss {wrong[0]!r}, but its key must begin with 'loss_'")
+        names = [term.name for term in terms.values()]
+        if len(set(names)) != len(names):
+            raise ValueError(f"{type(self).__name__} has two losses of one name: {', '.join(names)}")
+        self.terms = terms
+
+    def __bool__(self) -> bool:
+        """Whether any loss has a weight above 0."""
+        return any(term.weight > 0 for term in self.terms.values())
+
+    def active(self) -> dict[str, str]:
+        """Key of the loss -> its name, for the losses of a weight above 0."""
+        return {key: term.name for key, term in self.terms.items() if term.weight > 0}
+
+    @abstractmethod
+    def __call__(self, levels: Sequence[Level], factor: float = 1.0) -> dict[str, Tensor]:
+        """The losses of some levels.
+
+        Args:
+            levels: of one batch, at least one.
+            factor: of all weights, from the warm-up.
+
+        Returns:
+            Key of the loss -> scalar, weighted, for all of :meth:`active` at least.
+        """
+
+
+class LevelwiseMethod(Method):
+    """A method that says what its losses are at one level; weights and the sum over levels are added here.
+
+    Features and gradients come in float32, in float64 where the student's features are float64.
+    """
+
+    @abstractmethod
+    def level_losses(self, level: Level) -> dict[str, Tensor]:
+        """Key of the loss -> scalar without its weight, for all of :attr:`terms`."""
+
+    def __call__(self, levels, factor=1.0):
+        found = [self._checked_losses(level) for level in levels]
+        return {key: factor * self.terms[key].weight * sum(losses[key] for losses in found) for key in self.active()}
+
+    def _checked_losses(self, level: Level) -> dict[str, Tensor]:
+        losses = self.level_losses(_widened(level))
+        if losses.keys() != self.terms.keys():
+            raise ValueError(
+                f"level_losses of {type(self).__name__} returned {', '.join(losses)}, but its terms are "
+                f"{', '.join(self.terms)}"
+            )
+        return losses
+
+
+def build_method(cfg: CfgNode) -> Method:
+    """The method that GKD.METHOD names.
+
+    Args:
+        cfg: a distiller's.
+
+    Raises:
+        ValueError: there is no such method, GKD.METHOD_MODULE can't be found, or an option is out of range.
+        TypeError: what is registered under the name returns no Method.
+    """
+    module, name = cfg.GKD.METHOD_MODULE, cfg.GKD.METHOD
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"GKD.METHOD_MODULE is {module!r}, which can't be imported ({error}): put its folder on PYTHONPATH"
+            ) from error
+    if name not in METHOD_REGISTRY:
+        raise ValueError(
+            f"GKD.METHOD is {name!r}, but must be one of {', '.join(known for known, _ in METHOD_REGISTRY)}; "
+            "GKD.METHOD_MODULE names a module that registers others, see docs/own_method.md"
+        )
+    method = METHOD_REGISTRY.get(name)(cfg)
+    if not isinstance(method, Method):
+        raise TypeError(f"what is registered as the method {name} returned {method!r}, but must return a Method")
+    return method
+
+
+def _widened(level: Level) -> Level:
+    """A level in the dtype that losses are accumulated in, all but the student's feature constant."""
+    dtype = accumulation_dtype(level.student)
+
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(dtype)
+
+    return dataclasses.replace(
+        level,
+        student=level.student.to(dtype),
+        teacher=constant(level.teacher),
+        student_grad=constant(level.student_grad),
+        teacher_grad=constant(level.teacher_grad),
+    )

@@ -1,0 +1,98 @@
+"""The method of docs/own_method.md, as it stands there, chosen by the config that stands there."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
+from documents import fenced_blocks
+from levels import random_level
+from tiny import ARCHITECTURES, training_batch
+
+from gkd_d2.config import read_config
+from gkd_d2.losses import box_context_mask
+from gkd_d2.methods import METHOD_REGISTRY, build_method
+from gkd_d2.runs import Run
+from gkd_d2.tuning import unit_weights
+
+MODULE = "cosine_method"
+
+
+@pytest.fixture
+def student(project, distiller_config, tmp_path, monkeypatch):
+    """A function that writes the document's module and a student's config with its keys, and returns the file."""
+    monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
+    code, config = fenced_blocks(project / "docs" / "own_method.md")
+    assert (code.language, config.language) == ("python", "yaml")
+    (tmp_path / f"{MODULE}.py").write_text(code.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+
+    def write(kind="retinanet"):
+        keys = yaml.safe_load(distiller_config(kind, channels=8).dump())
+        keys["GKD"] |= yaml.safe_load(config.text)["GKD"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
+        return str(tmp_path / "config.yaml")
+
+    yield write
+    sys.modules.pop(MODULE, None)
+
+
+def test_it_is_as_short_as_promised(project):
+    code = fenced_blocks(project / "docs" / "own_method.md")[0]
+    assert sum(bool(line.strip()) for line in code.text.splitlines()) <= 30
+
+
+def test_its_losses_equal_an_independent_computation(student):
+    method = build_method(read_config(student(), []))
+    assert [term.weight for term in method.terms.values()] == [2.0, 0.5]
+    level = random_level()
+    s, t = level.student.detach().numpy(), level.teacher.numpy()
+    distance = 1 - (s * t).sum(axis=1) / np.linalg.norm(s, axis=1) / np.linalg.norm(t, axis=1)
+    mask = box_context_mask(level.boxes, level.image_size, (11, 19), dtype=torch.float64).numpy()
+    losses = method([level])
+    assert losses["loss_cosine"].item() == pytest.approx(2 * distance.mean())
+    assert losses["loss_cosine_objects"].item() == pytest.approx(0.5 * (mask * distance).sum() / 3)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_it_trains(kind, student):
+    cfg = read_config(student(kind), ["SOLVER.BASE_LR", "0.02"])
+    distiller = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, distiller)
+    batch = training_batch(((90, 120), (96, 100), (64, 64)))
+    history = []
+    with EventStorage() as storage:
+        for _ in range(20):
+            distiller.watch = not history
+            losses = distiller(batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            storage.step()
+            history.append({key: losses[key].item() for key in ("loss_cosine", "loss_cosine_objects")})
+    for key in history[0]:
+        assert 0 < history[-1][key] < 0.8 * history[0][key], key
+    scalars = distiller.watched.scalars()
+    assert scalars["gkd_ratio/cosine"] > 0 and scalars["gkd_ratio/cosine_objects/p3"] > 0
+
+
+def test_tools_read_its_config(student, tmp_path):
+    """Options on the command line, the config of a finished run, and the weights that are measured."""
+    path = student()
+    cfg = read_config(path, ["GKD.METHOD_OPTIONS.WEIGHT", "0.25"])
+    assert build_method(cfg).terms["loss_cosine"].weight == 0.25
+    assert Run("run", tmp_path).config.GKD.METHOD_OPTIONS == {"WEIGHT": 2.0, "OBJECT_WEIGHT": 0.5}
+    cfg.GKD.METHOD_OPTIONS.pop("WEIGHT")
+    assert unit_weights(cfg).GKD.METHOD_OPTIONS == {"WEIGHT": 1.0, "OBJECT_WEIGHT": 1.0}
+
+
+def test_without_boxes_its_loss_of_objects_is_0(student):
+    method = build_method(read_config(student(), []))
+    level = random_level()
+    level.boxes[:] = [torch.zeros(0, 4)] * 3
+    assert method([level])["loss_cosine_objects"] == 0

@@ -1,0 +1,199 @@
+"""What all methods of distillation share: terms, weights, the sum over levels, and how they are found."""
+
+import dataclasses
+import functools
+import operator
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from levels import random_level
+
+from gkd_d2 import add_gkd_config
+from gkd_d2.losses import LossWeights, distillation_losses
+from gkd_d2.methods import FGD, FGFI, GKD, METHOD_REGISTRY, PKD, FitNet, LevelwiseMethod, Nothing, Term, build_method
+
+METHODS = (GKD(implementation="reference"), FitNet(), FGFI(), FGD(), PKD())
+
+
+def named(methods):
+    return pytest.mark.parametrize("method", methods, ids=lambda method: type(method).__name__)
+
+
+class Moments(LevelwiseMethod):
+    """Means of the student's feature and of its square."""
+
+    def __init__(self, first=1.0, second=1.0, keys=("loss_first", "loss_second"), names=("first", "second")):
+        super().__init__({k: Term(n, w, f"GKD.{n.upper()}") for k, n, w in zip(keys, names, (first, second))})
+
+    def level_losses(self, level):
+        return {"loss_first": level.student.mean(), "loss_second": level.student.square().mean()}
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    return cfg
+
+
+def test_weights_and_levels_are_added_up():
+    # Means 2 and -1, of the squares 5 and 1.
+    levels = [dataclasses.replace(random_level((1, 2)), student=torch.full((3, 5, 1, 2), -1.0)) for _ in range(2)]
+    levels[0].student[..., 0], levels[0].student[..., 1] = 1.0, 3.0
+    assert Moments(first=0.5, second=3.0)(levels) == {"loss_first": 0.5 * (2 - 1), "loss_second": 3.0 * (5 + 1)}
+    assert Moments(first=0.5)(levels[1:], factor=0.25) == {"loss_first": -0.125, "loss_second": 0.25}
+
+
+def test_a_weight_of_0_leaves_a_loss_out():
+    method = Moments(first=0.0)
+    assert method
+    assert method.active() == {"loss_second": "second"}
+    assert list(method([random_level()])) == ["loss_second"]
+    assert not Moments(first=0.0, second=0.0)
+    assert not Nothing()
+
+
+@named(METHODS)
+def test_the_losses_of_a_batch_are_those_of_its_levels(method):
+    levels = [random_level(), random_level((6, 10)), random_level((1, 1))]
+    whole = method(levels, factor=0.5)
+    assert whole.keys() == method.active().keys() == method.terms.keys()
+    for key, value in whole.items():
+        parts = [method([level], factor=0.5)[key] for level in levels]
+        torch.testing.assert_close(value, sum(parts))
+        assert value > 0
+        torch.testing.assert_close(value, 0.5 * method(levels)[key])
+
+
+@named(METHODS)
+def test_gradients_are_right(method):
+    # The gradients of features are constants, so gradcheck must not see them change.
+    level = random_level((3, 5), channels=2)
+    for key in method.terms:
+        losses = functools.partial(lambda key, s: method([dataclasses.replace(level, student=s)], 1e3)[key], key)
+        assert torch.autograd.gradcheck(losses, level.student), key
+
+
+@named(METHODS)
+def test_nothing_but_the_student_receives_a_gradient(method):
+    level = random_level()
+    for tensor in (level.teacher, level.student_grad, level.teacher_grad):
+        tensor.requires_grad_()
+    sum(method([level]).values()).backward()
+    assert level.student.grad.abs().max() > 0
+    assert level.teacher.grad is level.student_grad.grad is level.teacher_grad.grad is None
+
+
+@named(METHODS)
+def test_images_without_boxes(method):
+    """Losses of the objects are 0, with gradients of 0."""
+    level = dataclasses.replace(random_level(), boxes=[torch.zeros(0, 4, dtype=torch.float64)] * 3)
+    objects = {"loss_bmfi_box", "loss_fgfi", "loss_fgd_foreground"}
+    for key, loss in method([level]).items():
+        (gradient,) = torch.autograd.grad(loss, level.student, retain_graph=True)
+        assert (loss == 0) == (gradient == 0).all() == (key in objects), key
+
+
+@named(METHODS)
+def test_half_precision_is_accumulated_in_float32(method):
+    level = random_level(dtype=torch.float32)
+    half = dataclasses.replace(
+        level, **{name: getattr(level, name).detach().half() for name in ("student", "teacher", "student_grad")}
+    )
+    half = dataclasses.replace(half, teacher_grad=level.teacher_grad.half())
+    for key, loss in method([half]).items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, method([level])[key].detach(), rtol=5e-3, atol=0)
+
+
+def test_gkd_is_the_function_of_four_losses():
+    levels = [random_level(), random_level((6, 10))]
+    weights = LossWeights(gradient=0.0, box=2.0, attention=3.0, image=4.0)
+    options = {"temperature": 0.8, "weighting": "attention", "rectifier": "relu", "implementation": "reference"}
+    method = GKD(weights, **options)
+    assert not (method.needs_student_grad or method.needs_teacher_grad)
+    assert GKD().needs_student_grad and GKD().needs_teacher_grad
+    assert method.active() == {"loss_bmfi_box": "box", "loss_bmfi_attention": "attention", "loss_bmfi_image": "image"}
+    expected = distillation_losses(
+        [level.student for level in levels],
+        [level.teacher for level in levels],
+        None,
+        None,
+        levels[0].boxes,
+        levels[0].image_size,
+        weights=LossWeights(gradient=0.0, box=0.5, attention=0.75, image=1.0),
+        **options,
+    )
+    assert method(levels, factor=0.25) == expected
+
+
+# --- the registry and the config
+
+
+@pytest.mark.parametrize("name", ["gkd", "fitnet", "fgfi", "fgd", "pkd"])
+def test_defaults_of_config_and_class_agree(name, cfg):
+    cfg.GKD.METHOD = name
+    method = build_method(cfg)
+    assert method.terms == type(method)().terms
+    for number, term in enumerate(method.terms.values(), start=1):
+        *path, key = term.key.split(".")
+        node = functools.reduce(operator.getitem, path, cfg)
+        assert node[key] == term.weight
+        # Each key sets its own weight.
+        node[key] = 0.25 * number
+    changed = build_method(cfg)
+    assert [term.weight for term in changed.terms.values()] == [0.25 * n for n in range(1, 1 + len(method.terms))]
+
+
+def test_other_options_come_from_the_config(cfg):
+    cfg.merge_from_list(["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", 0.25])
+    assert build_method(cfg).threshold == 0.25
+    cfg.merge_from_list(["GKD.METHOD", "fgd", "GKD.FGD.TEMPERATURE", 0.75])
+    assert build_method(cfg).temperature == 0.75
+    cfg.merge_from_list(["GKD.METHOD", "gkd", "GKD.RECTIFIER", "relu"])
+    assert build_method(cfg).rectifier == "relu"
+    cfg.GKD.METHOD = "none"
+    assert build_method(cfg).terms == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["GKD.METHOD", "fitnet", "GKD.FITNET.WEIGHT", -1.0], "GKD.FITNET.WEIGHT is -1.0, but must be a finite number"),
+        (["GKD.METHOD", "pkd", "GKD.PKD.WEIGHT", float("nan")], "GKD.PKD.WEIGHT is nan"),
+        (["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", 1.0], "GKD.FGFI.THRESHOLD is 1.0, but must be at least 0 and be"),
+        (["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", -0.1], "GKD.FGFI.THRESHOLD is -0.1"),
+        (
+            ["GKD.METHOD", "fgd", "GKD.FGD.TEMPERATURE", 0.0],
+            "GKD.FGD.TEMPERATURE is 0.0, but must be a finite number > 0",
+        ),
+        (["GKD.METHOD", "fgd", "GKD.FGD.ATTENTION_WEIGHT", float("inf")], "GKD.FGD.ATTENTION_WEIGHT is inf"),
+        (
+            ["GKD.METHOD", "GKD"],
+            "GKD.METHOD is 'GKD', but must be one of fgd, fgfi, fitnet, gkd, none, pkd; GKD.METHOD_",
+        ),
+    ],
+)
+def test_bad_options(options, message, cfg):
+    cfg.merge_from_list(options)
+    with pytest.raises(ValueError, match=message):
+        build_method(cfg)
+
+
+def test_bad_methods(cfg, monkeypatch):
+    with pytest.raises(ValueError, match="Moments calls a loss 'first', but its key must begin with 'loss_'"):
+        Moments(keys=("first", "loss_second"))
+    with pytest.raises(ValueError, match="Moments has two losses of one name: one, one"):
+        Moments(names=("one", "one"))
+    with pytest.raises(ValueError, match="Moments returned loss_first, loss_second, but its terms are loss_f"):
+        Moments(keys=("loss_first", "loss_other"))([random_level()])
+    monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
+
+    @METHOD_REGISTRY.register()
+    def nothing(cfg):
+        return None
+
+    cfg.GKD.METHOD = "nothing"
+    with pytest.raises(TypeError, match="registered as the method nothing returned None, but must return a Method"):
+        build_method(cfg)
