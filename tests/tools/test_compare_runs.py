@@ -48,7 +48,7 @@ def test_three_runs(demo, run_tool, tmp_path):
     assert operations[1] == pytest.approx(operations[2], rel=0.2)
     assert min(times) > 0
     assert "one image of random pixels, 64 x 96; ms is the median of 2 times on the CPU" in report
-    assert "- student_distilled: alone is student_alone; teacher is teacher." in report
+    assert "- student_distilled: the method is gkd; alone is student_alone; teacher is teacher." in report
     for name in ("curves.png", "detections.png"):
         assert f"]({name})" in report
         with Image.open(tmp_path / "out" / name) as picture:
