@@ -86,6 +86,11 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Over so many iterations the weights of the method's losses grow linearly to their values; 0: no ramp.
     cfg.GKD.WARMUP_ITERS = 0
 
+    # One backward pass through the student's heads serves both the gradients that the method needs and the training
+    # step. It is the gradient of the sum of the detection losses: a trainer that weighs them must set this to False,
+    # for a second pass, and gets an error otherwise.
+    cfg.GKD.ONE_PASS = True
+
     # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
     # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard.
     cfg.GKD.WATCH_PERIOD = 20

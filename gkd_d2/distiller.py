@@ -18,6 +18,7 @@ from gkd_d2.align import AlignConv
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
 from gkd_d2.methods import Level, Method, build_method
+from gkd_d2.one_pass import one_pass_losses
 from gkd_d2.pairing import check_pair, pair_levels
 from gkd_d2.streams import separate_random_stream
 from gkd_d2.teacher import FrozenTeacher, build_teacher
@@ -62,7 +63,8 @@ class GKDDistiller(nn.Module):
 
     Attributes:
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
-            the losses do not depend on it, but in float16 small gradients would underflow without it.
+            the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
+            a gradient scaler sets it to the scale.
         watch: whether the next training forward measures each loss at each level.
         watched: what was measured last, or None.
     """
@@ -77,6 +79,7 @@ class GKDDistiller(nn.Module):
         teacher_features: list[str],
         method: Method,
         warmup_iters: int = 0,
+        one_pass: bool = True,
         vis_period: int = 0,
         seed: int = 0,
     ):
@@ -88,6 +91,8 @@ class GKDDistiller(nn.Module):
             teacher_features: the teacher's names of the same levels.
             method: the losses by which the student imitates the teacher.
             warmup_iters: over so many iterations their weights grow linearly to their values.
+            one_pass: whether one backward pass through the student's heads serves the distillation and the training
+                step, which must then give all detection losses one common weight.
             vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
 
@@ -99,6 +104,7 @@ class GKDDistiller(nn.Module):
             raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
         if vis_period < 0:
             raise ValueError(f"GKD.VIS_PERIOD is {vis_period}, but must be >= 0")
+        self.one_pass = one_pass
         self.vis_period = vis_period
         self._pictured = -1
         self.student = student
@@ -142,6 +148,7 @@ class GKDDistiller(nn.Module):
             "teacher_features": teacher_features,
             "method": method,
             "warmup_iters": cfg.GKD.WARMUP_ITERS,
+            "one_pass": cfg.GKD.ONE_PASS,
             "vis_period": cfg.GKD.VIS_PERIOD,
             "seed": seed,
         }
@@ -199,15 +206,7 @@ class GKDDistiller(nn.Module):
         )
         images, features = self._split.features(batched_inputs)
         self._check_trained(features)
-        # The heads get aliases, so that gradients are those of the heads alone, as the teacher's are, and not also
-        # of levels that the pyramid derives from others.
-        head_inputs = {name: feature.view_as(feature) for name, feature in features.items()}
-        losses = self._split.losses(images, head_inputs, batched_inputs)
-        student_gradients = None
-        if student_grad:
-            student_gradients = feature_gradients(
-                losses, head_inputs, self.student_features, scale=self.gradient_scale, retain_graph=True
-            )
+        losses, student_gradients = self._detect(images, features, batched_inputs, student_grad)
         student = [features[name] for name in self.student_features]
         self._check_sizes(student, teacher)
         return Observation(
@@ -239,6 +238,37 @@ class GKDDistiller(nn.Module):
             teacher=self._teacher.model,
             rectifier=self.method.rectifier,
         )
+
+    def _detect(
+        self, images: ImageList, features: dict[str, Tensor], batched_inputs: list[dict], with_gradients: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        """The student's own losses, and the gradients of their sum at the distilled levels.
+
+        The gradients are those of the heads alone, as the teacher's are, and not also of levels that the pyramid
+        derives from others: so the heads are given aliases of the features.
+        """
+        scale = self.gradient_scale
+        if with_gradients and self._one_pass_serves(features):
+            return one_pass_losses(
+                lambda aliases: self._split.losses(images, aliases, batched_inputs),
+                features,
+                self.student_features,
+                self.student.parameters(),
+                scale=scale,
+            )
+        aliases = {name: feature.view_as(feature) for name, feature in features.items()}
+        losses = self._split.losses(images, aliases, batched_inputs)
+        if not with_gradients:
+            return losses, None
+        return losses, feature_gradients(losses, aliases, self.student_features, scale=scale, retain_graph=True)
+
+    def _one_pass_serves(self, features: dict[str, Tensor]) -> bool:
+        """Whether gradients that are stored before the backward pass are what that pass would give."""
+        # A gradient scaler that the distiller was not told of would come too late for what has underflowed.
+        unscaled = self.gradient_scale == 1.0 and any(f.dtype == torch.float16 for f in features.values())
+        # A hook would change a gradient when it is stored, and again when it is used.
+        hooked = any(parameter._backward_hooks for parameter in self.student.parameters())
+        return self.one_pass and not (unscaled or hooked)
 
     def _picture_due(self) -> bool:
         """An iteration may consist of several forwards, of which the first is drawn."""
