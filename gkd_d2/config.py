@@ -31,6 +31,9 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.TEACHER.WEIGHTS = ""
     # Names of the teacher's levels, one for each of GKD.FEATURES, where they differ from the student's.
     cfg.GKD.TEACHER.FEATURES = []
+    # Proposals an image that a teacher with ROI heads samples for its gradients; 0: as many as its own config says.
+    # Fewer are cheaper and make its gradient maps noisier: docs/benchmarks.md.
+    cfg.GKD.TEACHER.ROI_BATCH_SIZE = 0
 
     # Levels to distil. Empty: those that the heads of both networks use, without max-pooled copies of others.
     cfg.GKD.FEATURES = []
@@ -178,7 +181,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         A frozen config of a plain detector on the student's device, with GKD.TEACHER.WEIGHTS as its weights.
 
     Raises:
-        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set.
+        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set, or GKD.TEACHER.ROI_BATCH_SIZE is
+            negative or for a teacher without ROI heads.
         FileNotFoundError: the config file does not exist.
     """
     for key in ("CONFIG_FILE", "WEIGHTS"):
@@ -197,6 +201,15 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS
+    if proposals := cfg.GKD.TEACHER.ROI_BATCH_SIZE:
+        if proposals < 0:
+            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but must be >= 0")
+        if teacher.MODEL.META_ARCHITECTURE == "RetinaNet":
+            raise ValueError(
+                f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but {path} describes a RetinaNet, which samples no "
+                "proposals: leave it at 0"
+            )
+        teacher.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = proposals
     # Its pictures would overwrite the student's.
     teacher.VIS_PERIOD = 0
     teacher.freeze()

@@ -319,6 +319,8 @@ def test_features_of_other_size_are_refused(distiller_config):
         ),
         ("GKD.TEACHER.WEIGHTS", "", "GKD.TEACHER.WEIGHTS is empty"),
         ("GKD.TEACHER.CONFIG_FILE", "", "GKD.TEACHER.CONFIG_FILE is empty"),
+        ("GKD.TEACHER.ROI_BATCH_SIZE", -1, "GKD.TEACHER.ROI_BATCH_SIZE is -1"),
+        ("GKD.TEACHER.ROI_BATCH_SIZE", 8, "teacher.yaml describes a RetinaNet, which samples no proposals"),
         ("GKD.STUDENT.META_ARCHITECTURE", "", "GKD.STUDENT.META_ARCHITECTURE is ''"),
         ("MODEL.RETINANET.NUM_CLASSES", 5, "student detects 5 classes"),
         ("INPUT.FORMAT", "RGB", "INPUT.FORMAT is RGB for the student and BGR"),

@@ -97,6 +97,18 @@ def test_no_losses_without_need():
     assert features[0].shape[:2] == (2, 16)
 
 
+def test_number_of_proposals(distiller_config):
+    """The student goes on with its own."""
+    cfg = distiller_config("faster")
+    cfg.GKD.TEACHER.ROI_BATCH_SIZE = 8
+    distiller = build_model(cfg).train()
+    with EventStorage() as storage:
+        distiller(training_batch())
+    for prefix, count in (("teacher/", 8), ("", 32)):
+        sampled = [storage.history(f"{prefix}roi_head/num_{kind}_samples").latest() for kind in ("fg", "bg")]
+        assert sum(sampled) == count
+
+
 def test_unset_parameters_are_listed(distiller_config, tmp_path):
     cfg = distiller_config("faster")
     state = torch.load(tmp_path / "teacher.pth")
