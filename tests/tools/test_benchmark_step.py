@@ -1,0 +1,80 @@
+"""The benchmark of a step through the command line, with tiny detectors."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+PHASES = {
+    "teacher forward",
+    "teacher gradient",
+    "student forward",
+    "heads' gradient",
+    "distillation losses",
+    "backward",
+    "optimizer",
+}
+
+
+@pytest.fixture
+def benchmark(project, monkeypatch, tmp_path):
+    """Run tools/benchmark_step.py on the config of ``cfg``; returns what it wrote as JSON."""
+
+    def run(cfg, *arguments):
+        (tmp_path / "distiller.yaml").write_text(cfg.dump())
+        command = ["benchmark_step.py", "--config-file", "distiller.yaml", "--batch", "1", "--size", "64", "96"]
+        command += ["--rounds", "1", "--warm-up", "1", "--json", "step.json", "--plot", "step.png", *arguments]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(project / "tools" / "benchmark_step.py"), run_name="__main__")
+        return json.loads((tmp_path / "step.json").read_text())
+
+    return run
+
+
+def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path, capsys):
+    cfg = distiller_config("faster", channels=8)
+    names = ["default", "two passes", "64 proposals", "channels_last", "bfloat16"]
+    result = benchmark(cfg, *(argument for name in names for argument in ("--setting", name)))
+    teacher = torch.load(tmp_path / "teacher.pth")["model"].values()
+    # p2 to p5 of 64 x 96 pixels, 16 channels, 4 bytes.
+    features = 16 * 4 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3)
+    assert set(result["settings"]) == set(names)
+    for name, setting in result["settings"].items():
+        phases = setting["phases_ms"]
+        assert set(phases["distilled"]) == PHASES
+        assert set(phases["plain"]) == {"student forward", "backward", "optimizer"}
+        assert set(phases["teacher"]) == {"teacher forward"}
+        for kind, times in phases.items():
+            assert min(times.values()) > 0
+            assert sum(times.values()) == pytest.approx(setting[f"{kind}_ms"])
+        unavoidable = setting["plain_ms"] + setting["teacher_ms"]
+        assert setting["ratio"] == pytest.approx(setting["distilled_ms"] / unavoidable)
+        memory = setting["memory"]
+        # Anchors are buffers too, but in no checkpoint.
+        weights = pytest.approx(sum(value.nbytes for value in teacher) / 1e6, rel=1e-3)
+        assert memory["teacher_weights_megabytes"] == weights
+        assert memory["teacher_features_megabytes"] == features / 1e6 / (2 if name == "bfloat16" else 1)
+        parts = [memory[f"{key}_megabytes"] for key in ("plain", "teacher_weights", "teacher_features")]
+        assert memory["ratio"] == pytest.approx(memory["distilled_megabytes"] / sum(parts))
+        assert memory["distilled_megabytes"] > memory["plain_megabytes"] > memory["teacher_features_megabytes"]
+    table = capsys.readouterr().out
+    assert "distiller.yaml, 1 x 64x96, 1 rounds; CPU with" in table
+    assert f"{result['settings']['default']['ratio']:.3f}" in table
+    with Image.open(tmp_path / "step.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_bad_arguments_are_refused(benchmark, distiller_config, capsys):
+    cfg = distiller_config("retinanet")
+    with pytest.raises(SystemExit, match="--setting 64 proposals is none of this config's: default, two passes"):
+        benchmark(cfg, "--setting", "64 proposals")
+    with pytest.raises(SystemExit):
+        benchmark(cfg, "--rounds", "0")
+    assert "--rounds is 0, but must be at least 1" in capsys.readouterr().err
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    with pytest.raises(SystemExit, match="distiller.yaml is no config of a GKDDistiller"):
+        benchmark(cfg)
