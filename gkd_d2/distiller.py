@@ -268,7 +268,8 @@ class GKDDistiller(nn.Module):
         unscaled = self.gradient_scale == 1.0 and any(f.dtype == torch.float16 for f in features.values())
         # A hook would change a gradient when it is stored, and again when it is used.
         hooked = any(parameter._backward_hooks for parameter in self.student.parameters())
-        return self.one_pass and not (unscaled or hooked)
+        # Gradients that are only looked at now and then must leave no trace in the bits of a training.
+        return self.one_pass and self.method.needs_student_grad and not (unscaled or hooked)
 
     def _picture_due(self) -> bool:
         """An iteration may consist of several forwards, of which the first is drawn."""
