@@ -17,7 +17,7 @@ def test_report_holds_the_measured_ap(demo):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[2] == f"{ap:.1f}"
         assert cells[-1] == "2"
-    assert "- student_distilled: alone is student_alone; teacher is teacher." in report
+    assert "- student_distilled: the method is gkd; alone is student_alone; teacher is teacher." in report
     assert "== 3 of 3: the student distilled" in printed
     linked = re.findall(r"\]\(([^)]+)\)", report)
     assert [name for name in linked if name.startswith("pictures/0")] == [
