@@ -83,7 +83,7 @@ def markdown_table(
         columns["GFLOPs"] = [_number(costs[run.name].gflops, 2) for run in runs]
         columns["ms an image"] = [_number(costs[run.name].milliseconds) for run in runs]
     columns["iterations"] = [str(run.iterations()) for run in runs]
-    return _markdown(columns, left=1 if roles is None else 2)
+    return markdown(columns, left=1 if roles is None else 2)
 
 
 def gain_table(runs: Sequence[Run], dataset: str) -> str:
@@ -118,7 +118,7 @@ def gain_table(runs: Sequence[Run], dataset: str) -> str:
     if not rows:
         return ""
     header = ["", "metric", "distilled", "alone", "gain", "teacher", "of the gap to the teacher"]
-    return _markdown(dict(zip(header, zip(*rows))), left=2)
+    return markdown(dict(zip(header, zip(*rows))), left=2)
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
@@ -215,7 +215,7 @@ def _number(value: float | None, digits: int = 1) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def _markdown(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
+def markdown(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
     """A Markdown table whose first ``left`` columns are aligned to the left, the others to the right."""
     rows = [list(columns), ["---"] * left + ["---:"] * (len(columns) - left), *zip(*columns.values())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

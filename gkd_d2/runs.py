@@ -211,9 +211,14 @@ def training_differences(run: Run, baseline: Run) -> dict[str, tuple]:
     The keys of GKD, the folder, the device, the loader's workers and how often is evaluated are left out.
     """
     ignored = ("GKD", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD", "VIS_PERIOD")
-    ours, theirs = (dict(_flat(detector_config(r.config))) for r in (run, baseline))
+    return config_differences(detector_config(run.config), detector_config(baseline.config), ignored)
+
+
+def config_differences(one: CfgNode, other: CfgNode, ignored: Sequence[str] = ()) -> dict[str, tuple]:
+    """Key -> value in two configs with the same keys, where they differ; nodes and keys in ``ignored`` are left out."""
+    ours, theirs = dict(_flat(one)), dict(_flat(other))
     keys = [key for key in ours if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
-    return {key: (ours[key], theirs[key]) for key in keys if ours[key] != theirs[key]}
+    return {key: (ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)}
 
 
 def _architecture(cfg: CfgNode) -> CfgNode:

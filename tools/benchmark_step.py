@@ -42,7 +42,7 @@ from gkd_d2.config import DISTILLER, read_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
 
 GOAL, MEMORY_GOAL = 1.20, 1.25
-FEWER_PROPOSALS = 64
+FEWER_PROPOSALS = {"half the proposals": 2, "an eighth of the proposals": 8}
 # So small that no gradient of random networks overflows in float16.
 FLOAT16_SCALE = 2.0**10
 
@@ -277,9 +277,10 @@ def make_settings(distiller: GKDDistiller, device: str) -> dict[str, Setting]:
     if device == "cuda":
         settings["float16"] = Setting(dtype=torch.float16)
     if hasattr(teacher, "roi_heads"):
-        settings[f"{FEWER_PROPOSALS} proposals"] = Setting(
-            lambda: replaced(teacher.roi_heads, "batch_size_per_image", FEWER_PROPOSALS)
-        )
+        number = teacher.roi_heads.batch_size_per_image
+        for name, divisor in FEWER_PROPOSALS.items():
+            fewer = functools.partial(replaced, teacher.roi_heads, "batch_size_per_image", number // divisor)
+            settings[name] = Setting(fewer)
     return settings
 
 

@@ -1,0 +1,323 @@
+"""What a study shows: tables and plots of its finished trainings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from matplotlib.figure import Figure
+
+from gkd_d2.config import detector_config
+from gkd_d2.report import METRICS, NONE, markdown
+from gkd_d2.runs import HEADLINE, Run
+from gkd_d2.study.plan import Job, Study
+from gkd_d2.study.schedule import COST_FILE
+
+# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """How much better one setting is than another.
+
+    Attributes:
+        mean: of the differences of trainings with one seed.
+        margin: half the width of the 95 % confidence interval of the mean; None with fewer than 2 seeds.
+        seeds: number of seeds that both have.
+    """
+
+    mean: float
+    margin: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        if self.margin is None:
+            return f"{self.mean:+.1f}"
+        return f"{self.mean:+.1f} ({self.mean - self.margin:+.1f} to {self.mean + self.margin:+.1f})"
+
+
+def paired_gain(values: dict[int, float], baseline: dict[int, float]) -> Gain | None:
+    """The mean difference of what has one seed, with Student's 95 % interval; None where no seed is shared.
+
+    Args:
+        values: seed -> metric.
+        baseline: the same of what the gain is over.
+    """
+    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
+    if not differences:
+        return None
+    margin = None
+    if len(differences) > 1:
+        # Beyond the table the last quantile makes the interval a little too wide.
+        quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
+        margin = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    return Gain(statistics.fmean(differences), margin, len(differences))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is there of one setting of one detector.
+
+    Attributes:
+        name: of the setting.
+        scale: what the weights of its config are multiplied by; None where it is not chosen yet.
+        metrics: seed -> metric -> percent.
+        seconds: of an iteration, the median of the trainings' medians; None without any.
+        megabytes: that a training takes at most; None without any.
+        cuda: whether they are those that torch holds on a GPU, not those of the process.
+    """
+
+    name: str
+    scale: float | None
+    metrics: dict[int, dict[str, float]]
+    seconds: float | None
+    megabytes: float | None
+    cuda: bool
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> percent, of the seeds that have the metric."""
+        return {seed: found[metric] for seed, found in self.metrics.items() if metric in found}
+
+
+def read_rows(study: Study, detector: str) -> dict[str, Row]:
+    """Setting -> what is there of it."""
+    rows = {}
+    for name, setting in study.settings_of(detector).items():
+        tuning = [job for jobs in study.tuning_jobs(detector, setting.scale_of or name).values() for job in jobs]
+        if not all(job.done(study.dataset) for job in tuning):
+            rows[name] = Row(name, None, {}, None, None, False)
+            continue
+        jobs = {s: job for s, job in study.student_jobs(detector, name).items() if job.done(study.dataset)}
+        metrics = {seed: job.metrics(study.dataset) for seed, job in jobs.items()}
+        costs = [cost for cost in map(_cost, jobs.values()) if cost]
+        rows[name] = Row(
+            name,
+            study.chosen_scale(detector, name) * setting.scale,
+            metrics,
+            statistics.median(statistics.median(job.run.curve("time").values()) for job in jobs.values())
+            if jobs
+            else None,
+            max((cost["megabytes"] for cost in costs), default=None),
+            any(cost["device"] == "cuda" for cost in costs),
+        )
+    return rows
+
+
+def study_section(study: Study, images: Path) -> str:
+    """A study's part of the report, as Markdown.
+
+    Args:
+        study: its missing trainings are left out.
+        images: folder that the plots go to.
+
+    Returns:
+        The text, with links to the plots relative to the folder above ``images``.
+    """
+    parts = [f"## {study.title}", _how(study)]
+    for detector in study.detectors:
+        teacher = study.teacher_job(detector)
+        if not teacher.done(study.dataset):
+            parts.append(f"### {detector}\n\nIts teacher is not trained yet.")
+            continue
+        rows = read_rows(study, detector)
+        parts += [f"### {detector}", _networks(study, detector, teacher), _table(study, rows)]
+        tuned = _tuning_table(study, detector)
+        if tuned:
+            parts.append(tuned)
+        path = images / f"{_slug(study.title)}_{_slug(detector)}.png"
+        if any(row.metrics for row in rows.values()):
+            images.mkdir(parents=True, exist_ok=True)
+            plot_settings(rows, teacher.metrics(study.dataset)[HEADLINE], detector, path)
+            parts.append(f"![AP of each seed]({images.name}/{path.name})")
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_settings(rows: dict[str, Row], teacher: float, title: str, path: Path) -> None:
+    """Draw the AP of every seed and their mean, a line a setting; the teacher's and the baseline's as marks.
+
+    Args:
+        rows: setting -> what is there of it; the first is the baseline.
+        teacher: AP of the teacher.
+        title: of the picture.
+        path: of the PNG file to write.
+    """
+    found = {name: list(row.values(HEADLINE).values()) for name, row in rows.items() if row.values(HEADLINE)}
+    figure = Figure(figsize=(7, 1.2 + 0.24 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(teacher, color="black", linestyle=":", linewidth=1, label="teacher")
+    baseline = next(iter(found.values()))
+    axes.axvspan(min(baseline), max(baseline), color="C7", alpha=0.2, label=f"range of {next(iter(found))}")
+    for height, values in enumerate(found.values()):
+        axes.plot(values, [height] * len(values), "o", color="C0", markersize=4, alpha=0.6)
+        axes.plot(statistics.fmean(values), height, "|", color="C3", markersize=12, markeredgewidth=2)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("AP (%): each seed as a dot, their mean as a stroke")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=110)
+
+
+def write_sections(path: Path, sections: dict[str, str]) -> None:
+    """Replace the parts of a report between ``<!-- study: NAME -->`` and ``<!-- end of study -->``; other text stays.
+
+    Args:
+        path: of the Markdown file; a new one gets the parts alone.
+        sections: name -> text; those that the file does not have are added at its end.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
+    for name, section in sections.items():
+        begin, end = f"<!-- study: {name} -->", "<!-- end of study -->"
+        block = f"{begin}\n\n{section}\n{end}"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if pattern.search(text):
+            text = pattern.sub(lambda match, block=block: block, text)
+        else:
+            text = f"{text.rstrip()}\n\n{block}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _how(study: Study) -> str:
+    """How the trainings were made that the tables are about."""
+    text = (
+        f"Evaluated on {study.dataset}; seeds {', '.join(map(str, study.seeds))}. One seed gives every setting the "
+        "same batches, augmentation and random draws, and the same number of iterations. AP in percent; ± is the "
+        "standard deviation over the seeds; a gain is the mean difference to the baseline with the same seed, in "
+        "brackets Student's 95 % interval of it."
+    )
+    if study.tuning.seeds:
+        text += (
+            " The factors of the weights were chosen among "
+            f"{', '.join(f'{scale:g}' for scale in study.tuning.scales)} by the AP with the seeds "
+            f"{', '.join(map(str, study.tuning.seeds))}, which are not reported."
+        )
+    return text
+
+
+def _networks(study: Study, detector: str, teacher: Job) -> str:
+    """A table of the two networks."""
+    pair = study.detectors[detector]
+    student = next(iter(study.student_jobs(detector, next(iter(study.settings_of(detector)))).values())).config()
+    columns = {
+        "": [],
+        "ResNet": [],
+        "FPN channels": [],
+        "heads": [],
+        "parameters (M)": [],
+        "batch": [],
+        "iterations": [],
+    }
+    columns["AP"] = []
+    theirs = teacher.run
+    for name, cfg, parameters, ap in (
+        ("teacher", theirs.config, theirs.parameters, f"{teacher.metrics(study.dataset)[HEADLINE]:.1f}"),
+        ("student", detector_config(student), _student_parameters(study, detector), "below"),
+    ):
+        model, cells = cfg.MODEL, {}
+        cells[""] = name
+        cells["ResNet"] = _resnet(model)
+        cells["FPN channels"] = str(model.FPN.OUT_CHANNELS)
+        cells["heads"] = _heads(cfg)
+        cells["parameters (M)"] = f"{parameters / 1e6:.2f}" if parameters else NONE
+        cells["batch"] = str(cfg.SOLVER.IMS_PER_BATCH)
+        cells["iterations"] = str(cfg.SOLVER.MAX_ITER)
+        cells["AP"] = ap
+        for column, cell in cells.items():
+            columns[column].append(cell)
+    return f"Config of the student: `{pair.config}`, of the teacher: `{pair.teacher.config}`.\n\n" + markdown(
+        columns, left=1
+    )
+
+
+def _resnet(model: CfgNode) -> str:
+    resnets = model.RESNETS
+    text = str(resnets.DEPTH)
+    if resnets.DEPTH >= 50:
+        text += f", width {resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP}"
+    return f"{text}, res2 {resnets.RES2_OUT_CHANNELS}"
+
+
+def _heads(cfg: CfgNode) -> str:
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        return f"{cfg.MODEL.RETINANET.NUM_CONVS} convolutions of the FPN's channels"
+    head = cfg.MODEL.ROI_BOX_HEAD
+    return f"{head.NUM_FC} layers of {head.FC_DIM}, {cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE} proposals"
+
+
+def _student_parameters(study: Study, detector: str) -> int | None:
+    """Of a finished training, whichever there is."""
+    for row in study.settings_of(detector):
+        scale = study.settings[row].scale_of or row
+        tuning = [job for jobs in study.tuning_jobs(detector, scale).values() for job in jobs]
+        if all(job.done(study.dataset) for job in tuning):
+            for job in study.student_jobs(detector, row).values():
+                if job.done(study.dataset):
+                    return job.run.parameters
+    return None
+
+
+def _table(study: Study, rows: dict[str, Row]) -> str:
+    """All settings of a detector."""
+    first = next(iter(rows))
+    present = [m for m in METRICS if any(row.values(m) for row in rows.values())]
+    header = ["", "weights x", *(METRICS[m] for m in present), "AP of each seed", "gain in AP", "over", "s / iteration"]
+    cuda = any(row.cuda for row in rows.values())
+    header.append("GPU memory, MB" if cuda else "process, MB")
+    lines = []
+    for name, row in rows.items():
+        baseline = study.settings[name].baseline or (first if name != first else "")
+        values = row.values(HEADLINE)
+        gain = paired_gain(values, rows[baseline].values(HEADLINE)) if baseline in rows else None
+        seeds = ", ".join(f"{values[seed]:.1f}" if seed in values else NONE for seed in study.seeds)
+        line = [name, NONE if row.scale is None or first == name else f"{row.scale:g}"]
+        line += [_mean_and_deviation(list(row.values(m).values())) for m in present]
+        line += [seeds, NONE if gain is None else str(gain), baseline or NONE]
+        line += [NONE if row.seconds is None else f"{row.seconds:.2f}"]
+        line += [NONE if row.megabytes is None else f"{row.megabytes:.0f}"]
+        lines.append(line)
+    return markdown(dict(zip(header, zip(*lines))), left=1)
+
+
+def _tuning_table(study: Study, detector: str) -> str:
+    """AP of every tuned setting at every scale, on the tuning seeds."""
+    tuned = [name for name, setting in study.settings_of(detector).items() if setting.tune]
+    if not tuned:
+        return ""
+    columns = {"weights chosen by AP": tuned}
+    for scale in study.tuning.scales:
+        found = [[j for j in study.tuning_jobs(detector, n)[scale] if j.done(study.dataset)] for n in tuned]
+        aps = [[job.metrics(study.dataset)[HEADLINE] for job in jobs] for jobs in found]
+        columns[f"x {scale:g}"] = [f"{statistics.fmean(values):.1f}" if values else NONE for values in aps]
+    return markdown(columns, left=1)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return NONE
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _cost(job: Job) -> dict | None:
+    """Megabytes that a training took, and the device; None where it is not known."""
+    path = job.folder / COST_FILE
+    if not path.is_file():
+        return None
+    cost = json.loads(path.read_text(encoding="utf-8"))
+    if cost["device"] == "cuda":
+        return {"device": "cuda", "megabytes": max(Run("", job.folder).curve("max_mem").values())}
+    return {"device": "cpu", "megabytes": cost["resident_megabytes"]}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text.lower()).strip("_")

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Train what a study still lacks, several trainings at once, and write its tables and plots.
+
+A study is a YAML file: detectors, settings, seeds, what weights are chosen from. Each training has its own folder
+below --output and goes on where it was stopped, so that the same command ends an interrupted study, trains seeds that
+were added to the file, or only writes the report where nothing is missing. A training that fails does not stop the
+others. Examples:
+    python tools/run_study.py configs/studies/toy.yaml --at-once 2
+    python tools/run_study.py configs/studies/toy.yaml configs/studies/kitti_sample.yaml --report-only
+    python tools/run_study.py configs/studies/toy.yaml --device cuda --at-once 8
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+from gkd_d2.study.plan import Study, read_study
+from gkd_d2.study.report import study_section, write_sections
+from gkd_d2.study.schedule import Scheduler, prepare_data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", type=Path, nargs="+", metavar="FILE", help="YAML files")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "output" / "studies",
+        metavar="FOLDER",
+        help="each study has a folder there, of its file's name (default: output/studies)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=ROOT / "docs" / "results.md",
+        metavar="FILE",
+        help="Markdown file whose part about each study is written; plots go to images/ beside it "
+        "(default: docs/results.md)",
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="to train on"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="trainings at the same time; on a CPU they share the cores, on GPUs they take turns in placing themselves "
+        "(default: 1 a GPU, or 1 for every two cores)",
+    )
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use, and there is none")
+    if args.at_once is None:
+        args.at_once = torch.cuda.device_count() if args.device == "cuda" else max(1, torch.get_num_threads() // 2)
+    if args.at_once < 1:
+        parser.error(f"--at-once is {args.at_once}, but must be at least 1")
+    return args
+
+
+def read_studies(args: argparse.Namespace) -> dict[str, Study]:
+    """Name -> study."""
+    return {path.stem: read_study(path, args.output / path.stem) for path in args.studies}
+
+
+def main() -> int:
+    """Run the command."""
+    args = parse_args()
+    setup_logger(name="gkd_d2")
+    failed = []
+    try:
+        studies = read_studies(args)
+        if not args.report_only:
+            scheduler = Scheduler(args.device, args.at_once)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: scheduler.stop())
+            for study in studies.values():
+                prepare_data(study)
+                failed += scheduler.run(study)
+                if scheduler.stopped:
+                    print("Stopped; the same command goes on.", file=sys.stderr)
+                    return 128 + signal.SIGTERM
+        sections = {name: study_section(study, args.report.parent / "images") for name, study in studies.items()}
+        write_sections(args.report, sections)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    logging.getLogger("gkd_d2").info("Report: %s", args.report)
+    for folder in failed:
+        print(f"error: {folder} is missing in it: see console.txt there", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
