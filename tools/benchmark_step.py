@@ -5,7 +5,8 @@ The networks of a distiller's config are built with random weights and given ran
 checkpoints nor data are needed. In every setting the student's own step, the teacher's forward with its heads and the
 distilled step take turns in one process, so that a busy machine favours none; the ratio is the median of the rounds'
 ratios. The phases of a step add up to it. Memory is the peak of what torch's allocator holds in a step, the weights and
-the optimizer's state that the step needs included. Examples:
+the optimizer's state that the step needs included. On a CPU, run it with an allocator that keeps freed memory, as
+docs/benchmarks.md shows: fresh memory costs more than much of the arithmetic, and not in every step alike. Examples:
     python tools/benchmark_step.py --config-file configs/gkd_frcnn_kitti.yaml --json step.json --plot step.png
     python tools/benchmark_step.py --config-file configs/gkd_retinanet_kitti.yaml --setting default --batch 1 \\
         --size 128 416 --rounds 3
@@ -356,6 +357,8 @@ def measure(args: argparse.Namespace, cfg: CfgNode) -> dict:
         "config": args.config_file,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "load_before_and_after": [load, os.getloadavg()[0]],
+        # An allocator that keeps freed memory changes a CPU's times.
+        "preloaded": os.environ.get("LD_PRELOAD", ""),
         "torch": torch.__version__,
         "batch": args.batch,
         "size": args.size,
@@ -387,7 +390,8 @@ def report(result: dict) -> str:
     load = " and ".join(f"{value:.1f}" for value in result["load_before_and_after"])
     title = (
         f"{result['config']}, {result['batch']} x {result['size'][0]}x{result['size'][1]}, {result['rounds']} rounds; "
-        f"{result['device']}; load before and after {load}; torch {result['torch']}"
+        f"{result['device']}; load before and after {load}; torch {result['torch']}; "
+        f"preloaded: {result['preloaded'] or 'nothing'}"
     )
     settings = result["settings"]
     times, memory = [], []
