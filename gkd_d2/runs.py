@@ -218,7 +218,8 @@ def config_differences(one: CfgNode, other: CfgNode, ignored: Sequence[str] = ()
     """Key -> value in two configs with the same keys, where they differ; nodes and keys in ``ignored`` are left out."""
     ours, theirs = dict(_flat(one)), dict(_flat(other))
     keys = [key for key in ours if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
-    return {key: (ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)}
+    # As JSON, for a tuple within a tuple is read back from a file as a list.
+    return {k: (ours[k], theirs.get(k)) for k in keys if json.dumps(ours[k]) != json.dumps(theirs.get(k))}
 
 
 def _architecture(cfg: CfgNode) -> CfgNode:
