@@ -58,7 +58,9 @@ class Scheduler:
         teachers = {detector: study.teacher_job(detector) for detector in study.detectors}
         failed = self._run_all(study, teachers.values())
         ready = [detector for detector, job in teachers.items() if job.folder not in failed]
-        pairs = [(detector, name) for detector in ready for name in study.settings_of(detector)]
+        pairs = [
+            (detector, name) for name in study.settings for detector in ready if name in study.settings_of(detector)
+        ]
         tuning = {pair: [job for jobs in study.tuning_jobs(*pair).values() for job in jobs] for pair in pairs}
         failed += self._run_all(study, [job for jobs in tuning.values() for job in jobs])
         reported = []
