@@ -7,6 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
 from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config, teacher_config
+from gkd_d2.runs import config_differences
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
 
@@ -43,6 +44,23 @@ def test_kitti_configs(project, name, monkeypatch, tmp_path):
     model = cfg.MODEL.clone()
     model.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
     assert model == baseline.MODEL
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_configs_with_the_settings_of_the_authors(project, name):
+    """They differ from the project's own in nothing but the distillation."""
+    ours, theirs = (read(project / "configs" / f"gkd_{name}_kitti{end}.yaml") for end in ("", "_authors"))
+    weights = theirs.GKD.LOSS_WEIGHTS
+    assert weights.GRADIENT == {"frcnn": 0.5, "retinanet": 0.1}[name]
+    assert weights.BOX == weights.ATTENTION == weights.IMAGE == 0
+    assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
+    assert set(config_differences(ours, theirs)) <= {
+        "OUTPUT_DIR",
+        "GKD.STUDENT.INIT_FROM_TEACHER",
+        "GKD.WEIGHTING",
+        "GKD.RECTIFIER",
+        *(f"GKD.LOSS_WEIGHTS.{term}" for term in weights),
+    }
 
 
 @pytest.mark.parametrize("name", DETECTORS)
