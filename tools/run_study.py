@@ -4,7 +4,7 @@
 A study is a YAML file: detectors, settings, seeds, what weights are chosen from. Each training has its own folder
 below --output and goes on where it was stopped, so that the same command ends an interrupted study, trains seeds that
 were added to the file, or only writes the report where nothing is missing. A training that fails does not stop the
-others. Examples:
+others, but the exit status is then 1. Examples:
     python tools/run_study.py configs/studies/toy.yaml --at-once 2
     python tools/run_study.py configs/studies/toy.yaml configs/studies/kitti_sample.yaml --report-only
     python tools/run_study.py configs/studies/toy.yaml --device cuda --at-once 8
@@ -67,35 +67,53 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_studies(args: argparse.Namespace) -> dict[str, Study]:
-    """Name -> study."""
-    return {path.stem: read_study(path, args.output / path.stem) for path in args.studies}
+    """Name -> study.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: one is wrong, or does not fit what its folder holds.
+    """
+    studies = {}
+    for path in args.studies:
+        if path.stem in studies:
+            raise ValueError(f"{path}: another study is called {path.stem}, too, and would share its folder")
+        studies[path.stem] = read_study(path, args.output / path.stem)
+        studies[path.stem].check_folders()
+    return studies
 
 
 def main() -> int:
     """Run the command."""
     args = parse_args()
     setup_logger(name="gkd_d2")
-    failed = []
+    failed = {}
     try:
         studies = read_studies(args)
         if not args.report_only:
             scheduler = Scheduler(args.device, args.at_once)
+            stopped_by = []
+
+            def stop(number, frame):
+                stopped_by.append(number)
+                scheduler.stop()
+
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: scheduler.stop())
+                signal.signal(number, stop)
             for study in studies.values():
                 prepare_data(study)
-                failed += scheduler.run(study)
-                if scheduler.stopped:
-                    print("Stopped; the same command goes on.", file=sys.stderr)
-                    return 128 + signal.SIGTERM
+            for study in studies.values():
+                failed |= scheduler.run(study)
+            if stopped_by:
+                print("Stopped; the same command goes on.", file=sys.stderr)
+                return 128 + stopped_by[0]
         sections = {name: study_section(study, args.report.parent / "images") for name, study in studies.items()}
         write_sections(args.report, sections)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     logging.getLogger("gkd_d2").info("Report: %s", args.report)
-    for folder in failed:
-        print(f"error: {folder} is missing in it: see console.txt there", file=sys.stderr)
+    for folder, reason in failed.items():
+        print(f"error: {folder} is missing in it: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 

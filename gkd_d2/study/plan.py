@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import statistics
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 
-from gkd_d2.config import read_config
+from gkd_d2.config import DISTILLER, read_config
 from gkd_d2.methods import build_method
 from gkd_d2.runs import HEADLINE, Run, config_differences
 
-# A training's place and hardware, and how it is stopped and resumed, do not change what it teaches.
+# A training's place and hardware, and how it is stopped and resumed, do not change what it teaches. What the teacher's
+# config file says is compared in the teacher's own training.
 _IRRELEVANT = (
     "OUTPUT_DIR",
     "GKD.TEACHER.WEIGHTS",
+    "GKD.TEACHER.CONFIG_FILE",
     "MODEL.DEVICE",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHECKPOINT_PERIOD",
 )
-_NAME = re.compile(r"[\w.+-]+")
+# What the study, or the command line, gives each training.
+_GIVEN = ("OUTPUT_DIR", "SEED", "GKD.TEACHER.WEIGHTS", "MODEL.DEVICE")
+_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Teacher:
     """How the teacher of a detector is trained.
 
     Attributes:
-        config: its config file.
-        options: keys and values that override it.
+        config: its config file, the same that ``GKD.TEACHER.CONFIG_FILE`` of the distiller's names.
+        options: keys and values that override it, as of its schedule; not of its network.
     """
 
     config: str
@@ -89,7 +95,7 @@ class Tuning:
     scales: tuple[float, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Job:
     """One training.
 
@@ -97,44 +103,53 @@ class Job:
         folder: its OUTPUT_DIR.
         config_file: of ``tools/train_net.py``.
         options: KEY VALUE pairs that override it.
+        dataset: name of the validation set that it is to be evaluated on.
     """
 
     folder: Path
     config_file: str
     options: tuple[str, ...]
+    dataset: str
+    _finished: Run | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
-    @property
-    def run(self) -> Run:
-        """What is in its folder."""
-        return Run(self.folder.name, self.folder)
-
+    @functools.cached_property
     def config(self) -> CfgNode:
         """The whole config."""
         return read_config(self.config_file, list(self.options))
 
-    def done(self, dataset: str) -> bool:
-        """Whether it has ended and was evaluated.
+    def finished(self) -> Run | None:
+        """What it left in its folder; None before it has ended and was evaluated.
 
         Raises:
-            ValueError: the folder holds another training.
+            ValueError: the folder holds another training, or a file in it is damaged.
         """
-        if not (self.folder / "config.yaml").is_file():
-            return False
-        config = self.config()
-        different = config_differences(self.run.config, config, _IRRELEVANT)
+        if self._finished is None:
+            self._finished = self._look()
+        return self._finished
+
+    def _look(self) -> Run | None:
+        run = Run(self.folder.name, self.folder)
+        # One that failed before its first checkpoint left nothing to go on with, and nothing to mix up.
+        if not run.has_checkpoint:
+            return None
+        different = config_differences(run.config, self.config, _IRRELEVANT)
         if different:
             listed = "; ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in different.items())
             raise ValueError(
                 f"{self.folder} holds a training that the study does not describe (any more): {listed}. Delete the "
                 "folder, or give the study another --output"
             )
-        if not (self.folder / "model_final.pth").is_file() or self.run.iterations() < config.SOLVER.MAX_ITER:
-            return False
-        return bool(self.run.curve(self.run.prefix(dataset) + HEADLINE))
+        if not (self.folder / "model_final.pth").is_file() or run.iterations() < self.config.SOLVER.MAX_ITER:
+            return None
+        return run if run.curve(run.prefix(self.dataset) + HEADLINE) else None
 
-    def metrics(self, dataset: str) -> dict[str, float]:
-        """The metrics of its last evaluation, in percent; 0 for what Detectron2 gives none of: without detections."""
-        return {name: 0.0 if math.isnan(value) else value for name, value in self.run.metrics(dataset).items()}
+    def metrics(self) -> dict[str, float]:
+        """The metrics of its last evaluation, in percent; 0 for what Detectron2 gives none of: without detections.
+
+        It must have finished.
+        """
+        metrics = self.finished().metrics(self.dataset)
+        return {name: 0.0 if math.isnan(value) else value for name, value in metrics.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,40 +174,101 @@ class Study:
     settings: Mapping[str, Setting]
     seeds: tuple[int, ...]
     output: Path
-    prepare: tuple[str, ...] = ()
+    prepare: tuple[str | int | float, ...] = ()
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     tuning: Tuning = Tuning()
+    # Each is made, and looks into its folder, once.
+    _jobs: dict[Path, Job] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        self._check_names()
+        self._check_tuning()
+        for name, setting in self.settings.items():
+            self._check_setting(name, setting)
+        for detector in self.detectors:
+            self._check_configs(detector)
+
+    def _check_names(self) -> None:
         names = [*self.detectors, *self.settings]
         bad = [name for name in names if not _NAME.fullmatch(name) or name == "teacher"]
         if bad:
-            raise ValueError(f"{bad[0]!r} is no name of a folder: use letters, digits, '_', '.', '+' and '-'")
+            raise ValueError(f"{bad[0]!r} is no name of a folder here: use letters, digits, '_', '.', '+' and '-'")
         for field in ("detectors", "settings", "seeds"):
             if not getattr(self, field):
                 raise ValueError(f"{field} is empty")
-        for config in (file for pair in self.detectors.values() for file in (pair.config, pair.teacher.config)):
-            if not Path(config).is_file():
-                raise ValueError(f"{config} is no file: name configs relative to the working folder")
-        for name, setting in self.settings.items():
-            self._check_setting(name, setting)
+        first, setting = next(iter(self.settings.items()))
+        if setting.detectors:
+            raise ValueError(f"settings.{first}.detectors: the first setting is the baseline, and for all detectors")
+        owners = {"options": self.options}
+        for name, pair in self.detectors.items():
+            owners |= {f"detectors.{name}.options": pair.options}
+        owners |= {f"settings.{name}.options": setting.options for name, setting in self.settings.items()}
+        for place, options in owners.items():
+            given = set(options) & set(_GIVEN)
+            if given:
+                raise ValueError(f"{place}: {given.pop()} is given to each training by the study itself")
+
+    def _check_tuning(self) -> None:
+        for place, seeds in (("seeds", self.seeds), ("tuning.seeds", self.tuning.seeds)):
+            if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
+                raise ValueError(f"{place} is {list(seeds)}, but must be different numbers >= 0")
+        scales = self.tuning.scales
+        if not all(0 < scale < math.inf for scale in scales) or len(set(scales)) < len(scales):
+            raise ValueError(f"tuning.scales is {list(scales)}, but must be different numbers > 0")
         shared = set(self.seeds) & set(self.tuning.seeds)
         if shared:
             raise ValueError(f"tuning.seeds: {shared.pop()} is one of the reported seeds, too")
-        if any(setting.tune for setting in self.settings.values()) and not (self.tuning.seeds and self.tuning.scales):
+        if any(setting.tune for setting in self.settings.values()) and not (self.tuning.seeds and scales):
             raise ValueError("a setting is to be tuned, but tuning.seeds or tuning.scales is empty")
 
     def _check_setting(self, name: str, setting: Setting) -> None:
-        for field, other in (("scale_of", setting.scale_of), ("baseline", setting.baseline)):
-            if other and other not in self.settings:
-                raise ValueError(f"settings.{name}.{field}: there is no setting {other}")
-        if setting.scale_of and not self.settings[setting.scale_of].tune:
-            raise ValueError(f"settings.{name}.scale_of: {setting.scale_of} is not tuned")
+        place = f"settings.{name}"
         unknown = set(setting.detectors) - set(self.detectors)
         if unknown:
-            raise ValueError(f"settings.{name}.detectors: there is no detector {unknown.pop()}")
-        if setting.scale <= 0:
-            raise ValueError(f"settings.{name}.scale is {setting.scale}, but must be > 0")
+            raise ValueError(f"{place}.detectors: there is no detector {unknown.pop()}")
+        for field, other in (("scale_of", setting.scale_of), ("baseline", setting.baseline)):
+            if other and other not in self.settings:
+                raise ValueError(f"{place}.{field}: there is no setting {other}")
+            absent = [d for d in self.detectors if name in self.settings_of(d) and other not in self.settings_of(d)]
+            if other and absent:
+                raise ValueError(f"{place}.{field}: {other} is not for the detector {absent[0]}, but {name} is")
+        if setting.scale_of and setting.tune:
+            raise ValueError(f"{place}: its weights can't have both a scale of their own, tune, and scale_of another")
+        if setting.scale_of and not self.settings[setting.scale_of].tune:
+            raise ValueError(f"{place}.scale_of: {setting.scale_of} is not tuned")
+        if not 0 < setting.scale < math.inf:
+            raise ValueError(f"{place}.scale is {setting.scale}, but must be > 0")
+
+    def _check_configs(self, detector: str) -> None:
+        """Read all that a detector's trainings are configured by."""
+        pair = self.detectors[detector]
+        for file in (pair.config, pair.teacher.config):
+            if not Path(file).is_file():
+                raise ValueError(
+                    f"detectors.{detector}: {file} is no file: name configs relative to the working folder"
+                )
+        cfg = _config(f"detectors.{detector}.teacher", pair.teacher.config, _pairs(pair.teacher.options))
+        self._check_dataset(f"detectors.{detector}.teacher", cfg)
+        for name, setting in self.settings_of(detector).items():
+            place = f"settings.{name} of {detector}"
+            cfg = _config(place, pair.config, self._options(detector, name))
+            self._check_dataset(place, cfg)
+            if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+                raise ValueError(
+                    f"detectors.{detector}.config: MODEL.META_ARCHITECTURE of {pair.config} must be {DISTILLER}"
+                )
+            try:
+                weights = _weights(pair.config, self._options(detector, name))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{place}: {error}") from None
+            if not weights and (setting.tune or setting.scale_of or setting.scale != 1):
+                raise ValueError(f"{place}: the method {cfg.GKD.METHOD} has no weights to scale")
+
+    def _check_dataset(self, place: str, cfg: CfgNode) -> None:
+        if self.dataset not in cfg.DATASETS.TEST:
+            raise ValueError(
+                f"dataset is {self.dataset}, but {place} is evaluated on {', '.join(cfg.DATASETS.TEST) or 'nothing'}"
+            )
 
     def settings_of(self, detector: str) -> dict[str, Setting]:
         """Name -> setting, of those that are for a detector."""
@@ -201,47 +277,80 @@ class Study:
     def teacher_job(self, detector: str) -> Job:
         """The training of a detector's teacher."""
         teacher = self.detectors[detector].teacher
-        folder = self.output / detector / "teacher"
-        return Job(folder, teacher.config, (*_pairs(teacher.options), "OUTPUT_DIR", str(folder)))
+        return self._job(self.output / detector / "teacher", teacher.config, _pairs(teacher.options))
+
+    def student_config(self, detector: str) -> CfgNode:
+        """The config of the student alone, without seed and folder."""
+        return read_config(self.detectors[detector].config, list(self._options(detector, next(iter(self.settings)))))
 
     def tuning_jobs(self, detector: str, name: str) -> dict[float, list[Job]]:
         """Scale -> trainings by which a setting's scale is chosen; empty where none is."""
         if not self.settings[name].tune:
             return {}
         return {
-            scale: [self._job(detector, name, scale, seed) for seed in self.tuning.seeds]
+            scale: [self._student_job(detector, name, scale, seed) for seed in self.tuning.seeds]
             for scale in self.tuning.scales
         }
 
-    def chosen_scale(self, detector: str, name: str) -> float:
-        """The scale of the highest mean AP on the tuning seeds; 1 where a setting's weights are not tuned.
+    def scale(self, detector: str, name: str) -> float | None:
+        """What the weights of a setting's config are multiplied by in the reported trainings.
 
-        Raises:
-            ValueError: the tuning trainings are not all there.
+        Where they are tuned it is the scale of the highest mean AP on the tuning seeds, times the setting's own.
+
+        Returns:
+            None while one of the trainings that the scale is chosen by is missing.
         """
-        jobs = self.tuning_jobs(detector, self.settings[name].scale_of or name)
-        means = {
-            scale: statistics.fmean(job.metrics(self.dataset)[HEADLINE] for job in some) for scale, some in jobs.items()
-        }
-        return max(means, key=means.__getitem__, default=1.0)
+        setting = self.settings[name]
+        jobs = self.tuning_jobs(detector, setting.scale_of or name)
+        if not all(job.finished() for some in jobs.values() for job in some):
+            return None
+        means = {scale: statistics.fmean(job.metrics()[HEADLINE] for job in some) for scale, some in jobs.items()}
+        return max(means, key=means.__getitem__, default=1.0) * setting.scale
 
     def student_jobs(self, detector: str, name: str) -> dict[int, Job]:
-        """Seed -> the reported training.
+        """Seed -> the reported training; empty while the scale of the weights is not chosen."""
+        scale = self.scale(detector, name)
+        if scale is None:
+            return {}
+        return {seed: self._student_job(detector, name, scale, seed) for seed in self.seeds}
+
+    def check_folders(self) -> None:
+        """Look into the folders of all trainings that may be needed, at every scale that may be chosen.
 
         Raises:
-            ValueError: the scale of its weights is not chosen yet.
+            ValueError: one holds another training, or a file in it is damaged.
         """
-        scale = self.chosen_scale(detector, name) * self.settings[name].scale
-        return {seed: self._job(detector, name, scale, seed) for seed in self.seeds}
+        for job in self._possible_jobs():
+            job.finished()
 
-    def _job(self, detector: str, name: str, scale: float, seed: int) -> Job:
-        pair, setting = self.detectors[detector], self.settings[name]
-        options = _pairs({**pair.options, **self.options, **setting.options})
-        teacher = self.teacher_job(detector).folder / "model_final.pth"
+    def _possible_jobs(self) -> Iterator[Job]:
+        for detector in self.detectors:
+            yield self.teacher_job(detector)
+            for name, setting in self.settings_of(detector).items():
+                for jobs in self.tuning_jobs(detector, name).values():
+                    yield from jobs
+                for scale in self.tuning.scales if setting.tune or setting.scale_of else (1.0,):
+                    for seed in self.seeds:
+                        yield self._student_job(detector, name, scale * setting.scale, seed)
+
+    def _student_job(self, detector: str, name: str, scale: float, seed: int) -> Job:
+        config = self.detectors[detector].config
+        options = self._options(detector, name)
+        # At 1 the job is given none, so that its config is the one that is written.
+        weights = _weights(config, options) if scale != 1 else {}
+        scaled = [text for key, weight in weights.items() for text in (key, str(scale * weight))]
+        place = ("SEED", str(seed), "GKD.TEACHER.WEIGHTS", str(self.output / detector / "teacher" / "model_final.pth"))
         folder = self.output / detector / name / f"weights_x{scale:g}" / f"seed_{seed}"
-        place = ("SEED", str(seed), "GKD.TEACHER.WEIGHTS", str(teacher), "OUTPUT_DIR", str(folder))
-        weights = _scaled_weights(pair.config, options, scale)
-        return Job(folder, pair.config, (*options, *weights, *place))
+        return self._job(folder, config, (*options, *scaled, *place))
+
+    def _job(self, folder: Path, config_file: str, options: tuple[str, ...]) -> Job:
+        if folder not in self._jobs:
+            self._jobs[folder] = Job(folder, config_file, (*options, "OUTPUT_DIR", str(folder)), self.dataset)
+        return self._jobs[folder]
+
+    def _options(self, detector: str, name: str) -> tuple[str, ...]:
+        """KEY VALUE pairs of a setting, without the seed's and the folder's."""
+        return _pairs({**self.detectors[detector].options, **self.options, **self.settings[name].options})
 
 
 def read_study(path: Path, output: Path) -> Study:
@@ -252,40 +361,91 @@ def read_study(path: Path, output: Path) -> Study:
         output: folder of all its runs.
 
     Raises:
-        ValueError: what is wrong in it.
+        OSError: there is no such file.
+        ValueError: what is wrong in it, and where.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        detectors = {
-            name: _build(Detector, f"detectors.{name}", {**fields, "teacher": _build(Teacher, name, fields["teacher"])})
-            for name, fields in data.pop("detectors").items()
-        }
-        settings = {name: _build(Setting, f"settings.{name}", v or {}) for name, v in data.pop("settings").items()}
-        tuning = _build(Tuning, "tuning", data.pop("tuning", {}))
-        return _build(Study, "study", {**data, "detectors": detectors, "settings": settings, "tuning": tuning}, output)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        with path.open(encoding="utf-8") as file:
+            data = yaml.safe_load(file)
+        return _build(Study, "", data, output=output)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _build(kind: type, place: str, fields: Mapping, *output: Path):
-    """A dataclass of what stands at a place of the file."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(fields) - known
-    if unknown:
-        raise ValueError(f"{place}: unknown key {unknown.pop()}; there are {', '.join(sorted(known - {'output'}))}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    if output:
-        values["output"] = output[0]
-    return kind(**values)
+def _build(kind: type, place: str, data: object, **given):
+    """A dataclass of what stands at a place of the file; what is ``given`` does not stand there."""
+    fields = _mapping(place, data)
+    known = {field.name: field for field in dataclasses.fields(kind) if field.init and field.name not in given}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{_in(place)}unknown key {name}; there are {', '.join(known)}")
+    for name, field in known.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in fields:
+            raise ValueError(f"{_in(place)}the key {name} is missing")
+    hints = typing.get_type_hints(kind)
+    start = f"{place}." if place else ""
+    values = {name: _value(hints[name], start + name, value) for name, value in fields.items()}
+    return kind(**values, **given)
 
 
-def _pairs(options: Mapping[str, object]) -> list[str]:
-    return [text for key, value in options.items() for text in (key, str(value))]
+def _value(hint, place: str, value: object):
+    """What stands at a place of the file, as the attribute whose type is ``hint``.
+
+    Lists become tuples.
+    """
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, place, value)
+    if kind is Mapping:
+        return {name: _value(inner[1], f"{place}.{name}", item) for name, item in _mapping(place, value).items()}
+    if kind is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{place} is {value!r}, but must be a list")
+        return tuple(_value(inner[0], f"{place}[{number}]", item) for number, item in enumerate(value))
+    # Python takes True for the number 1.
+    fits = isinstance(value, bool) == (hint is bool) and isinstance(value, int | float if hint is float else hint)
+    if hint is not object and not fits:
+        name = {str: "text", int: "a whole number", float: "a number such as 1.0e-3", bool: "true or false"}.get(
+            hint, "text or a number"
+        )
+        raise ValueError(f"{place} is {value!r}, but must be {name}")
+    return value
 
 
-def _scaled_weights(config_file: str, options: list[str], scale: float) -> list[str]:
-    """The weights of a config's method, multiplied."""
-    if scale == 1.0:
-        return []
-    terms = build_method(read_config(config_file, options)).terms.values()
-    return [text for term in terms for text in (term.key, str(scale * term.weight))]
+def _mapping(place: str, data: object) -> Mapping:
+    data = {} if data is None else data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{_in(place)}there must be keys and values, but there is {data!r}")
+    for name in data:
+        if not isinstance(name, str):
+            raise ValueError(f"{_in(place)}the key {name!r} is no text for YAML: put it in quotes")
+    return data
+
+
+def _in(place: str) -> str:
+    return f"{place}: " if place else ""
+
+
+def _pairs(options: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(text for key, value in options.items() for text in (key, str(value)))
+
+
+def _config(place: str, config_file: str, options: Sequence[str]) -> CfgNode:
+    """The config of a file with options.
+
+    Raises:
+        ValueError: it is none; the text names the place in the study that asks for it.
+    """
+    try:
+        return read_config(config_file, list(options))
+    except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(f"{place}: {config_file} with its options: {reason}") from None
+
+
+@functools.cache
+def _weights(config_file: str, options: tuple[str, ...]) -> dict[str, float]:
+    """Key -> value, of the weights of a config's method."""
+    terms = build_method(read_config(config_file, list(options))).terms.values()
+    return {term.key: term.weight for term in terms}

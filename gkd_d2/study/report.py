@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from fvcore.nn import parameter_count
 from matplotlib.figure import Figure
 
 from gkd_d2.config import detector_config
 from gkd_d2.report import METRICS, NONE, markdown
-from gkd_d2.runs import HEADLINE, Run
+from gkd_d2.runs import HEADLINE
+from gkd_d2.student import build_student
 from gkd_d2.study.plan import Job, Study
 from gkd_d2.study.schedule import COST_FILE
 
@@ -89,21 +91,16 @@ class Row:
 def read_rows(study: Study, detector: str) -> dict[str, Row]:
     """Setting -> what is there of it."""
     rows = {}
-    for name, setting in study.settings_of(detector).items():
-        tuning = [job for jobs in study.tuning_jobs(detector, setting.scale_of or name).values() for job in jobs]
-        if not all(job.done(study.dataset) for job in tuning):
-            rows[name] = Row(name, None, {}, None, None, False)
-            continue
-        jobs = {s: job for s, job in study.student_jobs(detector, name).items() if job.done(study.dataset)}
-        metrics = {seed: job.metrics(study.dataset) for seed, job in jobs.items()}
+    for name in study.settings_of(detector):
+        jobs = {seed: job for seed, job in study.student_jobs(detector, name).items() if job.finished()}
+        times = [list(job.finished().curve("time").values()) for job in jobs.values()]
         costs = [cost for cost in map(_cost, jobs.values()) if cost]
         rows[name] = Row(
             name,
-            study.chosen_scale(detector, name) * setting.scale,
-            metrics,
-            statistics.median(statistics.median(job.run.curve("time").values()) for job in jobs.values())
-            if jobs
-            else None,
+            study.scale(detector, name),
+            {seed: job.metrics() for seed, job in jobs.items()},
+            # Detectron2 times none of the first iterations.
+            statistics.median(map(statistics.median, filter(None, times))) if any(times) else None,
             max((cost["megabytes"] for cost in costs), default=None),
             any(cost["device"] == "cuda" for cost in costs),
         )
@@ -123,7 +120,7 @@ def study_section(study: Study, images: Path) -> str:
     parts = [f"## {study.title}", _how(study)]
     for detector in study.detectors:
         teacher = study.teacher_job(detector)
-        if not teacher.done(study.dataset):
+        if not teacher.finished():
             parts.append(f"### {detector}\n\nIts teacher is not trained yet.")
             continue
         rows = read_rows(study, detector)
@@ -134,7 +131,7 @@ def study_section(study: Study, images: Path) -> str:
         path = images / f"{_slug(study.title)}_{_slug(detector)}.png"
         if any(row.metrics for row in rows.values()):
             images.mkdir(parents=True, exist_ok=True)
-            plot_settings(rows, teacher.metrics(study.dataset)[HEADLINE], detector, path)
+            plot_settings(rows, teacher.metrics()[HEADLINE], detector, path)
             parts.append(f"![AP of each seed]({images.name}/{path.name})")
     return "\n\n".join(parts) + "\n"
 
@@ -152,8 +149,9 @@ def plot_settings(rows: dict[str, Row], teacher: float, title: str, path: Path) 
     figure = Figure(figsize=(7, 1.2 + 0.24 * len(found)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(teacher, color="black", linestyle=":", linewidth=1, label="teacher")
-    baseline = next(iter(found.values()))
-    axes.axvspan(min(baseline), max(baseline), color="C7", alpha=0.2, label=f"range of {next(iter(found))}")
+    first = next(iter(rows))
+    if first in found:
+        axes.axvspan(min(found[first]), max(found[first]), color="C7", alpha=0.2, label=f"range of {first}")
     for height, values in enumerate(found.values()):
         axes.plot(values, [height] * len(values), "o", color="C0", markersize=4, alpha=0.6)
         axes.plot(statistics.fmean(values), height, "|", color="C3", markersize=12, markeredgewidth=2)
@@ -172,18 +170,27 @@ def write_sections(path: Path, sections: dict[str, str]) -> None:
     Args:
         path: of the Markdown file; a new one gets the parts alone.
         sections: name -> text; those that the file does not have are added at its end.
+
+    Raises:
+        ValueError: a part begins more than once, or has no end; the file stays as it is.
     """
     text = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
     for name, section in sections.items():
         begin, end = f"<!-- study: {name} -->", "<!-- end of study -->"
         block = f"{begin}\n\n{section}\n{end}"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if pattern.search(text):
-            text = pattern.sub(lambda match, block=block: block, text)
-        else:
+        before, *after = text.split(begin)
+        if not after:
             text = f"{text.rstrip()}\n\n{block}\n"
+            continue
+        old, found, rest = after[0].partition(end)
+        if len(after) > 1 or not found or "<!-- study: " in old:
+            raise ValueError(f"{path}: below one line {begin} there must be one line {end}, before any other study")
+        text = f"{before}{block}{rest}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    # What is written by hand must not be lost where this process is killed.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _how(study: Study) -> str:
@@ -206,7 +213,7 @@ def _how(study: Study) -> str:
 def _networks(study: Study, detector: str, teacher: Job) -> str:
     """A table of the two networks."""
     pair = study.detectors[detector]
-    student = next(iter(study.student_jobs(detector, next(iter(study.settings_of(detector)))).values())).config()
+    student = study.student_config(detector)
     columns = {
         "": [],
         "ResNet": [],
@@ -217,17 +224,16 @@ def _networks(study: Study, detector: str, teacher: Job) -> str:
         "iterations": [],
     }
     columns["AP"] = []
-    theirs = teacher.run
-    for name, cfg, parameters, ap in (
-        ("teacher", theirs.config, theirs.parameters, f"{teacher.metrics(study.dataset)[HEADLINE]:.1f}"),
-        ("student", detector_config(student), _student_parameters(study, detector), "below"),
+    for name, cfg, ap in (
+        ("teacher", teacher.config, f"{teacher.metrics()[HEADLINE]:.1f}"),
+        ("student", detector_config(student), "below"),
     ):
         model, cells = cfg.MODEL, {}
         cells[""] = name
         cells["ResNet"] = _resnet(model)
         cells["FPN channels"] = str(model.FPN.OUT_CHANNELS)
         cells["heads"] = _heads(cfg)
-        cells["parameters (M)"] = f"{parameters / 1e6:.2f}" if parameters else NONE
+        cells["parameters (M)"] = f"{parameter_count(build_student(cfg))[''] / 1e6:.2f}"
         cells["batch"] = str(cfg.SOLVER.IMS_PER_BATCH)
         cells["iterations"] = str(cfg.SOLVER.MAX_ITER)
         cells["AP"] = ap
@@ -251,18 +257,6 @@ def _heads(cfg: CfgNode) -> str:
         return f"{cfg.MODEL.RETINANET.NUM_CONVS} convolutions of the FPN's channels"
     head = cfg.MODEL.ROI_BOX_HEAD
     return f"{head.NUM_FC} layers of {head.FC_DIM}, {cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE} proposals"
-
-
-def _student_parameters(study: Study, detector: str) -> int | None:
-    """Of a finished training, whichever there is."""
-    for row in study.settings_of(detector):
-        scale = study.settings[row].scale_of or row
-        tuning = [job for jobs in study.tuning_jobs(detector, scale).values() for job in jobs]
-        if all(job.done(study.dataset) for job in tuning):
-            for job in study.student_jobs(detector, row).values():
-                if job.done(study.dataset):
-                    return job.run.parameters
-    return None
 
 
 def _table(study: Study, rows: dict[str, Row]) -> str:
@@ -294,9 +288,13 @@ def _tuning_table(study: Study, detector: str) -> str:
         return ""
     columns = {"weights chosen by AP": tuned}
     for scale in study.tuning.scales:
-        found = [[j for j in study.tuning_jobs(detector, n)[scale] if j.done(study.dataset)] for n in tuned]
-        aps = [[job.metrics(study.dataset)[HEADLINE] for job in jobs] for jobs in found]
-        columns[f"x {scale:g}"] = [f"{statistics.fmean(values):.1f}" if values else NONE for values in aps]
+        jobs = [study.tuning_jobs(detector, name)[scale] for name in tuned]
+        columns[f"x {scale:g}"] = [
+            f"{statistics.fmean(job.metrics()[HEADLINE] for job in some):.1f}"
+            if all(job.finished() for job in some)
+            else NONE
+            for some in jobs
+        ]
     return markdown(columns, left=1)
 
 
@@ -309,13 +307,13 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def _cost(job: Job) -> dict | None:
-    """Megabytes that a training took, and the device; None where it is not known."""
+    """Megabytes that a finished training took, and the device; None where it is not known."""
     path = job.folder / COST_FILE
     if not path.is_file():
         return None
     cost = json.loads(path.read_text(encoding="utf-8"))
     if cost["device"] == "cuda":
-        return {"device": "cuda", "megabytes": max(Run("", job.folder).curve("max_mem").values())}
+        return {"device": "cuda", "megabytes": max(job.finished().curve("max_mem").values())}
     return {"device": "cpu", "megabytes": cost["resident_megabytes"]}
 
 

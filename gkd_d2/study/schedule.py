@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -10,9 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -21,6 +25,8 @@ from gkd_d2.study.plan import Job, Study
 TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
 # What the operating system knows of a training, beside its own metrics.
 COST_FILE = "study_cost.json"
+# Between two looks whether a folder is free.
+LOCK_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -31,95 +37,128 @@ class Scheduler:
     Args:
         device: "cpu" or "cuda"; trainings take turns on all GPUs.
         at_once: number of trainings that run at the same time.
+
+    Attributes:
+        stopped: whether it was told to stop.
     """
 
     def __init__(self, device: str, at_once: int):
+        self.stopped = False
         self._device = device
         self._slots: queue.Queue[int] = queue.Queue()
         for slot in range(at_once):
             self._slots.put(slot)
         self._at_once = at_once
-        self._stopping = threading.Event()
-        self._processes: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        # Of the running trainings.
+        self._pids: set[int] = set()
+        # A second signal may come while the first one is handled, in the same thread.
+        self._lock = threading.RLock()
 
-    def run(self, study: Study) -> list[Path]:
+    def run(self, study: Study) -> dict[Path, str]:
         """Train all that a study still lacks: teachers, then what chooses weights, then what is reported.
 
         A training that was interrupted goes on from its last checkpoint. One that fails stops none but those that
         need it.
 
         Returns:
-            The folders of the trainings that failed or need one that did.
+            Folder -> why it holds no finished training.
 
         Raises:
             ValueError: a folder holds another training.
         """
         teachers = {detector: study.teacher_job(detector) for detector in study.detectors}
-        failed = self._run_all(study, teachers.values())
-        ready = [detector for detector, job in teachers.items() if job.folder not in failed]
+        failed = self._train_all(study, teachers.values())
+        ready = [detector for detector, teacher in teachers.items() if teacher.finished()]
         pairs = [
             (detector, name) for name in study.settings for detector in ready if name in study.settings_of(detector)
         ]
-        tuning = {pair: [job for jobs in study.tuning_jobs(*pair).values() for job in jobs] for pair in pairs}
-        failed += self._run_all(study, [job for jobs in tuning.values() for job in jobs])
-        reported = []
-        for detector, name in pairs:
-            chosen_by = tuning.get((detector, study.settings[name].scale_of or name), [])
-            if any(job.folder in failed for job in chosen_by):
-                failed.append(study.output / detector / name)
-            elif not self._stopping.is_set():
-                reported += study.student_jobs(detector, name).items()
+        tuning = [job for pair in pairs for jobs in study.tuning_jobs(*pair).values() for job in jobs]
+        failed |= self._train_all(study, tuning)
+        reported = {pair: study.student_jobs(*pair) for pair in pairs}
         # All settings with the first seed before any with the second: what is there can be compared at any time.
-        failed += self._run_all(
-            study, [job for _, job in sorted(reported, key=lambda pair: study.seeds.index(pair[0]))]
-        )
+        in_turn = [jobs[seed] for seed in study.seeds for jobs in reported.values() if jobs]
+        failed |= self._train_all(study, in_turn)
+        for (detector, name), jobs in reported.items():
+            if not jobs:
+                failed[study.output / detector / name] = "needs the trainings that choose its weights"
         return failed
 
     def stop(self) -> None:
         """Let running trainings save their state and end, and start none."""
-        self._stopping.set()
         with self._lock:
-            for process in self._processes:
-                process.send_signal(signal.SIGTERM)
+            self.stopped = True
+            for pid in self._pids:
+                # It may have ended just now.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
-    @property
-    def stopped(self) -> bool:
-        """Whether it was told to stop."""
-        return self._stopping.is_set()
-
-    def _run_all(self, study: Study, jobs: Iterable[Job]) -> list[Path]:
-        """Train what is not done; the folders of those that failed."""
+    def _train_all(self, study: Study, jobs: Iterable[Job]) -> dict[Path, str]:
+        """Train what is not finished; folder -> why it failed."""
         # Settings that do not differ in weights are one training.
-        missing = list({job.folder: job for job in jobs if not job.done(study.dataset)}.values())
-        if not missing:
-            return []
+        missing = {job.folder: job for job in jobs if not job.finished()}
+        if not missing or self.stopped:
+            return {}
         logger.info("%d trainings to go, %d at once", len(missing), self._at_once)
         with ThreadPoolExecutor(self._at_once) as pool:
-            succeeded = list(pool.map(lambda job: self._run_one(study, job), missing))
-        return [job.folder for job, success in zip(missing, succeeded) if not success]
+            reasons = list(pool.map(lambda job: self._train_one(study, job), missing.values()))
+        return {folder: reason for folder, reason in zip(missing, reasons) if reason}
 
-    def _run_one(self, study: Study, job: Job) -> bool:
+    def _train_one(self, study: Study, job: Job) -> str:
+        """Train in a slot of one's own; why it failed."""
         slot = self._slots.get()
         try:
-            if self._stopping.is_set():
-                return False
-            logger.info("%s", job.folder)
-            job.folder.mkdir(parents=True, exist_ok=True)
-            status = self._train(study, job, slot)
-            if self._stopping.is_set():
-                return False
-            if status or not job.done(study.dataset):
-                logger.error("%s failed with status %d: see console.txt there", job.folder, status)
-                return False
-            for checkpoint in job.folder.glob("model_[0-9]*.pth"):
-                checkpoint.unlink()
-            return True
+            reason = self._train(study, job, slot)
+        except (OSError, ValueError) as error:
+            reason = str(error)
         finally:
             self._slots.put(slot)
+        if reason:
+            logger.error("%s: %s", job.folder, reason)
+        return reason
 
-    def _train(self, study: Study, job: Job, slot: int) -> int:
-        """Run the training to its end; its exit status."""
+    def _train(self, study: Study, job: Job, slot: int) -> str:
+        """Train in a folder that no other process trains in; why it failed."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / "console.txt").open("a", encoding="utf-8") as log:
+            self._lock_folder(job.folder, log)
+            if self.stopped:
+                return ""
+            status = 0
+            if not job.finished():
+                # Nothing of an attempt that left no checkpoint goes on.
+                if not (job.folder / "last_checkpoint").is_file():
+                    (job.folder / "metrics.json").unlink(missing_ok=True)
+                logger.info("%s", job.folder)
+                status = self._run(study, job, slot, log)
+            if job.finished():
+                for checkpoint in job.folder.glob("model_[0-9]*.pth"):
+                    checkpoint.unlink()
+                return ""
+        if self.stopped:
+            return ""
+        if status == 0:
+            return f"the training ended, but holds no evaluation on {study.dataset}"
+        return f"the training ended with status {status}: see console.txt there"
+
+    def _lock_folder(self, folder: Path, log: IO[str]) -> None:
+        """Wait until no other process trains in a folder, and keep others from it until this training has ended.
+
+        The lock is on the open file that the training inherits as its output: it lasts as long as the training, even
+        where this process is killed and the training lives on.
+        """
+        said = False
+        while not self.stopped:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not said:
+                    logger.info("%s: another process trains there; waiting for its end", folder)
+                said = True
+                time.sleep(LOCK_SECONDS)
+
+    def _run(self, study: Study, job: Job, slot: int, log: IO[str]) -> int:
+        """Run the training to its end; its exit status, negative where a signal ended it."""
         environment = os.environ | study_environment(study)
         gpus = "0"
         if self._device == "cuda":
@@ -131,17 +170,18 @@ class Scheduler:
             environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self._at_once))
         command = [sys.executable, str(TRAIN), "--resume", "--num-gpus", gpus, "--config-file", job.config_file]
         command += [*job.options, "MODEL.DEVICE", self._device]
-        with (job.folder / "console.txt").open("a", encoding="utf-8") as log:
-            with self._lock:
-                # A signal to the whole group, as Ctrl-C in a terminal, must not reach it twice.
-                process = subprocess.Popen(
-                    command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-                self._processes.add(process)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            with self._lock:
-                self._processes.discard(process)
+        with self._lock:
+            if self.stopped:
+                return 0
+            # A signal to the whole group, as Ctrl-C in a terminal, must not reach it twice.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            self._pids.add(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with self._lock:
+            self._pids.discard(process.pid)
         if process.returncode == 0:
             cost = {"resident_megabytes": usage.ru_maxrss / 1024, "at_once": self._at_once, "device": self._device}
             (job.folder / COST_FILE).write_text(json.dumps(cost) + "\n", encoding="utf-8")
