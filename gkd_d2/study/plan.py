@@ -70,7 +70,7 @@ class Setting:
         tune: whether the scale of its weights is chosen on the tuning seeds.
         scale_of: the setting whose chosen scale it takes over.
         scale: what its weights are multiplied by beside the chosen scale.
-        baseline: the setting that its gain is over; "": the study's first.
+        baseline: a setting that its gain is told over, beside that over the study's first.
         detectors: names of the detectors it is for; empty: all.
     """
 

@@ -198,8 +198,8 @@ def _how(study: Study) -> str:
     text = (
         f"Evaluated on {study.dataset}; seeds {', '.join(map(str, study.seeds))}. One seed gives every setting the "
         "same batches, augmentation and random draws, and the same number of iterations. AP in percent; ± is the "
-        "standard deviation over the seeds; a gain is the mean difference to the baseline with the same seed, in "
-        "brackets Student's 95 % interval of it."
+        "standard deviation over the seeds; a gain is the mean difference in AP to another setting with the same seed, "
+        "in brackets Student's 95 % interval of it."
     )
     if study.tuning.seeds:
         text += (
@@ -214,34 +214,25 @@ def _networks(study: Study, detector: str, teacher: Job) -> str:
     """A table of the two networks."""
     pair = study.detectors[detector]
     student = study.student_config(detector)
-    columns = {
-        "": [],
-        "ResNet": [],
-        "FPN channels": [],
-        "heads": [],
-        "parameters (M)": [],
-        "batch": [],
-        "iterations": [],
-    }
-    columns["AP"] = []
+    rows = []
     for name, cfg, ap in (
         ("teacher", teacher.config, f"{teacher.metrics()[HEADLINE]:.1f}"),
         ("student", detector_config(student), "below"),
     ):
-        model, cells = cfg.MODEL, {}
-        cells[""] = name
-        cells["ResNet"] = _resnet(model)
-        cells["FPN channels"] = str(model.FPN.OUT_CHANNELS)
-        cells["heads"] = _heads(cfg)
-        cells["parameters (M)"] = f"{parameter_count(build_student(cfg))[''] / 1e6:.2f}"
-        cells["batch"] = str(cfg.SOLVER.IMS_PER_BATCH)
-        cells["iterations"] = str(cfg.SOLVER.MAX_ITER)
-        cells["AP"] = ap
-        for column, cell in cells.items():
-            columns[column].append(cell)
-    return f"Config of the student: `{pair.config}`, of the teacher: `{pair.teacher.config}`.\n\n" + markdown(
-        columns, left=1
-    )
+        rows.append(
+            {
+                "": name,
+                "ResNet": _resnet(cfg.MODEL),
+                "FPN channels": str(cfg.MODEL.FPN.OUT_CHANNELS),
+                "heads": _heads(cfg),
+                "parameters (M)": f"{parameter_count(build_student(cfg))[''] / 1e6:.2f}",
+                "batch": str(cfg.SOLVER.IMS_PER_BATCH),
+                "iterations": str(cfg.SOLVER.MAX_ITER),
+                "AP": ap,
+            }
+        )
+    table = markdown({column: [row[column] for row in rows] for column in rows[0]}, left=1)
+    return f"Config of the student: `{pair.config}`, of the teacher: `{pair.teacher.config}`.\n\n{table}"
 
 
 def _resnet(model: CfgNode) -> str:
@@ -263,18 +254,19 @@ def _table(study: Study, rows: dict[str, Row]) -> str:
     """All settings of a detector."""
     first = next(iter(rows))
     present = [m for m in METRICS if any(row.values(m) for row in rows.values())]
-    header = ["", "weights x", *(METRICS[m] for m in present), "AP of each seed", "gain in AP", "over", "s / iteration"]
+    header = ["", "weights x", *(METRICS[m] for m in present), "AP of each seed", f"gain over {first}"]
+    header += ["gain over another", "s / iteration"]
     cuda = any(row.cuda for row in rows.values())
     header.append("GPU memory, MB" if cuda else "process, MB")
     lines = []
     for name, row in rows.items():
-        baseline = study.settings[name].baseline or (first if name != first else "")
-        values = row.values(HEADLINE)
-        gain = paired_gain(values, rows[baseline].values(HEADLINE)) if baseline in rows else None
+        values, other = row.values(HEADLINE), study.settings[name].baseline
         seeds = ", ".join(f"{values[seed]:.1f}" if seed in values else NONE for seed in study.seeds)
         line = [name, NONE if row.scale is None or first == name else f"{row.scale:g}"]
         line += [_mean_and_deviation(list(row.values(m).values())) for m in present]
-        line += [seeds, NONE if gain is None else str(gain), baseline or NONE]
+        gains = [paired_gain(values, rows[n].values(HEADLINE)) if n and n != name else None for n in (first, other)]
+        line += [seeds, NONE if gains[0] is None else str(gains[0])]
+        line += [NONE if gains[1] is None else f"{other}: {gains[1]}"]
         line += [NONE if row.seconds is None else f"{row.seconds:.2f}"]
         line += [NONE if row.megabytes is None else f"{row.megabytes:.0f}"]
         lines.append(line)

@@ -60,7 +60,7 @@ def test_beyond_the_table_the_interval_is_rather_too_wide():
 
 
 def test_the_section_holds_what_the_folders_hold(make_study, finish, tmp_path):
-    heads = {"scale_of": "gkd", "baseline": "alone"}
+    heads = {"scale_of": "gkd", "baseline": "gkd"}
     study = make_study(settings={"alone": ALONE, "gkd": {"tune": True}, "heads": heads})
     assert "Its teacher is not trained yet." in study_section(study, tmp_path / "images")
     finish(study.teacher_job("retinanet"), 61.25)
@@ -81,19 +81,19 @@ def test_the_section_holds_what_the_folders_hold(make_study, finish, tmp_path):
     assert row["AP"] == "23.0 ± 3.0"
     assert row["AP50"] == "46.0 ± 6.0"
     assert row["AP of each seed"] == "20.0, 23.0, 26.0"
-    assert row["gain in AP"] == row["over"] == "–"
+    assert row["gain over alone"] == row["gain over another"] == "–"
     assert row["s / iteration"] == "0.20"
     assert row["process, MB"] == "1500"
     row = cells(section, "gkd")
     assert row["weights x"] == "5"
     assert row["AP of each seed"] == "25.0, 0.0, –"
     # Differences 5 and -23: mean -9, standard deviation 28 / sqrt(2), of the mean 14.
-    assert row["gain in AP"] == f"-9.0 ({-9 - 14 * 12.706:+.1f} to {-9 + 14 * 12.706:+.1f})"
-    assert row["over"] == "alone"
+    assert row["gain over alone"] == f"-9.0 ({-9 - 14 * 12.706:+.1f} to {-9 + 14 * 12.706:+.1f})"
+    assert row["gain over another"] == "–"
     assert row["s / iteration"] == row["process, MB"] == "–"
     row = cells(section, "heads")
     assert row["weights x"] == "5"
-    assert row["AP"] == row["gain in AP"] == "–"
+    assert row["AP"] == row["gain over alone"] == row["gain over another"] == "–"
     assert row["AP of each seed"] == "–, –, –"
     assert "| gkd | 10.0 | 30.0 | 50.0 |" in section
 
@@ -106,6 +106,10 @@ def test_the_section_holds_what_the_folders_hold(make_study, finish, tmp_path):
     assert "](images/small_retinanet.png)" in section
     with Image.open(tmp_path / "images" / "small_retinanet.png") as picture:
         assert picture.width > 500
+    finish(study.student_jobs("retinanet", "heads")[1], 28.0)
+    section = study_section(study, tmp_path / "images")
+    row = cells(section, "heads")
+    assert (row["gain over alone"], row["gain over another"]) == ("+8.0", "gkd: +3.0")
     # Nothing is read from what was seen before.
     fresh = make_study(settings={"alone": ALONE, "gkd": {"tune": True}, "heads": heads})
     assert study_section(fresh, tmp_path / "images") == section
