@@ -74,6 +74,7 @@ class Row:
         seconds: of an iteration, the median of the trainings' medians; None without any.
         megabytes: that a training takes at most; None without any.
         cuda: whether they are those that torch holds on a GPU, not those of the process.
+        at_once: numbers of trainings that ran at the same time as one of its own, itself included.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Row:
     seconds: float | None
     megabytes: float | None
     cuda: bool
+    at_once: frozenset[int]
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> percent, of the seeds that have the metric."""
@@ -103,6 +105,7 @@ def read_rows(study: Study, detector: str) -> dict[str, Row]:
             statistics.median(map(statistics.median, filter(None, times))) if any(times) else None,
             max((cost["megabytes"] for cost in costs), default=None),
             any(cost["device"] == "cuda" for cost in costs),
+            frozenset(cost["at_once"] for cost in costs),
         )
     return rows
 
@@ -251,7 +254,7 @@ def _heads(cfg: CfgNode) -> str:
 
 
 def _table(study: Study, rows: dict[str, Row]) -> str:
-    """All settings of a detector."""
+    """The settings of a detector of which there is a training, and what the others are."""
     first = next(iter(rows))
     present = [m for m in METRICS if any(row.values(m) for row in rows.values())]
     header = ["", "weights x", *(METRICS[m] for m in present), "AP of each seed", f"gain over {first}"]
@@ -260,9 +263,13 @@ def _table(study: Study, rows: dict[str, Row]) -> str:
     header.append("GPU memory, MB" if cuda else "process, MB")
     lines = []
     for name, row in rows.items():
-        values, other = row.values(HEADLINE), study.settings[name].baseline
+        if not row.metrics:
+            continue
+        setting = study.settings[name]
+        values, other = row.values(HEADLINE), setting.baseline
         seeds = ", ".join(f"{values[seed]:.1f}" if seed in values else NONE for seed in study.seeds)
-        line = [name, NONE if row.scale is None or first == name else f"{row.scale:g}"]
+        scaled = setting.tune or setting.scale_of or setting.scale != 1
+        line = [name, f"{row.scale:g}" if scaled else NONE]
         line += [_mean_and_deviation(list(row.values(m).values())) for m in present]
         gains = [paired_gain(values, rows[n].values(HEADLINE)) if n and n != name else None for n in (first, other)]
         line += [seeds, NONE if gains[0] is None else str(gains[0])]
@@ -270,12 +277,23 @@ def _table(study: Study, rows: dict[str, Row]) -> str:
         line += [NONE if row.seconds is None else f"{row.seconds:.2f}"]
         line += [NONE if row.megabytes is None else f"{row.megabytes:.0f}"]
         lines.append(line)
-    return markdown(dict(zip(header, zip(*lines))), left=1)
+    parts = [markdown(dict(zip(header, zip(*lines))), left=1)] if lines else []
+    at_once = sorted(frozenset().union(*(row.at_once for row in rows.values())))
+    if at_once:
+        parts.append(f"Trainings at a time, which slow each other down: {', '.join(map(str, at_once))}.")
+    absent = [name for name, row in rows.items() if not row.metrics]
+    if absent:
+        parts.append(f"Not trained yet: {', '.join(absent)}.")
+    return "\n\n".join(parts)
 
 
 def _tuning_table(study: Study, detector: str) -> str:
     """AP of every tuned setting at every scale, on the tuning seeds."""
-    tuned = [name for name, setting in study.settings_of(detector).items() if setting.tune]
+    tuned = [
+        name
+        for name in study.settings_of(detector)
+        if any(job.finished() for jobs in study.tuning_jobs(detector, name).values() for job in jobs)
+    ]
     if not tuned:
         return ""
     columns = {"weights chosen by AP": tuned}
@@ -299,14 +317,14 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def _cost(job: Job) -> dict | None:
-    """Megabytes that a finished training took, and the device; None where it is not known."""
+    """Megabytes that a finished training took, the device, and how many ran at once; None where it is not known."""
     path = job.folder / COST_FILE
     if not path.is_file():
         return None
     cost = json.loads(path.read_text(encoding="utf-8"))
     if cost["device"] == "cuda":
-        return {"device": "cuda", "megabytes": max(job.finished().curve("max_mem").values())}
-    return {"device": "cpu", "megabytes": cost["resident_megabytes"]}
+        return cost | {"megabytes": max(job.finished().curve("max_mem").values())}
+    return cost | {"megabytes": cost["resident_megabytes"]}
 
 
 def _slug(text: str) -> str:
