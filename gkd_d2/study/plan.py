@@ -132,7 +132,9 @@ class Job:
         # One that failed before its first checkpoint left nothing to go on with, and nothing to mix up.
         if not run.has_checkpoint:
             return None
-        different = config_differences(run.config, self.config, _IRRELEVANT)
+        distils = self.config.MODEL.META_ARCHITECTURE == DISTILLER
+        # Of a teacher's training the defaults of GKD may have changed since.
+        different = config_differences(run.config, self.config, _IRRELEVANT if distils else (*_IRRELEVANT, "GKD"))
         if different:
             listed = "; ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in different.items())
             raise ValueError(

@@ -127,6 +127,15 @@ def test_a_folder_of_another_training_is_refused(make_study, finish):
     make_study(options={"SOLVER.CHECKPOINT_PERIOD": 10, "DATALOADER.NUM_WORKERS": 3}).check_folders()
 
 
+def test_a_teacher_stays_when_the_defaults_of_distillation_change(make_study, finish):
+    job = make_study().teacher_job("retinanet")
+    finish(job, 60.0)
+    path = job.folder / "config.yaml"
+    path.write_text(path.read_text().replace("TEMPERATURE: 0.5", "TEMPERATURE: 0.75"))
+    assert "TEMPERATURE: 0.75" in path.read_text()
+    assert make_study().teacher_job("retinanet").finished()
+
+
 def test_an_attempt_that_left_no_checkpoint_is_no_training(make_study, finish):
     job = make_study().student_jobs("retinanet", "alone")[2]
     finish(job, 20.0)
