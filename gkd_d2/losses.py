@@ -31,6 +31,8 @@ LOSS_KEYS = {
 class LossWeights:
     """Weights of the four losses; a loss of weight 0 is not computed.
 
+    Those of a config, ``GKD.LOSS_WEIGHTS``, have other defaults: docs/results.md says why.
+
     Attributes:
         gradient: of ``loss_gkd_gradient``, the difference of the gradient maps.
         box: of ``loss_bmfi_box``, imitation of objects and their context.
