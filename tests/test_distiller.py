@@ -45,6 +45,7 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
     """The four terms from the two networks run one after the other by hand."""
     cfg = distiller_config(kind)
     cfg.GKD.FEATURES = ["p3", "p4"]
+    set_weights(cfg, 0.5, 1e-3, 5e-4, 1e-3)
     distiller = build_model(cfg).train()
     batch = training_batch(((90, 120), (96, 100), (64, 64)))
     with EventStorage():
@@ -67,7 +68,7 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
         teacher_grads,
         [x["instances"].gt_boxes.tensor for x in batch],
         tuple(images.tensor.shape[2:]),
-        weights=LossWeights(),
+        weights=LossWeights(0.5, 1e-3, 5e-4, 1e-3),
     )
     assert set(losses) == set(own) | set(NAMES)
     for name, value in {**own, **expected}.items():
@@ -80,6 +81,7 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
 def test_all_four_losses_fall_on_a_repeated_batch(kind, channels, distiller_config):
     cfg = distiller_config(kind, channels=channels)
     cfg.SOLVER.BASE_LR = 0.02
+    set_weights(cfg, 0.5, 1e-3, 5e-4, 1e-3)
     distiller = build_model(cfg)
     history = train(distiller, cfg, training_batch(), 40)
     assert len(distiller.align) == (0 if channels == 16 else len(distiller.student_features))

@@ -167,7 +167,9 @@ def test_a_picture_holds_what_both_networks_make_of_the_first_image(kind, half, 
 
 
 def test_differences_add_up_to_the_loss_of_an_aligned_student(distiller_config):
-    distiller = build_model(distiller_config("retinanet", channels=8)).train()
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.5
+    distiller = build_model(cfg).train()
     batch = training_batch(((96, 128),))
     with EventStorage():
         taken = distiller.picture(batch, distiller.observe(batch, student_grad=True, teacher_grad=True))
