@@ -137,6 +137,18 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     return cfg
 
 
+def read_distiller_config(config_file: str, opts: list[str]) -> CfgNode:
+    """As :func:`read_config`, of a distiller alone.
+
+    Raises:
+        ValueError: also where it is the config of a plain detector.
+    """
+    cfg = read_config(config_file, opts)
+    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
+        raise ValueError(f"{config_file} is no config of a {DISTILLER}: name one with a teacher")
+    return cfg
+
+
 def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
     """Make GKD.TEACHER.CONFIG_FILE absolute where it is found beside the student's config file.
 

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from tiny import ARCHITECTURES, training_batch
+from tiny import ARCHITECTURES, train, training_batch
 
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import split_detector
@@ -22,22 +22,6 @@ def set_weights(cfg, gradient, box, attention, image):
     cfg.GKD.LOSS_WEIGHTS.BOX = box
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = attention
     cfg.GKD.LOSS_WEIGHTS.IMAGE = image
-
-
-def train(model, cfg, batch, steps):
-    """Plain training; returns the loss dictionaries as numbers."""
-    model.train()
-    optimizer = build_optimizer(cfg, model)
-    history = []
-    with EventStorage() as storage:
-        for _ in range(steps):
-            losses = model(batch)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-            storage.step()
-            history.append({name: value.item() for name, value in losses.items()})
-    return history
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
 from gkd_d2 import SplitDetector, add_gkd_config
@@ -83,6 +85,22 @@ def calm(model: torch.nn.Module) -> torch.nn.Module:
         if name.endswith("conv3.norm.weight"):
             parameter.zero_()
     return model
+
+
+def train(model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int) -> list[dict[str, float]]:
+    """Plain training; returns the loss dictionaries as numbers."""
+    model.train()
+    optimizer = build_optimizer(cfg, model)
+    history = []
+    with EventStorage() as storage:
+        for _ in range(steps):
+            losses = model(batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            storage.step()
+            history.append({name: value.item() for name, value in losses.items()})
+    return history
 
 
 def training_batch(sizes=((90, 120), (96, 100)), *, masks: bool = False) -> list[dict]:

@@ -39,7 +39,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gkd_d2.config import DISTILLER, read_config, teacher_config
+from gkd_d2.config import read_distiller_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
 
 GOAL, MEMORY_GOAL = 1.20, 1.25
@@ -488,9 +488,7 @@ def main() -> None:
     """Run the command."""
     args = parse_arguments()
     try:
-        cfg = read_config(args.config_file, args.opts)
-        if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
-            raise ValueError(f"{args.config_file} is no config of a {DISTILLER}: name one with a teacher")
+        cfg = read_distiller_config(args.config_file, args.opts)
         cfg.MODEL.DEVICE = args.device
         result = measure(args, cfg)
     except (ValueError, OSError) as error:

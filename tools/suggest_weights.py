@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config import DISTILLER, read_config
+from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.methods import Term, build_method
@@ -107,9 +107,7 @@ def main() -> None:
     """Run the command."""
     args = parse_args()
     try:
-        cfg = read_config(args.config_file, args.opts)
-        if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
-            raise ValueError(f"{args.config_file} is no config of a {DISTILLER}: name one with a teacher")
+        cfg = read_distiller_config(args.config_file, args.opts)
         # Any seed serves to measure; the same one gives the same numbers again.
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -283,7 +283,7 @@ class Study:
 
     def student_config(self, detector: str) -> CfgNode:
         """The config of the student alone, without seed and folder."""
-        return read_config(self.detectors[detector].config, list(self._options(detector, next(iter(self.settings)))))
+        return _read(self.detectors[detector].config, self._options(detector, next(iter(self.settings))))
 
     def tuning_jobs(self, detector: str, name: str) -> dict[float, list[Job]]:
         """Scale -> trainings by which a setting's scale is chosen; empty where none is."""
@@ -433,21 +433,28 @@ def _pairs(options: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(text for key, value in options.items() for text in (key, str(value)))
 
 
-def _config(place: str, config_file: str, options: Sequence[str]) -> CfgNode:
+@functools.cache
+def _read(config_file: str, options: tuple[str, ...]) -> CfgNode:
+    """The config of a file with options, which several ask for."""
+    cfg = read_config(config_file, list(options))
+    cfg.freeze()
+    return cfg
+
+
+def _config(place: str, config_file: str, options: tuple[str, ...]) -> CfgNode:
     """The config of a file with options.
 
     Raises:
         ValueError: it is none; the text names the place in the study that asks for it.
     """
     try:
-        return read_config(config_file, list(options))
+        return _read(config_file, options)
     except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise ValueError(f"{place}: {config_file} with its options: {reason}") from None
 
 
-@functools.cache
 def _weights(config_file: str, options: tuple[str, ...]) -> dict[str, float]:
     """Key -> value, of the weights of a config's method."""
-    terms = build_method(read_config(config_file, list(options))).terms.values()
+    terms = build_method(_read(config_file, options)).terms.values()
     return {term.key: term.weight for term in terms}

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from tiny import ARCHITECTURES, Scorer, SplitScorer, training_batch
+from tiny import ARCHITECTURES, Scorer, SplitScorer, train, training_batch
 
 from gkd_d2 import detector, register_split
 from gkd_d2.config import detector_config
@@ -14,21 +13,6 @@ from gkd_d2.methods import build_method
 METHODS = ("fitnet", "fgfi", "fgd", "pkd")
 # At which each loss of a tiny detector falls, in the order of the method's terms.
 WEIGHTS = {"fitnet": [0.2], "fgfi": [0.02], "fgd": [5e-4, 5e-4, 5e-4], "pkd": [2.0]}
-
-
-def train(distiller, cfg, batch, steps):
-    """Plain training; returns the loss dictionaries as numbers."""
-    optimizer = build_optimizer(cfg, distiller)
-    history = []
-    with EventStorage() as storage:
-        for _ in range(steps):
-            losses = distiller(batch)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-            storage.step()
-            history.append({name: value.item() for name, value in losses.items()})
-    return history
 
 
 def weighted(cfg, name):
