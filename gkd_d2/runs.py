@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -215,11 +216,21 @@ def training_differences(run: Run, baseline: Run) -> dict[str, tuple]:
 
 
 def config_differences(one: CfgNode, other: CfgNode, ignored: Sequence[str] = ()) -> dict[str, tuple]:
-    """Key -> value in two configs with the same keys, where they differ; nodes and keys in ``ignored`` are left out."""
+    """Key -> value in two configs with the same keys, where they differ; nodes and keys in ``ignored`` are left out.
+
+    Numbers that differ by rounding are the same.
+    """
     ours, theirs = dict(_flat(one)), dict(_flat(other))
     keys = [key for key in ours if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
+    return {k: (ours[k], theirs.get(k)) for k in keys if not _same(ours[k], theirs.get(k))}
+
+
+def _same(one: object, other: object) -> bool:
+    # A weight that a study scaled, 0.2 * 0.1, against the one that is written, 0.02.
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
     # As JSON, for a tuple within a tuple is read back from a file as a list.
-    return {k: (ours[k], theirs.get(k)) for k in keys if json.dumps(ours[k]) != json.dumps(theirs.get(k))}
+    return json.dumps(one) == json.dumps(other)
 
 
 def _architecture(cfg: CfgNode) -> CfgNode:

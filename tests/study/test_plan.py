@@ -127,6 +127,18 @@ def test_a_folder_of_another_training_is_refused(make_study, finish):
     make_study(options={"SOLVER.CHECKPOINT_PERIOD": 10, "DATALOADER.NUM_WORKERS": 3}).check_folders()
 
 
+def test_a_weight_that_differs_by_rounding_is_the_same_training(make_study, finish):
+    def job(weight, scale):
+        other = {"options": {"GKD.METHOD": "fitnet", "GKD.FITNET.WEIGHT": weight}, "scale": scale}
+        return make_study(settings={"alone": ALONE, "other": other}).student_jobs("retinanet", "other")[1]
+
+    scaled, written = job(0.1, 0.2), job(0.02, 1)
+    assert scaled.config.GKD.FITNET.WEIGHT != written.config.GKD.FITNET.WEIGHT
+    finish(scaled, 20.0)
+    scaled.folder.parent.rename(written.folder.parent)
+    assert written.finished()
+
+
 def test_a_teacher_stays_when_the_defaults_of_distillation_change(make_study, finish):
     job = make_study().teacher_job("retinanet")
     finish(job, 60.0)
