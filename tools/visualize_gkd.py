@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config import DISTILLER, read_config
+from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.preflight import PreflightError, check_inputs
@@ -56,12 +56,7 @@ def parse_args() -> argparse.Namespace:
 
 def dataset_config(args: argparse.Namespace) -> CfgNode:
     """The distiller's config, with the dataset to draw as its only one."""
-    cfg = read_config(args.config_file, args.opts)
-    if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
-        raise ValueError(
-            f"{args.config_file}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, but pictures of a teacher "
-            f"and its student need the config of a {DISTILLER}, such as configs/gkd_frcnn_kitti.yaml"
-        )
+    cfg = read_distiller_config(args.config_file, args.opts)
     if not (args.dataset or cfg.DATASETS.TEST):
         raise ValueError(f"{args.config_file}: DATASETS.TEST is empty: name the dataset to draw by --dataset")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (args.dataset or cfg.DATASETS.TEST[0],)
