@@ -136,7 +136,7 @@ def test_defaults_of_config_and_class_agree(name, cfg):
     cfg.GKD.METHOD = name
     method = build_method(cfg)
     # The weights of gkd without a config are those of its page of formulas; a config's were chosen by a study.
-    options = {"weights": LossWeights(0.02, 1e-3, 1e-4, 1e-3)} if name == "gkd" else {}
+    options = {"weights": LossWeights(0.02, 1e-2, 0.0, 1e-3)} if name == "gkd" else {}
     assert method.terms == type(method)(**options).terms
     for number, term in enumerate(method.terms.values(), start=1):
         *path, key = term.key.split(".")

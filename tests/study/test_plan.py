@@ -32,10 +32,11 @@ def value(cfg, key):
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_a_scale_multiplies_the_weights_of_the_method_and_changes_nothing_else(method, make_study, small_study):
-    options = {"GKD.METHOD": method, "GKD.LOSS_WEIGHTS.BOX": 0.003}
+    # A key that has a weight by default, and one that has none.
+    options = {"GKD.METHOD": method, "GKD.LOSS_WEIGHTS.BOX": 0.003, "GKD.LOSS_WEIGHTS.ATTENTION": 0.004}
     study = make_study(settings={"alone": ALONE, "other": {"options": options, "scale": 5}})
     job = study.student_jobs("retinanet", "other")[1]
-    opts = ["GKD.METHOD", method, "GKD.LOSS_WEIGHTS.BOX", "0.003"]
+    opts = [str(part) for pair in options.items() for part in pair]
     unscaled = read_config(small_study["detectors"]["retinanet"]["config"], opts)
     expected = {key: (5 * value(unscaled, key), value(unscaled, key)) for key in WEIGHTS[method]}
     assert config_differences(job.config, unscaled, PLACE) == expected

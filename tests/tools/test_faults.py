@@ -138,7 +138,7 @@ def test_killed_run_resumes_bit_for_bit(distil, uninterrupted):
     # The watch's scalars stand in metrics.json.
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     names = {name for row in rows for name in row}
-    assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/attention"} <= names
+    assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/image"} <= names
 
 
 def test_drawn_seed_is_kept(distil, uninterrupted):

@@ -18,7 +18,8 @@ from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
 
-NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+# Those that have a weight by default.
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_image")
 
 
 @pytest.fixture(scope="module")
