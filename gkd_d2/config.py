@@ -146,7 +146,10 @@ def read_distiller_config(config_file: str, opts: list[str]) -> CfgNode:
     """
     cfg = read_config(config_file, opts)
     if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
-        raise ValueError(f"{config_file} is no config of a {DISTILLER}: name one with a teacher")
+        raise ValueError(
+            f"{config_file} is no config of a {DISTILLER}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. "
+            "Name one with a teacher, such as configs/gkd_frcnn_kitti.yaml"
+        )
     return cfg
 
 

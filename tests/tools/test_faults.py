@@ -63,6 +63,8 @@ def distil(workplace):
     def start(detector, output, *arguments, seed=5, resume=False, **options):
         settings = [
             *("GKD.TEACHER.WEIGHTS", f"teacher_{detector}/model_final.pth"),
+            # The loss that the defaults leave out is saved and resumed, too.
+            *("GKD.LOSS_WEIGHTS.ATTENTION", "1e-4"),
             *(*SMALL, "SEED", seed, "OUTPUT_DIR", output, *arguments),
         ]
         # The teacher is made of its config file, which must describe the small one.
@@ -138,7 +140,7 @@ def test_killed_run_resumes_bit_for_bit(distil, uninterrupted):
     # The watch's scalars stand in metrics.json.
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     names = {name for row in rows for name in row}
-    assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/image"} <= names
+    assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/attention"} <= names
 
 
 def test_drawn_seed_is_kept(distil, uninterrupted):

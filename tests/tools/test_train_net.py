@@ -18,8 +18,9 @@ from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
 
-# Those that have a weight by default.
-NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_image")
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+# The one that the defaults leave out.
+ATTENTION = ("GKD.LOSS_WEIGHTS.ATTENTION", "1e-4")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     train_net(f"toy/teachers/{name}.yaml", datasets, *short("teacher", 2))
     weights = tmp_path / "teacher" / "model_final.pth"
     student = [f"toy/gkd_{name}.yaml", datasets]
-    output = train_net(*student, *short("student", 4), "GKD.TEACHER.WEIGHTS", weights)
+    output = train_net(*student, *short("student", 4), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights)
     scalars = metrics(tmp_path / "student")
     assert all(scalars[loss] > 0 for loss in NAMES)
     # The official metric of KITTI's form, with COCO's beside it.
@@ -75,7 +76,7 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     checkpoint = torch.load(tmp_path / "student" / "model_final.pth")
     assert not any("teacher" in key for key in checkpoint["model"])
 
-    train_net(*student, "--resume", *short("student", 6), "GKD.TEACHER.WEIGHTS", weights)
+    train_net(*student, "--resume", *short("student", 6), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights)
     assert torch.load(tmp_path / "student" / "model_final.pth")["iteration"] == 5
 
     # The student is evaluated as what it is: no teacher is needed any more.
@@ -138,7 +139,7 @@ def test_kitti_configs_train_on_real_images(name, train_net, project, kitti_samp
         INPUT.MIN_SIZE_TRAIN (128,) INPUT.MAX_SIZE_TRAIN 416 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 208
         DATALOADER.NUM_WORKERS 0 SOLVER.CHECKPOINT_PERIOD 100 TEST.EVAL_PERIOD 0 GKD.KITTI_RESULTS True
     """.split()
-    train_net(config, datasets, *options, *short("student", 4))
+    train_net(config, datasets, *options, *ATTENTION, *short("student", 4))
     scalars = metrics(tmp_path / "student")
     assert scalars["iteration"] == 4  # the row of the evaluation
     assert all(0 < scalars[loss] < float("inf") for loss in NAMES)

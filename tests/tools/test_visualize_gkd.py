@@ -100,7 +100,7 @@ def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_p
         (["--dataset", "kitti_test"], "dataset kitti_test has images without ground truth"),
         (["--dataset", "unheard_of"], "DATASETS names unheard_of: dataset 'unheard_of' is not registered"),
         (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: name the dataset to draw by --dataset"),
-        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "is no config of a GKDDistiller"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "no config of a GKDDistiller: MODEL.META_ARCHITECTURE is RetinaNet"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS is nowhere.pth: there is no such file"),
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
         (["GKD.TEACHER.WEIGHTS", "student.pth"], "GKD.TEACHER.WEIGHTS student.pth is no checkpoint of the detector"),
