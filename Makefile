@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/ops/fused.py $(SOURCES)
-	@echo "Setting up $(VENV): torch with CUDA libraries is about 5.5 GB the first time"
+	@echo "Setting up $(VENV): torch with CUDA libraries is about 6 GB the first time, 8 while they are unpacked"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(PACKAGES)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python tools/install_detectron2.py
