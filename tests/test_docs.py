@@ -4,6 +4,7 @@ A fenced block of bash below the line ``<!-- test -->`` is run, after the marked
 in one copy of the tree. Put the mark on what takes seconds.
 """
 
+import itertools
 import os
 import re
 import runpy
@@ -55,9 +56,7 @@ def test_the_readme_claims_what_the_studies_found():
     claimed = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "±" in line]
     assert len(claimed) >= 4
     results = (ROOT / "docs" / "results.md").read_text()
-    columns = [
-        (study, detector) for study in ("Toy scenes", "Toy scenes, new seeds") for detector in ("frcnn", "retinanet")
-    ]
+    columns = itertools.product(("Toy scenes", "Toy scenes, new seeds"), ("frcnn", "retinanet"))
     for column, (study, detector) in enumerate(columns, start=1):
         part = results.partition(f"\n## {study}\n")[2].partition(f"\n### {detector}\n")[2].partition("\n### ")[0]
         found = dict(re.findall(r"^\| ([\w-]+) \| [\d.–]+ \| ([\d.]+ ± [\d.]+) \|", part, re.MULTILINE))
