@@ -98,7 +98,7 @@ def extension():
     os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = ["csrc/module.cpp", "csrc/autograd.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
     cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", f"-DGKD_INTERFACE_VERSION={interface_version()}"]
     link = []
     if torch.backends.openmp.is_available():

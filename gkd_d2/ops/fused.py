@@ -18,8 +18,9 @@ from gkd_d2.ops.reference import accumulation_dtype
 if TYPE_CHECKING:
     from gkd_d2.losses import LossWeights
 
-# What the Python side expects of the extension; setup.py compiles it in. Raise it when a schema or the state changes.
-INTERFACE_VERSION = 1
+# What the Python side expects of the extension; setup.py compiles it in. Raise it when what it
+# registers or the state changes.
+INTERFACE_VERSION = 2
 
 _LOSSES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 _REBUILD = "build it with `pip install -e . --no-build-isolation` in the environment that is to use it"
@@ -79,8 +80,9 @@ def distillation_losses(
 ) -> dict[str, Tensor]:
     """The weighted losses, summed over levels; as :func:`gkd_d2.ops.reference.distillation_losses`.
 
-    Contiguous and channels_last features are read as they are, others are copied once. Boxes on another device than
-    the features are copied there; under CUDA graph capture they must be on it.
+    Contiguous and channels_last features are read as they are, others are copied once for forward and backward.
+    Gradients that are the same in all cells, such as a mean N,C,1,1, are read at one. Boxes on another device than the
+    features are copied there; under CUDA graph capture they must be on it.
 
     Raises:
         ValueError: an argument is wrong; the op names it and its value.
@@ -89,10 +91,10 @@ def distillation_losses(
     needs_grad = torch.is_grad_enabled() and any(feature.requires_grad for feature in student)
     losses, _ = torch.ops.gkd_d2.distillation_losses(
         student,
-        [feature.detach() for feature in teacher],
-        [gradient.detach() for gradient in student_grad or ()],
-        [gradient.detach() for gradient in teacher_grad or ()],
-        torch.cat([box.detach() for box in boxes]).to(student[0].device, non_blocking=True),
+        list(teacher),
+        list(student_grad or ()),
+        list(teacher_grad or ()),
+        torch.cat(boxes).to(student[0].device, non_blocking=True),
         [box.shape[0] for box in boxes],
         list(image_size),
         [weights.gradient, weights.box, weights.attention, weights.image],
@@ -130,40 +132,6 @@ def _kernel_format(feature: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _setup_context(ctx, inputs, output):
-    student, teacher, *_, weights, _, _, _, save_state = inputs
-    if not save_state:
-        raise RuntimeError("gkd_d2::distillation_losses needs save_state=True where a gradient is to be computed")
-    _, state = output
-    ctx.mark_non_differentiable(state)
-    ctx.set_materialize_grads(False)
-    ctx.levels = len(student)
-    ctx.num_grads = len(inputs[2]), len(inputs[3])
-    ctx.weights = weights
-    ctx.save_for_backward(state, *student, *teacher)
-
-
-def _backward(ctx, loss_gradients, _):
-    state, *features = ctx.saved_tensors
-    levels = ctx.levels
-    if loss_gradients is None:
-        student_gradients = [None] * levels
-    else:
-        student_gradients = torch.ops.gkd_d2.distillation_losses_backward(
-            loss_gradients, state, features[:levels], features[levels:], ctx.weights
-        )
-    constants = [[None] * count for count in (levels, *ctx.num_grads)]
-    return student_gradients, *constants, *(None,) * 8
-
-
-def _second_backward(ctx, *gradients):
-    raise RuntimeError(
-        "the fused losses can be differentiated once: higher derivatives need the implementation 'reference'"
-    )
-
-
 if _extension is not None:
     torch.library.register_fake("gkd_d2::distillation_losses", _fake_losses)
     torch.library.register_fake("gkd_d2::distillation_losses_backward", _fake_backward)
-    torch.library.register_autograd("gkd_d2::distillation_losses", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("gkd_d2::distillation_losses_backward", _second_backward)
