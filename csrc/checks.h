@@ -24,6 +24,16 @@ inline at::MemoryFormat kernel_format(const at::Tensor& feature) {
 
 inline int64_t cells_of(const at::Tensor& feature) { return feature.size(2) * feature.size(3); }
 
+// Whether a gradient is the same in all cells: its mean N,C,1,1, or one that was expanded. It need not be summed up.
+inline bool is_mean(const at::Tensor& gradient) {
+  return cells_of(gradient) == 1 || (gradient.stride(2) == 0 && gradient.stride(3) == 0);
+}
+
+// The N,C of such a gradient, contiguous, in the type that kernels sum in.
+inline at::Tensor mean_of(const at::Tensor& gradient) {
+  return gradient.select(3, 0).select(2, 0).to(accumulation_type(gradient)).contiguous();
+}
+
 inline Terms terms_of(at::ArrayRef<double> weights, int64_t images) {
   TORCH_CHECK_VALUE(weights.size() == 4, "weights must hold 4 numbers (gradient, box, attention, image), got ",
                     weights.size());
@@ -32,8 +42,14 @@ inline Terms terms_of(at::ArrayRef<double> weights, int64_t images) {
                       "], but must be finite numbers >= 0");
   }
   const double scale = 1 / static_cast<double>(images);
-  return {
-      weights[0] * scale, weights[1] * scale, weights[2] * scale, weights[3] * scale, 1, Weighting::kUniform, false};
+  Terms terms{};
+  terms.gradient = weights[0] * scale, terms.has_gradient = weights[0] != 0;
+  terms.box = weights[1] * scale, terms.has_box = weights[1] != 0;
+  terms.attention = weights[2] * scale, terms.has_attention = weights[2] != 0;
+  terms.image = weights[3] * scale, terms.has_image = weights[3] != 0;
+  terms.temperature = 1;
+  terms.weighting = Weighting::kUniform;
+  return terms;
 }
 
 inline void check_student(at::TensorList student) {
@@ -54,13 +70,15 @@ inline void check_student(at::TensorList student) {
                     "student is ", dtype, ", but must be float32, float64, bfloat16 or float16");
 }
 
-inline void check_like_student(at::TensorList student, at::TensorList other, const char* name) {
+// Checks shapes, dtypes and devices; `or_mean`: N,C,1,1 will do as well.
+inline void check_like_student(at::TensorList student, at::TensorList other, const char* name, bool or_mean = false) {
   TORCH_CHECK_VALUE(other.size() == student.size(), "student has ", student.size(), " levels, but ", name, " has ",
                     other.size());
   for (size_t level = 0; level < student.size(); ++level) {
     const at::Tensor &s = student[level], &o = other[level];
-    TORCH_CHECK_VALUE(s.sizes() == o.sizes(), "student[", level, "] has shape ", s.sizes(), ", but ", name, "[", level,
-                      "] has ", o.sizes());
+    const bool is_mean_shape = or_mean && o.dim() == 4 && o.sizes() == at::IntArrayRef{s.size(0), s.size(1), 1, 1};
+    TORCH_CHECK_VALUE(s.sizes() == o.sizes() || is_mean_shape, "student[", level, "] has shape ", s.sizes(), ", but ",
+                      name, "[", level, "] has ", o.sizes(), or_mean ? ", which is not its mean's N,C,1,1 either" : "");
     TORCH_CHECK_VALUE(s.scalar_type() == o.scalar_type(), "student[", level, "] is ", s.scalar_type(), ", but ", name,
                       "[", level, "] is ", o.scalar_type());
     TORCH_CHECK_VALUE(s.device() == o.device(), "student[", level, "] is on ", s.device(), ", but ", name, "[", level,
@@ -88,8 +106,8 @@ inline Terms check_losses(at::TensorList student, at::TensorList teacher, at::Te
   TORCH_CHECK_VALUE(rectifier == "abs" || rectifier == "relu", "rectifier is '", rectifier,
                     "', but must be 'abs' or 'relu'");
   terms.relu = rectifier == "relu";
-  if (terms.needs_student_map()) check_like_student(student, student_grad, "student_grad");
-  if (terms.needs_teacher_map()) check_like_student(student, teacher_grad, "teacher_grad");
+  if (terms.needs_student_map()) check_like_student(student, student_grad, "student_grad", true);
+  if (terms.needs_teacher_map()) check_like_student(student, teacher_grad, "teacher_grad", true);
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_floating_point(), "boxes have shape ",
                     boxes.sizes(), " and ", boxes.scalar_type(), ", but must be K,4 and floating");
   TORCH_CHECK_VALUE(boxes.device() == student[0].device(), "boxes are on ", boxes.device(), ", but student is on ",

@@ -18,18 +18,20 @@ enum class Weighting : int { kGradient, kAttention, kUniform };
 // Everything the kernels need to know about the losses. The four weights are already divided by N.
 struct Terms {
   double gradient, box, attention, image;
+  // Which weights are not 0: kernels ask for it in their inner loops, where most GPUs are slow to compare doubles.
+  bool has_gradient, has_box, has_attention, has_image;
   double temperature;
   Weighting weighting;
   bool relu;
 
-  GKD_HOST_DEVICE bool any() const { return gradient != 0 || attention != 0 || imitates(); }
-  GKD_HOST_DEVICE bool imitates() const { return box != 0 || image != 0; }
+  GKD_HOST_DEVICE bool any() const { return has_gradient || has_attention || imitates(); }
+  GKD_HOST_DEVICE bool imitates() const { return has_box || has_image; }
   GKD_HOST_DEVICE bool weighs_by(Weighting kind) const { return imitates() && weighting == kind; }
   // Which statistics of the inputs enter any loss.
-  GKD_HOST_DEVICE bool needs_student_map() const { return gradient != 0; }
-  GKD_HOST_DEVICE bool needs_teacher_map() const { return gradient != 0 || weighs_by(Weighting::kGradient); }
-  GKD_HOST_DEVICE bool needs_student_magnitude() const { return attention != 0; }
-  GKD_HOST_DEVICE bool needs_teacher_magnitude() const { return attention != 0 || weighs_by(Weighting::kAttention); }
+  GKD_HOST_DEVICE bool needs_student_map() const { return has_gradient; }
+  GKD_HOST_DEVICE bool needs_teacher_map() const { return has_gradient || weighs_by(Weighting::kGradient); }
+  GKD_HOST_DEVICE bool needs_student_magnitude() const { return has_attention; }
+  GKD_HOST_DEVICE bool needs_teacher_magnitude() const { return has_attention || weighs_by(Weighting::kAttention); }
 };
 
 // What forward leaves for backward at one level: maps of N,H*W and vectors of N,C, each only where a loss needs it.
@@ -50,13 +52,13 @@ struct StateLayout {
       size += needed ? count : 0;
       return offset;
     };
-    gradient_map = take(terms.gradient != 0, images * cells);
+    gradient_map = take(terms.has_gradient, images * cells);
     cell_weight = take(terms.imitates(), images * cells);
-    box_mask = take(terms.box != 0, images * cells);
-    cell_attention = take(terms.attention != 0, images * cells);
-    alpha = take(terms.gradient != 0, images * channels);
+    box_mask = take(terms.has_box, images * cells);
+    cell_attention = take(terms.has_attention, images * cells);
+    alpha = take(terms.has_gradient, images * channels);
     channel_weight = take(terms.imitates(), images * channels);
-    channel_attention = take(terms.attention != 0, images * channels);
+    channel_attention = take(terms.has_attention, images * channels);
   }
 };
 
@@ -64,6 +66,9 @@ template <typename value_t>
 GKD_HOST_DEVICE value_t absolute(value_t x) {
   return x < 0 ? -x : x;
 }
+// One instruction, or none at all, for a scalar.
+GKD_HOST_DEVICE float absolute(float x) { return std::fabs(x); }
+GKD_HOST_DEVICE double absolute(double x) { return std::fabs(x); }
 
 // sign(0) = 0
 template <typename value_t>
@@ -113,7 +118,8 @@ GKD_HOST_DEVICE value_t gradient_map_slope(value_t g, value_t s, const MapExtrem
   return range == 0 ? zero : rectifier_slope(g, relu) * p * (weight / range);
 }
 
-// The factors of one channel, or of one cell, in the gradient with respect to S.
+// The factors of one channel, or of one cell, in the gradient with respect to S. The losses' incoming gradients are
+// part of the cell's, that of loss_bmfi_attention of both.
 template <typename value_t>
 struct GradientFactors {
   value_t imitation;  // channel: u;  cell: 2 * (kbox * M + kimage) * v
@@ -122,15 +128,13 @@ struct GradientFactors {
 };
 
 // The gradient of one element of S; the factors of a channel and of a cell meet alike, so either may be the vector.
-// `attention` is the incoming gradient of loss_bmfi_attention, which those of the other losses are in the cell's.
 template <typename value_t, typename a_t, typename b_t>
 GKD_HOST_DEVICE value_t feature_gradient(const Terms& terms, value_t student, value_t teacher,
-                                         const GradientFactors<a_t>& a, const GradientFactors<b_t>& b,
-                                         value_t attention) {
+                                         const GradientFactors<a_t>& a, const GradientFactors<b_t>& b) {
   value_t gradient{};
   if (terms.imitates()) gradient += a.imitation * b.imitation * (student - teacher);
-  if (terms.gradient != 0) gradient += a.map * b.map;
-  if (terms.attention != 0) gradient += sign(student) * (a.attention + b.attention) * attention;
+  if (terms.has_gradient) gradient += a.map * b.map;
+  if (terms.has_attention) gradient += sign(student) * (a.attention + b.attention);
   return gradient;
 }
 

@@ -120,10 +120,15 @@ class ChannelMeans {
   using acc_t = acc_type<scalar_t>;
 
   ChannelMeans(const at::Tensor& input, bool absolute, std::vector<ChannelSumTask<scalar_t>>& tasks)
-      : input_(input.contiguous(kernel_format(input))),
-        channels_(input.size(1)),
+      : channels_(input.size(1)),
         cells_(cells_of(input)),
         channels_last_(kernel_format(input) == at::MemoryFormat::ChannelsLast) {
+    if (!absolute && is_mean(input)) {
+      sums_ = mean_of(input);
+      parts_ = cells_ = 1;
+      return;
+    }
+    input_ = input.contiguous(kernel_format(input));
     const int64_t length = channels_last_ ? cells_ : channels_, other = channels_last_ ? channels_ : cells_;
     const int64_t step = std::max<int64_t>(1, kChannelSumElements / other), parts = divide_up(length, step);
     parts_ = channels_last_ ? parts : 1;
@@ -250,7 +255,7 @@ class Forward {
           sums.push_back(task);
         }
       }
-      if (terms_.box != 0) add_masks(level, boxes, box_counts, image_size, masks);
+      if (terms_.has_box) add_masks(level, boxes, box_counts, image_size, masks);
     }
     run_tasks(sums.size() + masks.size(),
               [&](size_t i) { i < sums.size() ? kernels_.sum(sums[i]) : kernels_.fill_mask(masks[i - sums.size()]); });
@@ -261,7 +266,7 @@ class Forward {
     const Level<scalar_t>& level = levels_[l];
     acc_t* const spare = row(spare_maps_[l], n * kSpareMaps);
     acc_t* const cell_weight = terms_.imitates() ? level.map(level.layout.cell_weight, n) : spare;
-    const bool attention = terms_.attention != 0;
+    const bool attention = terms_.has_attention;
     cell_sums[kStudentMap] = terms_.needs_student_map() ? level.map(level.layout.gradient_map, n) : nullptr;
     cell_sums[kTeacherMap] = terms_.needs_teacher_map() ? cell_weight : nullptr;
     cell_sums[kDistance] = terms_.imitates() ? spare : nullptr;
@@ -303,7 +308,7 @@ class Forward {
       acc_t* const means = row(channel_sums_[l], n * level.blocks() * 2);
       task.student_channel_means = means;
       task.teacher_channel_means = means + level.channels;
-      if (terms_.attention != 0) {
+      if (terms_.has_attention) {
         for (int64_t c = 0; c < 2 * level.channels; ++c) {
           for (int64_t block = 1; block < level.blocks(); ++block) means[c] += means[block * 2 * level.channels + c];
           means[c] /= static_cast<acc_t>(level.cells);

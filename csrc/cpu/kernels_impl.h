@@ -414,7 +414,7 @@ void finish_kernel(FinishTask<acc_t>& task) {
   for (double& loss : task.losses) loss = 0;
   MapExtremes<acc_t> teacher{};
   if (terms.needs_teacher_map()) teacher = map_extremes(task.cell_sums[kTeacherMap], task.cells, terms.relu);
-  if (terms.gradient != 0) {
+  if (terms.has_gradient) {
     MapExtremes<acc_t> student = map_extremes(task.cell_sums[kStudentMap], task.cells, terms.relu);
     task.losses[0] = finish_maps(task, student, teacher);
   }
@@ -423,13 +423,13 @@ void finish_kernel(FinishTask<acc_t>& task) {
     LongSum<acc_t> box, image;
     for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
       const Vector<acc_t> weighted = lanes.load(task.cell_sums[kDistance] + i) * lanes.load(task.cell_weight + i);
-      if (terms.image != 0) image.add(weighted);
-      if (terms.box != 0) box.add(weighted * lanes.load(task.box_mask + i));
+      if (terms.has_image) image.add(weighted);
+      if (terms.has_box) box.add(weighted * lanes.load(task.box_mask + i));
     });
     task.losses[1] = terms.box * box.total();
     task.losses[3] = terms.image / cells * image.total();
   }
-  if (terms.attention != 0) {
+  if (terms.has_attention) {
     const double in_channels =
         attention_distance(task.student_channel_means, task.teacher_channel_means, task.channels, 1 / terms.temperature,
                            terms.attention / cells, task.channel_attention);
@@ -447,7 +447,7 @@ struct FactorSource {
   using Factors = GradientFactors<Vector<acc_t>>;
   const GradientTask<scalar_t>& task;
   Terms terms;
-  Vector<acc_t> box, image, map;
+  Vector<acc_t> box, image, map, attention;
 
   explicit FactorSource(const GradientTask<scalar_t>& gradient_task)
       : task(gradient_task),
@@ -455,7 +455,8 @@ struct FactorSource {
         box(broadcast(static_cast<acc_t>(2 * terms.box * task.loss_gradients[1]))),
         image(
             broadcast(static_cast<acc_t>(2 * terms.image / static_cast<double>(task.cells) * task.loss_gradients[3]))),
-        map(broadcast(static_cast<acc_t>(task.loss_gradients[0]))) {}
+        map(broadcast(static_cast<acc_t>(task.loss_gradients[0]))),
+        attention(broadcast(static_cast<acc_t>(task.loss_gradients[2]))) {}
 
   // `load` gives a vector of successive values, or one value in all lanes.
   template <typename load_t>
@@ -463,11 +464,11 @@ struct FactorSource {
     Factors factors{};
     if (terms.imitates()) {
       factors.imitation = image;
-      if (terms.box != 0) factors.imitation += load(task.box_mask) * box;
+      if (terms.has_box) factors.imitation += load(task.box_mask) * box;
       factors.imitation *= load(task.cell_weight);
     }
-    if (terms.gradient != 0) factors.map = load(task.gradient_map) * map;
-    if (terms.attention != 0) factors.attention = load(task.cell_attention);
+    if (terms.has_gradient) factors.map = load(task.gradient_map) * map;
+    if (terms.has_attention) factors.attention = load(task.cell_attention) * attention;
     return factors;
   }
 
@@ -475,8 +476,8 @@ struct FactorSource {
   GKD_INLINE Factors of_channel(const load_t& load) const {
     Factors factors{};
     if (terms.imitates()) factors.imitation = load(task.channel_weight);
-    if (terms.gradient != 0) factors.map = load(task.alpha);
-    if (terms.attention != 0) factors.attention = load(task.channel_attention);
+    if (terms.has_gradient) factors.map = load(task.alpha);
+    if (terms.has_attention) factors.attention = load(task.channel_attention) * attention;
     return factors;
   }
 };
@@ -490,7 +491,6 @@ GKD_INLINE void gradient_rows(const GradientTask<scalar_t>& task, int64_t start,
   using acc_t = acc_type<scalar_t>;
   constexpr int64_t kStep = kLanes<acc_t>;
   const Terms terms = task.terms;
-  const Vector<acc_t> attention = broadcast(static_cast<acc_t>(task.loss_gradients[2]));
   const scalar_t* student = task.student + start;
   const scalar_t* teacher = task.teacher + start;
   scalar_t* gradient = task.gradient + start;
@@ -499,7 +499,7 @@ GKD_INLINE void gradient_rows(const GradientTask<scalar_t>& task, int64_t start,
     for (int k = 0; k < kRows; ++k) {
       const Vector<acc_t> S = lanes.load(student + k * stride + i);
       const Vector<acc_t> T = terms.imitates() ? lanes.load(teacher + k * stride + i) : Vector<acc_t>{};
-      write(gradient + k * stride + i, feature_gradient(terms, S, T, row_factors[k], shared, attention));
+      write(gradient + k * stride + i, feature_gradient(terms, S, T, row_factors[k], shared));
     }
   };
   const auto store_vector = [](scalar_t* to, Vector<acc_t> value) { store(to, value); };

@@ -58,10 +58,12 @@ class Scratch {
 void check_sizes(at::TensorList student) {
   TORCH_CHECK_VALUE(student.size() <= kMaxLevels, "student has ", student.size(),
                     " levels, but the CUDA kernels take at most ", kMaxLevels);
+  // Loops count in int, and step past their end.
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - (1 << 16);
   for (size_t l = 0; l < student.size(); ++l) {
-    TORCH_CHECK_VALUE(student[l].numel() / student[l].size(1) <= std::numeric_limits<int>::max() &&
-                          student[l].numel() / cells_of(student[l]) <= std::numeric_limits<int>::max(),
-                      "student[", l, "] has shape ", student[l].sizes(), ", which is too large for the CUDA kernels");
+    TORCH_CHECK_VALUE(
+        student[l].numel() / student[l].size(1) <= kMost && student[l].numel() / cells_of(student[l]) <= kMost,
+        "student[", l, "] has shape ", student[l].sizes(), ", which is too large for the CUDA kernels");
   }
 }
 
@@ -76,10 +78,22 @@ void set_input(LevelData<acc_t>& level, Input input, const at::Tensor& tensor, a
   level.vectors[input] = row % 16 == 0 && reinterpret_cast<uintptr_t>(level.inputs[input]) % 16 == 0;
 }
 
+// Sets the gradient of a level. One that is a mean already is given as such: nothing of it is left to sum up.
+template <typename acc_t>
+void set_gradient(LevelData<acc_t>& level, Input input, const at::Tensor& gradient, std::vector<at::Tensor>& keep) {
+  if (!is_mean(gradient)) return set_input(level, input, gradient, kernel_format(gradient), keep);
+  keep.push_back(mean_of(gradient));
+  level.channel_sums[input] = static_cast<acc_t*>(keep.back().data_ptr());
+  level.channel_parts[input] = level.summed_cells[input] = 1;
+}
+
 template <typename acc_t>
 void set_levels(Params<acc_t>& params, const Terms& terms, at::TensorList student, at::TensorList teacher,
                 const at::Tensor& state, std::vector<at::Tensor>& keep) {
   params.terms = terms;
+  params.box_weight = static_cast<acc_t>(terms.box);
+  params.attention_weight = static_cast<acc_t>(terms.attention);
+  params.temperature_scale = static_cast<acc_t>(1 / terms.temperature);
   params.images = static_cast<int>(student[0].size(0));
   params.num_levels = static_cast<int>(student.size());
   auto* place = static_cast<acc_t*>(state.data_ptr());
@@ -92,6 +106,11 @@ void set_levels(Params<acc_t>& params, const Terms& terms, at::TensorList studen
     const at::MemoryFormat format = kernel_format(student[l]);
     set_input(level, kStudent, student[l], format, keep);
     set_input(level, kTeacher, teacher[l], format, keep);
+    level.gradient_weight = static_cast<acc_t>(terms.gradient / level.cells);
+    level.image_weight = static_cast<acc_t>(terms.image / level.cells);
+    level.magnitude_scale = static_cast<acc_t>(1 / (terms.temperature * level.channels));
+    level.channel_attention_scale = static_cast<acc_t>(terms.attention / (terms.temperature * level.cells));
+    level.cell_attention_scale = static_cast<acc_t>(terms.attention / (terms.temperature * level.channels));
     const StateLayout layout(terms, params.images, level.channels, level.cells);
     level.gradient_map = place + layout.gradient_map;
     level.cell_weight = place + layout.cell_weight;
@@ -104,6 +123,13 @@ void set_levels(Params<acc_t>& params, const Terms& terms, at::TensorList studen
   }
 }
 
+// How many parts channels_last features are cut into, so that all multiprocessors have work.
+template <typename scalar_t, typename acc_t>
+int channel_parts(const LevelData<acc_t>& level, int images) {
+  const int64_t blocks = static_cast<int64_t>(images) * divide_up(level.channels, kTile<scalar_t>);
+  return std::min({divide_up(kPartBlocks, blocks), divide_up(level.cells, kPartCells), kMaxParts});
+}
+
 // The temporary memory of one level. A sum over channels lies where a later kernel writes what becomes of it, as far as
 // backward keeps that.
 template <typename scalar_t>
@@ -113,12 +139,17 @@ void take_scratch(const ForwardParams<acc_type<scalar_t>>& params, LevelData<acc
   const int64_t images = params.images, map = images * level.cells;
   for (int i = 0; i < params.num_inputs; ++i) {
     const Input input = params.inputs[i];
-    // channels_last features are cut into so many parts that all multiprocessors have work.
-    level.channel_parts[input] = level.channels_last[input] ? std::min(64, divide_up(level.cells, 64)) : 1;
+    if (input == kStudentGrad) {
+      level.channel_means[input] = level.alpha;
+    } else {
+      scratch.take(level.channel_means[input], images * level.channels);
+    }
+    if (level.channel_sums[input] != nullptr) continue;
+    level.channel_parts[input] = level.channels_last[input] ? channel_parts<scalar_t>(level, params.images) : 1;
+    level.summed_cells[input] = level.cells;
     scratch.take(level.channel_sums[input], images * level.channel_parts[input] * level.channels);
   }
-  if (terms.needs_teacher_map()) scratch.take(level.teacher_alpha, images * level.channels);
-  if (terms.attention != 0) scratch.take(level.channel_distance, images);
+  if (terms.has_attention) scratch.take(level.channel_distance, images);
   if (terms.needs_student_map()) level.cell_sums[kStudentMap] = level.gradient_map;
   if (terms.imitates()) {
     scratch.take(level.cell_sums[kDistance], map);
@@ -126,7 +157,7 @@ void take_scratch(const ForwardParams<acc_type<scalar_t>>& params, LevelData<acc
   } else if (terms.needs_teacher_map()) {
     scratch.take(level.cell_sums[kTeacherMap], map);
   }
-  if (terms.attention != 0) level.cell_sums[kStudentMagnitude] = level.cell_attention;
+  if (terms.has_attention) level.cell_sums[kStudentMagnitude] = level.cell_attention;
   if (terms.needs_teacher_magnitude()) scratch.take(level.cell_sums[kTeacherMagnitude], map);
   const int64_t chunks = divide_up(level.cells, kChunkCells);
   scratch.take(level.extremes, images * divide_up(level.cells, kTile<scalar_t>) * kExtremes);
@@ -141,9 +172,10 @@ void set_blocks(ForwardParams<acc_type<scalar_t>>& params) {
     const auto append = [l](BlockTable& table, int blocks) { table.first[l + 1] = table.first[l] + blocks; };
     for (int i = 0; i < params.num_inputs; ++i) {
       const Input input = params.inputs[i];
-      const int per_image = level.channels_last[input]
-                                ? level.channel_parts[input] * divide_up(level.channels, kTile<scalar_t>)
-                                : level.channels;
+      int per_image = level.channels_last[input]
+                          ? level.channel_parts[input] * divide_up(level.channels, kTile<scalar_t>)
+                          : level.channels;
+      if (level.inputs[input] == nullptr) per_image = 0;  // a mean
       append(params.channel_blocks[input], params.images * per_image);
     }
     append(params.tile_blocks, params.images * divide_up(level.cells, kTile<scalar_t>));
@@ -162,17 +194,13 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
   set_levels(params, terms, student, teacher, state, keep);
   if (terms.needs_student_map()) params.inputs[params.num_inputs++] = kStudentGrad;
   if (terms.needs_teacher_map()) params.inputs[params.num_inputs++] = kTeacherGrad;
-  if (terms.attention != 0) params.inputs[params.num_inputs++] = kStudent;
+  if (terms.has_attention) params.inputs[params.num_inputs++] = kStudent;
   if (terms.needs_teacher_magnitude()) params.inputs[params.num_inputs++] = kTeacher;
   Scratch<acc_t> scratch;
   for (int l = 0; l < params.num_levels; ++l) {
     LevelData<acc_t>& level = params.levels[l];
-    if (terms.needs_student_map()) {
-      set_input(level, kStudentGrad, student_grad[l], kernel_format(student_grad[l]), keep);
-    }
-    if (terms.needs_teacher_map()) {
-      set_input(level, kTeacherGrad, teacher_grad[l], kernel_format(teacher_grad[l]), keep);
-    }
+    if (terms.needs_student_map()) set_gradient(level, kStudentGrad, student_grad[l], keep);
+    if (terms.needs_teacher_map()) set_gradient(level, kTeacherGrad, teacher_grad[l], keep);
     take_scratch<scalar_t>(params, level, scratch);
   }
   keep.push_back(scratch.allocate(losses.options()));
@@ -186,7 +214,7 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
   if (params.num_inputs > 0) C10_CUDA_CHECK(launch_channel_sums<scalar_t>(params, stream));
   C10_CUDA_CHECK(launch_channel_weights<acc_t>(params, stream));
   C10_CUDA_CHECK(launch_cell_sums<scalar_t>(params, stream));
-  if (terms.box != 0) {
+  if (terms.has_box) {
     BoxOffsets offsets{};
     int first_box = 0;
     for (offsets.first_image = 0; offsets.first_image < params.images; offsets.first_image += kMaxImages) {

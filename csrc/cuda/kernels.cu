@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace gkd_d2 {
@@ -28,40 +30,69 @@ __device__ __forceinline__ void narrow(float value, BFloat16& to) {
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-template <typename scalar_t>
+// 16 bytes of values.
+template <typename value_t>
 struct alignas(16) Pack {
-  scalar_t values[kVectorSize<scalar_t>];
+  value_t values[kVectorSize<value_t>];
 };
 
 // The elements that one lane of a warp has of a tile: successive ones where 16 bytes may be moved at a time, else a
 // warp's width apart. Elements at or beyond `count` are 0 and are not stored.
-template <typename scalar_t>
+template <typename scalar_t, bool kVectors>
 struct Tile {
   using acc_t = acc_type<scalar_t>;
   static constexpr int kSize = kVectorSize<scalar_t>;
+  // How many packs a lane reads before it uses the first, so that their loads overlap, and how many pairs of S and T. A
+  // pack that is read element by element is several loads by itself.
+  static constexpr int kPacksAhead = kVectors ? 4 : 2;
+  static constexpr int kPairsAhead = kPacksAhead / 2;
   int lane;
-  bool vectors;
 
-  __device__ __forceinline__ int index(int k) const { return vectors ? lane * kSize + k : lane + k * kWarp; }
+  __device__ __forceinline__ int index(int k) const {
+    if constexpr (kVectors) return lane * kSize + k;
+    return lane + k * kWarp;
+  }
 
-  __device__ __forceinline__ void load(const scalar_t* from, int count, acc_t (&values)[kSize]) const {
-    if (vectors) {
-      Pack<scalar_t> pack{};
+  // As they lie in memory: what is made of them comes after the next loads.
+  __device__ __forceinline__ Pack<scalar_t> fetch(const scalar_t* from, int count) const {
+    Pack<scalar_t> pack{};
+    if constexpr (kVectors) {
       if (index(0) < count) pack = *reinterpret_cast<const Pack<scalar_t>*>(from + index(0));
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) values[k] = widen(pack.values[k]);
     } else {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) values[k] = index(k) < count ? widen(from[index(k)]) : acc_t{0};
+      for (int k = 0; k < kSize; ++k) {
+        if (index(k) < count) pack.values[k] = from[index(k)];
+      }
+    }
+    return pack;
+  }
+
+  // Of a vector of factors.
+  __device__ __forceinline__ void gather(const acc_t* from, int count, acc_t (&values)[kSize]) const {
+    // The features may be aligned where what was summed up of them is not.
+    if (kVectors && reinterpret_cast<uintptr_t>(from) % sizeof(Pack<acc_t>) == 0) {
+#pragma unroll
+      for (int k = 0; k < kSize; k += kVectorSize<acc_t>) {
+        Pack<acc_t> pack{};
+        if (index(k) < count) pack = *reinterpret_cast<const Pack<acc_t>*>(from + index(k));
+#pragma unroll
+        for (int i = 0; i < kVectorSize<acc_t>; ++i) values[k + i] = pack.values[i];
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) values[k] = index(k) < count ? from[index(k)] : acc_t{0};
     }
   }
 
   __device__ __forceinline__ void store(scalar_t* to, int count, const acc_t (&values)[kSize]) const {
-    if (vectors) {
+    if constexpr (kVectors) {
       Pack<scalar_t> pack;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) narrow(values[k], pack.values[k]);
-      if (index(0) < count) *reinterpret_cast<Pack<scalar_t>*>(to + index(0)) = pack;
+      // As one value, for the members of a struct may be stored one by one; past the caches, for nothing here reads it.
+      uint4 bytes;
+      memcpy(&bytes, &pack, sizeof(bytes));
+      if (index(0) < count) __stcs(reinterpret_cast<uint4*>(to + index(0)), bytes);
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
@@ -70,6 +101,28 @@ struct Tile {
     }
   }
 };
+
+// What a tile is for the elements of many lanes, for one element that all lanes share.
+template <typename value_t>
+struct Shared {
+  static constexpr int kSize = 1;
+  __device__ __forceinline__ void gather(const value_t* from, int, value_t (&values)[1]) const { values[0] = *from; }
+};
+
+template <typename scalar_t>
+__device__ __forceinline__ void widen(const Pack<scalar_t>& pack, acc_type<scalar_t> (&values)[kVectorSize<scalar_t>]) {
+#pragma unroll
+  for (int k = 0; k < kVectorSize<scalar_t>; ++k) values[k] = widen(pack.values[k]);
+}
+
+// The place of element i of a tile in shared memory. An element of room after each 128 bytes keeps lanes whose elements
+// are 2, 4 or 8 apart out of each other's banks.
+template <typename acc_t>
+__device__ __forceinline__ constexpr int padded(int i) {
+  return i + i / (128 / static_cast<int>(sizeof(acc_t)));
+}
+template <typename scalar_t>
+constexpr int kPaddedTile = kTile<scalar_t> + kTile<scalar_t> * static_cast<int>(sizeof(acc_type<scalar_t>)) / 128;
 
 // -------------------------------------------------------------------------------------------------- reductions
 
@@ -140,62 +193,101 @@ __device__ __forceinline__ Place locate(const BlockTable& table, int num_levels)
 
 // ----------------------------------------------------------------------------------------------------- forward
 
-// A block sums up one channel of one image of contiguous features, or a tile of channels over a part of the cells of
-// channels_last ones.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    channel_sums_kernel(const __grid_constant__ ForwardParams<acc_type<scalar_t>> params) {
+// The sums over cells of one channel of one image of contiguous features, or of a tile of channels over a part of the
+// cells of channels_last ones.
+template <typename scalar_t, bool kVectors>
+__device__ __forceinline__ void sum_channels(const LevelData<acc_type<scalar_t>>& level, Input input, int block,
+                                             acc_type<scalar_t> (&of_warps)[kWarps][kPaddedTile<scalar_t>]) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int kSize = kVectorSize<scalar_t>;
-  const Input input = params.inputs[blockIdx.y];
-  const BlockTable& table = params.channel_blocks[input];
-  if (static_cast<int>(blockIdx.x) >= table.first[params.num_levels]) return;
-  const Place place = locate(table, params.num_levels);
-  const LevelData<acc_t>& level = params.levels[place.level];
+  constexpr int kSize = kVectorSize<scalar_t>, kAhead = Tile<scalar_t, kVectors>::kPacksAhead;
   const bool magnitudes = input == kStudent || input == kTeacher;
   const auto* features = static_cast<const scalar_t*>(level.inputs[input]);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Tile<scalar_t> tile{lane, level.vectors[input]};
+  const Tile<scalar_t, kVectors> tile{lane};
   acc_t sums[kSize] = {};
-  const auto add = [&](const scalar_t* from, int count) {
-    acc_t values[kSize];
-    tile.load(from, count, values);
+  // Adds up the tiles that `fetch` reads at first, first + step and so on; at or beyond the end it reads nothing.
+  const auto add = [&](int first, int end, int step, const auto& fetch) {
+    for (int i = first; i < end; i += kAhead * step) {
+      Pack<scalar_t> packs[kAhead];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) sums[k] += magnitudes ? absolute(values[k]) : values[k];
+      for (int j = 0; j < kAhead; ++j) packs[j] = fetch(i + j * step);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        acc_t values[kSize];
+        widen(packs[j], values);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) sums[k] += magnitudes ? absolute(values[k]) : values[k];
+      }
+    }
   };
   if (!level.channels_last[input]) {
-    const scalar_t* row = features + static_cast<int64_t>(place.block) * level.cells;
-#pragma unroll 4
-    for (int start = warp * kTile<scalar_t>; start < level.cells; start += kWarps * kTile<scalar_t>) {
-      add(row + start, level.cells - start);
-    }
+    const scalar_t* row = features + static_cast<int64_t>(block) * level.cells;
+    add(warp * kTile<scalar_t>, level.cells, kWarps * kTile<scalar_t>,
+        [&](int start) { return tile.fetch(row + start, level.cells - start); });
     acc_t sum[1] = {0};
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum[0] += sums[k];
     reduce_block(sum, Plus{});
-    if (threadIdx.x == 0) level.channel_sums[input][place.block] = sum[0];
+    if (threadIdx.x == 0) level.channel_sums[input][block] = sum[0];
     return;
   }
-  __shared__ acc_t of_warps[kWarps][kTile<scalar_t>];
   const int tiles = divide_up(level.channels, kTile<scalar_t>), parts = level.channel_parts[input];
-  const int first_channel = place.block % tiles * kTile<scalar_t>;
-  const int part = place.block / tiles % parts, image = place.block / tiles / parts;
+  const int first_channel = block % tiles * kTile<scalar_t>;
+  const int part = block / tiles % parts, image = block / tiles / parts;
   const int cells = divide_up(level.cells, parts);
-  const int end = min(level.cells, (part + 1) * cells);
-#pragma unroll 4
-  for (int cell = part * cells + warp; cell < end; cell += kWarps) {
-    const int64_t start = (static_cast<int64_t>(image) * level.cells + cell) * level.channels + first_channel;
-    add(features + start, level.channels - first_channel);
-  }
+  const scalar_t* image_features =
+      features + static_cast<int64_t>(image) * level.cells * level.channels + first_channel;
+  const int end = min(level.cells, (part + 1) * cells), count = level.channels - first_channel;
+  add(part * cells + warp, end, kWarps, [&](int cell) {
+    return tile.fetch(image_features + static_cast<int64_t>(cell) * level.channels, cell < end ? count : 0);
+  });
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) of_warps[warp][tile.index(k)] = sums[k];
+  for (int k = 0; k < kSize; ++k) of_warps[warp][padded<acc_t>(tile.index(k))] = sums[k];
   __syncthreads();
   for (int i = threadIdx.x; i < kTile<scalar_t> && first_channel + i < level.channels; i += kThreads) {
-    acc_t sum = of_warps[0][i];
-    for (int other = 1; other < kWarps; ++other) sum += of_warps[other][i];
+    acc_t sum = of_warps[0][padded<acc_t>(i)];
+    for (int other = 1; other < kWarps; ++other) sum += of_warps[other][padded<acc_t>(i)];
     level.channel_sums[input][(static_cast<int64_t>(image) * parts + part) * level.channels + first_channel + i] = sum;
   }
 }
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    channel_sums_kernel(const __grid_constant__ ForwardParams<acc_type<scalar_t>> params) {
+  __shared__ acc_type<scalar_t> of_warps[kWarps][kPaddedTile<scalar_t>];
+  const Input input = params.inputs[blockIdx.y];
+  const BlockTable& table = params.channel_blocks[input];
+  if (static_cast<int>(blockIdx.x) >= table.first[params.num_levels]) return;
+  const Place place = locate(table, params.num_levels);
+  const auto& level = params.levels[place.level];
+  // Decided for the block as a whole: a decision at each load would keep the next one waiting.
+  if (level.vectors[input]) {
+    sum_channels<scalar_t, true>(level, input, place.block, of_warps);
+  } else {
+    sum_channels<scalar_t, false>(level, input, place.block, of_warps);
+  }
+}
+
+// The maximum over channels of the means of magnitudes, and the sum of exp((mean - maximum) / temperature).
+template <typename acc_t>
+struct ChannelSoftmax {
+  const acc_t* means;  // C
+  acc_t channels, scale, most, sum;
+
+  __device__ __forceinline__ ChannelSoftmax(const acc_t* means_of_image, int num_channels, acc_t temperature_scale)
+      : means(means_of_image), channels(static_cast<acc_t>(num_channels)), scale(temperature_scale) {
+    acc_t value[1] = {-static_cast<acc_t>(HUGE_VAL)};
+    for (int c = threadIdx.x; c < num_channels; c += kThreads) value[0] = Larger{}(means[c], value[0]);
+    reduce_block(value, Larger{});
+    most = value[0];
+    value[0] = 0;
+    for (int c = threadIdx.x; c < num_channels; c += kThreads) value[0] += exp((means[c] - most) * scale);
+    reduce_block(value, Plus{});
+    sum = value[0];
+  }
+  // Ac
+  __device__ __forceinline__ acc_t attention(int c) const { return channels * exp((means[c] - most) * scale) / sum; }
+};
 
 // The mean over cells of one channel of one image, from the sums of its parts.
 template <typename acc_t>
@@ -203,36 +295,10 @@ __device__ __forceinline__ acc_t channel_mean(const LevelData<acc_t>& level, Inp
   const int parts = level.channel_parts[input];
   const acc_t* sums = level.channel_sums[input] + static_cast<int64_t>(image) * parts * level.channels + channel;
   acc_t sum = 0;
+#pragma unroll 8
   for (int part = 0; part < parts; ++part) sum += sums[static_cast<int64_t>(part) * level.channels];
-  return sum / static_cast<acc_t>(level.cells);
+  return sum / static_cast<acc_t>(level.summed_cells[input]);
 }
-
-// The maximum over channels of the means of magnitudes, and the sum of exp((mean - maximum) / temperature).
-template <typename acc_t>
-struct ChannelSoftmax {
-  acc_t most, sum;
-
-  __device__ __forceinline__ ChannelSoftmax(const LevelData<acc_t>& level, Input input, int image, acc_t scale) {
-    acc_t value[1] = {channel_mean(level, input, image, 0)};
-    for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-      value[0] = Larger{}(channel_mean(level, input, image, c), value[0]);
-    }
-    reduce_block(value, Larger{});
-    most = value[0];
-    value[0] = 0;
-    for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-      value[0] += exp((channel_mean(level, input, image, c) - most) * scale);
-    }
-    reduce_block(value, Plus{});
-    sum = value[0];
-  }
-  // Ac
-  __device__ __forceinline__ acc_t attention(const LevelData<acc_t>& level, Input input, int image, int c,
-                                             acc_t scale) const {
-    const acc_t channels = static_cast<acc_t>(level.channels);
-    return channels * exp((channel_mean(level, input, image, c) - most) * scale) / sum;
-  }
-};
 
 // A block turns the channel sums of one image and level into alpha, u and the channels' share of loss_bmfi_attention.
 template <typename acc_t>
@@ -242,139 +308,184 @@ __global__ void __launch_bounds__(kThreads)
   const LevelData<acc_t>& level = params.levels[blockIdx.x / params.images];
   const int image = static_cast<int>(blockIdx.x) % params.images;
   const int64_t offset = static_cast<int64_t>(image) * level.channels;
-  const acc_t scale = static_cast<acc_t>(1 / terms.temperature);
-  acc_t total[1] = {0};
-  for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-    if (terms.needs_student_map()) level.alpha[offset + c] = channel_mean(level, kStudentGrad, image, c);
-    if (terms.needs_teacher_map()) {
-      const acc_t alpha = channel_mean(level, kTeacherGrad, image, c);
-      level.teacher_alpha[offset + c] = alpha;
-      total[0] += absolute(alpha);
+  // A thread reads only means that it has written itself.
+  for (int i = 0; i < params.num_inputs; ++i) {
+    const Input input = params.inputs[i];
+    for (int c = threadIdx.x; c < level.channels; c += kThreads) {
+      level.channel_means[input][offset + c] = channel_mean(level, input, image, c);
     }
-    if (terms.weighs_by(Weighting::kUniform)) level.channel_weight[offset + c] = 1;
+  }
+  if (terms.weighs_by(Weighting::kUniform)) {
+    for (int c = threadIdx.x; c < level.channels; c += kThreads) level.channel_weight[offset + c] = 1;
   }
   if (terms.weighs_by(Weighting::kGradient)) {
+    const acc_t* alpha = level.channel_means[kTeacherGrad] + offset;
+    acc_t total[1] = {0};
+    for (int c = threadIdx.x; c < level.channels; c += kThreads) total[0] += absolute(alpha[c]);
     reduce_block(total, Plus{});
     for (int c = threadIdx.x; c < level.channels; c += kThreads) {
       level.channel_weight[offset + c] =
-          total[0] == 0 ? acc_t{1}
-                        : static_cast<acc_t>(level.channels) * absolute(level.teacher_alpha[offset + c]) / total[0];
+          total[0] == 0 ? acc_t{1} : static_cast<acc_t>(level.channels) * absolute(alpha[c]) / total[0];
     }
   }
   if (!terms.needs_teacher_magnitude()) return;
-  const ChannelSoftmax<acc_t> teacher(level, kTeacher, image, scale);
+  const ChannelSoftmax<acc_t> teacher(level.channel_means[kTeacher] + offset, level.channels, params.temperature_scale);
   if (terms.weighs_by(Weighting::kAttention)) {
-    for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-      level.channel_weight[offset + c] = teacher.attention(level, kTeacher, image, c, scale);
-    }
+    for (int c = threadIdx.x; c < level.channels; c += kThreads)
+      level.channel_weight[offset + c] = teacher.attention(c);
   }
-  if (terms.attention == 0) return;
-  const ChannelSoftmax<acc_t> student(level, kStudent, image, scale);
+  if (!terms.has_attention) return;
+  const ChannelSoftmax<acc_t> student(level.channel_means[kStudent] + offset, level.channels, params.temperature_scale);
   acc_t sums[2] = {0, 0};  // of |Ac(S) - Ac(T)| and of Ac(S) * sign(Ac(S) - Ac(T))
   for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-    const acc_t a = student.attention(level, kStudent, image, c, scale);
-    const acc_t difference = a - teacher.attention(level, kTeacher, image, c, scale);
+    const acc_t a = student.attention(c), difference = a - teacher.attention(c);
     sums[0] += absolute(difference);
     sums[1] += a * sign(difference);
   }
   reduce_block(sums, Plus{});
   if (threadIdx.x == 0) level.channel_distance[image] = sums[0];
   const acc_t mean_sign = sums[1] / static_cast<acc_t>(level.channels);
-  const acc_t slope = static_cast<acc_t>(terms.attention / (terms.temperature * level.cells));
   for (int c = threadIdx.x; c < level.channels; c += kThreads) {
-    const acc_t a = student.attention(level, kStudent, image, c, scale);
-    const acc_t difference = a - teacher.attention(level, kTeacher, image, c, scale);
-    level.channel_attention[offset + c] = a * (sign(difference) - mean_sign) * slope;
+    const acc_t a = student.attention(c), difference = a - teacher.attention(c);
+    level.channel_attention[offset + c] = a * (sign(difference) - mean_sign) * level.channel_attention_scale;
   }
 }
 
-// The alphas and u of a channel, as far as the losses need them.
-template <typename acc_t>
+// The alphas and u of the channels of a tile, as far as the losses need them.
+template <typename acc_t, typename tile_t>
 struct ChannelFactors {
-  acc_t student_alpha, teacher_alpha, weight;
+  acc_t student_alpha[tile_t::kSize] = {}, teacher_alpha[tile_t::kSize] = {}, weight[tile_t::kSize] = {};
 
-  __device__ __forceinline__ ChannelFactors(const Terms& terms, const LevelData<acc_t>& level, int64_t channel)
-      : student_alpha(terms.needs_student_map() ? level.alpha[channel] : acc_t{0}),
-        teacher_alpha(terms.needs_teacher_map() ? level.teacher_alpha[channel] : acc_t{0}),
-        weight(terms.imitates() ? level.channel_weight[channel] : acc_t{0}) {}
+  // Of `count` channels of an image from `first` on.
+  __device__ __forceinline__ void gather(const tile_t& tile, const Terms& terms, const LevelData<acc_t>& level,
+                                         int64_t first, int count) {
+    if (terms.needs_student_map()) tile.gather(level.channel_means[kStudentGrad] + first, count, student_alpha);
+    if (terms.needs_teacher_map()) tile.gather(level.channel_means[kTeacherGrad] + first, count, teacher_alpha);
+    if (terms.imitates()) tile.gather(level.channel_weight + first, count, weight);
+  }
 
-  __device__ __forceinline__ void add(acc_t student, acc_t teacher, acc_t (&sums)[kCellSums]) const {
+  __device__ __forceinline__ void add(int k, acc_t student, acc_t teacher, acc_t (&sums)[kCellSums]) const {
     const acc_t difference = student - teacher;
-    sums[kStudentMap] += student_alpha * student;
-    sums[kTeacherMap] += teacher_alpha * teacher;
-    sums[kDistance] += weight * difference * difference;
+    sums[kStudentMap] += student_alpha[k] * student;
+    sums[kTeacherMap] += teacher_alpha[k] * teacher;
+    sums[kDistance] += weight[k] * difference * difference;
     sums[kStudentMagnitude] += absolute(student);
     sums[kTeacherMagnitude] += absolute(teacher);
   }
 };
 
+// The sums over channels of the cell first_cell + threadIdx.x of an image, for `count` cells from first_cell on; those
+// that are not wanted stay 0.
+template <typename scalar_t, bool kVectors>
+__device__ __forceinline__ void sum_cells(const Terms& terms, const LevelData<acc_type<scalar_t>>& level, int image,
+                                          int first_cell, int count,
+                                          acc_type<scalar_t> (&tile_sums)[kWarps][kPaddedTile<scalar_t>],
+                                          acc_type<scalar_t> (&cell_sums)[kCellSums]) {
+  using acc_t = acc_type<scalar_t>;
+  using tile_t = Tile<scalar_t, kVectors>;
+  constexpr int kSize = kVectorSize<scalar_t>, kAhead = tile_t::kPairsAhead;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first_channel = static_cast<int64_t>(image) * level.channels;
+  const auto* student = static_cast<const scalar_t*>(level.inputs[kStudent]) + first_channel * level.cells;
+  const auto* teacher = static_cast<const scalar_t*>(level.inputs[kTeacher]) + first_channel * level.cells;
+  const tile_t tile{lane};
+  if (!level.channels_last[kStudent]) {
+    using factors_t = ChannelFactors<acc_t, Shared<acc_t>>;
+    acc_t sums[kSize][kCellSums] = {};
+    for (int first = warp; first < level.channels; first += kAhead * kWarps) {
+      Pack<scalar_t> S[kAhead], T[kAhead];
+      factors_t factors[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int c = first + j * kWarps, limit = c < level.channels ? count : 0;
+        const int64_t start = static_cast<int64_t>(c) * level.cells + first_cell;
+        S[j] = tile.fetch(student + start, limit);
+        T[j] = tile.fetch(teacher + start, limit);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int c = first + j * kWarps;
+        if (c < level.channels) factors[j].gather(Shared<acc_t>{}, terms, level, first_channel + c, 1);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        acc_t s[kSize], t[kSize];
+        widen(S[j], s);
+        widen(T[j], t);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) factors[j].add(0, s[k], t[k], sums[k]);
+      }
+    }
+#pragma unroll
+    for (int sum = 0; sum < kCellSums; ++sum) {
+      if (level.cell_sums[sum] == nullptr) continue;
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) tile_sums[warp][padded<acc_t>(tile.index(k))] = sums[k][sum];
+      __syncthreads();
+      if (threadIdx.x < kTile<scalar_t>) {
+        for (int other = 0; other < kWarps; ++other) cell_sums[sum] += tile_sums[other][padded<acc_t>(threadIdx.x)];
+      }
+    }
+    return;
+  }
+  static_assert(kCellSums <= kWarps, "the sums of a tile share the memory of its warps");
+  for (int c = 0; c < level.channels; c += kTile<scalar_t>) {
+    ChannelFactors<acc_t, tile_t> factors;
+    factors.gather(tile, terms, level, first_channel + c, level.channels - c);
+    for (int first = warp; first < count; first += kAhead * kWarps) {
+      Pack<scalar_t> S[kAhead], T[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int cell = first + j * kWarps, limit = cell < count ? level.channels - c : 0;
+        const int64_t start = static_cast<int64_t>(first_cell + cell) * level.channels + c;
+        S[j] = tile.fetch(student + start, limit);
+        T[j] = tile.fetch(teacher + start, limit);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int cell = first + j * kWarps;
+        if (cell >= count) break;
+        acc_t s[kSize], t[kSize], sums[kCellSums] = {};
+        widen(S[j], s);
+        widen(T[j], t);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) factors.add(k, s[k], t[k], sums);
+#pragma unroll
+        for (int sum = 0; sum < kCellSums; ++sum) {
+          if (level.cell_sums[sum] == nullptr) continue;
+          const acc_t total = reduce_warp(sums[sum], Plus{});
+          acc_t& of_cell = tile_sums[sum][padded<acc_t>(cell)];
+          if (lane == 0) of_cell = c == 0 ? total : of_cell + total;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= count) return;
+#pragma unroll
+  for (int sum = 0; sum < kCellSums; ++sum) {
+    if (level.cell_sums[sum] != nullptr) cell_sums[sum] = tile_sums[sum][padded<acc_t>(threadIdx.x)];
+  }
+}
+
 // A block sums up a tile of cells over all channels, and finds the extremes of the tile.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     cell_sums_kernel(const __grid_constant__ ForwardParams<acc_type<scalar_t>> params) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int kSize = kVectorSize<scalar_t>;
-  __shared__ acc_t tile_sums[kWarps][kTile<scalar_t>];
+  __shared__ acc_t tile_sums[kWarps][kPaddedTile<scalar_t>];
   const Place place = locate(params.tile_blocks, params.num_levels);
   const LevelData<acc_t>& level = params.levels[place.level];
   const Terms& terms = params.terms;
   const int tiles = divide_up(level.cells, kTile<scalar_t>);
   const int image = place.block / tiles, first_cell = place.block % tiles * kTile<scalar_t>;
   const int count = min(kTile<scalar_t>, level.cells - first_cell);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t first_channel = static_cast<int64_t>(image) * level.channels;
-  const auto* student = static_cast<const scalar_t*>(level.inputs[kStudent]) + first_channel * level.cells;
-  const auto* teacher = static_cast<const scalar_t*>(level.inputs[kTeacher]) + first_channel * level.cells;
-  const Tile<scalar_t> tile{lane, level.vectors[kStudent] && level.vectors[kTeacher]};
-
-  acc_t cell_sums[kCellSums] = {};  // of the cell first_cell + threadIdx.x, where it is in the tile
-  if (!level.channels_last[kStudent]) {
-    acc_t sums[kSize][kCellSums] = {};
-#pragma unroll 2
-    for (int c = warp; c < level.channels; c += kWarps) {
-      const ChannelFactors<acc_t> factors(terms, level, first_channel + c);
-      const int64_t start = static_cast<int64_t>(c) * level.cells + first_cell;
-      acc_t S[kSize], T[kSize];
-      tile.load(student + start, count, S);
-      tile.load(teacher + start, count, T);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) factors.add(S[k], T[k], sums[k]);
-    }
-#pragma unroll
-    for (int sum = 0; sum < kCellSums; ++sum) {
-      __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) tile_sums[warp][tile.index(k)] = sums[k][sum];
-      __syncthreads();
-      if (threadIdx.x < kTile<scalar_t>) {
-        for (int other = 0; other < kWarps; ++other) cell_sums[sum] += tile_sums[other][threadIdx.x];
-      }
-    }
+  acc_t cell_sums[kCellSums] = {};
+  if (level.vectors[kStudent] && level.vectors[kTeacher]) {
+    sum_cells<scalar_t, true>(terms, level, image, first_cell, count, tile_sums, cell_sums);
   } else {
-    static_assert(kCellSums <= kWarps, "the sums of a tile share the memory of its warps");
-    for (int cell = warp; cell < count; cell += kWarps) {
-      acc_t sums[kCellSums] = {};
-      const int64_t row = static_cast<int64_t>(first_cell + cell) * level.channels;
-      for (int c = 0; c < level.channels; c += kTile<scalar_t>) {
-        acc_t S[kSize], T[kSize];
-        tile.load(student + row + c, level.channels - c, S);
-        tile.load(teacher + row + c, level.channels - c, T);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          if (c + tile.index(k) >= level.channels) continue;
-          ChannelFactors<acc_t>(terms, level, first_channel + c + tile.index(k)).add(S[k], T[k], sums);
-        }
-      }
-#pragma unroll
-      for (int sum = 0; sum < kCellSums; ++sum) {
-        sums[sum] = reduce_warp(sums[sum], Plus{});
-        if (lane == 0) tile_sums[sum][cell] = sums[sum];
-      }
-    }
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < count) {
-      for (int sum = 0; sum < kCellSums; ++sum) cell_sums[sum] = tile_sums[sum][threadIdx.x];
-    }
+    sum_cells<scalar_t, false>(terms, level, image, first_cell, count, tile_sums, cell_sums);
   }
 
   const bool in_tile = static_cast<int>(threadIdx.x) < count;
@@ -485,15 +596,13 @@ struct Chunk {
   int64_t image_offset;
   acc_t extremes[kExtremes];
   acc_t student_range, teacher_range;
-  acc_t magnitude_scale;  // 1 / (C * temperature)
 
   __device__ __forceinline__ Chunk(const ForwardParams<acc_t>& params, const Place& place, int tile)
       : level(params.levels[place.level]),
         chunks(divide_up(level.cells, kChunkCells)),
         image(place.block / chunks),
         first_cell(place.block % chunks * kChunkCells),
-        image_offset(static_cast<int64_t>(image) * level.cells),
-        magnitude_scale(static_cast<acc_t>(1 / (params.terms.temperature * level.channels))) {
+        image_offset(static_cast<int64_t>(image) * level.cells) {
     const int tiles = divide_up(level.cells, tile);
     reduce_parts(level.extremes + static_cast<int64_t>(image) * tiles * kExtremes, tiles, -static_cast<acc_t>(HUGE_VAL),
                  extremes, Larger{});
@@ -526,10 +635,10 @@ struct Chunk {
     return unit_range(rectified(g, relu), extremes[kTeacherLow], teacher_range);
   }
   __device__ __forceinline__ acc_t student_exp(acc_t magnitude) const {
-    return exp((magnitude - extremes[kStudentMost]) * magnitude_scale);
+    return exp((magnitude - extremes[kStudentMost]) * level.magnitude_scale);
   }
   __device__ __forceinline__ acc_t teacher_exp(acc_t magnitude) const {
-    return exp((magnitude - extremes[kTeacherMost]) * magnitude_scale);
+    return exp((magnitude - extremes[kTeacherMost]) * level.magnitude_scale);
   }
 };
 
@@ -544,7 +653,7 @@ __global__ void __launch_bounds__(kThreads)
     if (terms.needs_teacher_map()) {
       const acc_t teacher = chunk.teacher_unit(level.cell_sums[kTeacherMap][cell], terms.relu);
       sums[kTeacherUnit] += teacher;
-      if (terms.gradient != 0) {
+      if (terms.has_gradient) {
         const acc_t G = rectified(level.cell_sums[kStudentMap][cell], terms.relu);
         const acc_t student = unit_range(G, chunk.extremes[kStudentLow], chunk.student_range);
         const acc_t s = sign(student - teacher);
@@ -558,7 +667,7 @@ __global__ void __launch_bounds__(kThreads)
     if (terms.needs_teacher_magnitude()) {
       sums[kTeacherExp] += chunk.teacher_exp(level.cell_sums[kTeacherMagnitude][cell]);
     }
-    if (terms.attention != 0) sums[kStudentExp] += chunk.student_exp(level.cell_sums[kStudentMagnitude][cell]);
+    if (terms.has_attention) sums[kStudentExp] += chunk.student_exp(level.cell_sums[kStudentMagnitude][cell]);
   });
   reduce_block(sums, Plus{});
   if (threadIdx.x == 0) {
@@ -579,7 +688,6 @@ __global__ void __launch_bounds__(kThreads)
   const MapExtremes<acc_t> extremes{chunk.extremes[kStudentLow], chunk.extremes[kStudentHigh],
                                     first[kThroughLow] / first[kLows], -first[kThroughHigh] / first[kHighs]};
   const acc_t cells = static_cast<acc_t>(level.cells);
-  const acc_t map_weight = static_cast<acc_t>(terms.gradient / level.cells);
   acc_t sums[kSecondSums] = {};
   chunk.for_each_cell([&](int64_t cell) {
     const acc_t teacher_unit =
@@ -588,10 +696,10 @@ __global__ void __launch_bounds__(kThreads)
         terms.needs_teacher_magnitude()
             ? cells * chunk.teacher_exp(level.cell_sums[kTeacherMagnitude][cell]) / first[kTeacherExp]
             : acc_t{0};
-    if (terms.gradient != 0) {
+    if (terms.has_gradient) {
       const acc_t g = level.cell_sums[kStudentMap][cell];
       const acc_t s = sign(chunk.student_unit(g, terms.relu) - teacher_unit);
-      level.gradient_map[cell] = gradient_map_slope(g, s, extremes, map_weight, terms.relu);
+      level.gradient_map[cell] = gradient_map_slope(g, s, extremes, level.gradient_weight, terms.relu);
     }
     if (terms.imitates()) {
       acc_t weight = 1;
@@ -601,10 +709,10 @@ __global__ void __launch_bounds__(kThreads)
       }
       const acc_t distance = weight * level.cell_sums[kDistance][cell];
       level.cell_weight[cell] = weight;
-      if (terms.image != 0) sums[kImageDistance] += distance;
-      if (terms.box != 0) sums[kBoxDistance] += distance * level.box_mask[cell];
+      if (terms.has_image) sums[kImageDistance] += distance;
+      if (terms.has_box) sums[kBoxDistance] += distance * level.box_mask[cell];
     }
-    if (terms.attention != 0) {
+    if (terms.has_attention) {
       const acc_t a = cells * chunk.student_exp(level.cell_sums[kStudentMagnitude][cell]) / first[kStudentExp];
       sums[kAttentionDistance] += absolute(a - teacher_attention);
       sums[kAttentionSign] += a * sign(a - teacher_attention);
@@ -627,14 +735,13 @@ __global__ void __launch_bounds__(kThreads) cell_attention_kernel(const __grid_c
   acc_t sums[kSecondSums];
   reduce_parts(level.second_sums + static_cast<int64_t>(image) * chunks * kSecondSums, chunks, acc_t{0}, sums, Plus{});
   const acc_t mean_sign = sums[kAttentionSign] / static_cast<acc_t>(level.cells);
-  const acc_t slope = static_cast<acc_t>(params.terms.attention / (params.terms.temperature * level.channels));
   const int64_t offset = static_cast<int64_t>(image) * level.cells;
   for (int k = threadIdx.x; k < kChunkCells; k += kThreads) {
     const int cell = place.block % chunks * kChunkCells + k;
     if (cell >= level.cells) return;
     const acc_t a = level.cell_attention[offset + cell];
     const acc_t difference = a - level.cell_sums[kTeacherMagnitude][offset + cell];
-    level.cell_attention[offset + cell] = a * (sign(difference) - mean_sign) * slope;
+    level.cell_attention[offset + cell] = a * (sign(difference) - mean_sign) * level.cell_attention_scale;
   }
 }
 
@@ -652,17 +759,17 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant_
       for (int k = 0; k < kSecondSums; ++k)
         second[k] += level.second_sums[static_cast<int64_t>(part) * kSecondSums + k];
     }
-    if (terms.attention != 0) {
+    if (terms.has_attention) {
       for (int image = threadIdx.x; image < params.images; image += kThreads) {
         second[kAttentionDistance] += level.channel_distance[image];
       }
     }
     reduce_block(first, Plus{});
     reduce_block(second, Plus{});
-    losses[0] += static_cast<acc_t>(terms.gradient / level.cells) * first[0];
-    losses[1] += static_cast<acc_t>(terms.box) * second[kBoxDistance];
-    losses[2] += static_cast<acc_t>(terms.attention) * second[kAttentionDistance];
-    losses[3] += static_cast<acc_t>(terms.image / level.cells) * second[kImageDistance];
+    losses[0] += level.gradient_weight * first[0];
+    losses[1] += params.box_weight * second[kBoxDistance];
+    losses[2] += params.attention_weight * second[kAttentionDistance];
+    losses[3] += level.image_weight * second[kImageDistance];
   }
   if (threadIdx.x != 0) return;
   for (int k = 0; k < 4; ++k) params.losses[k] = losses[k];
@@ -670,52 +777,85 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant_
 
 // ---------------------------------------------------------------------------------------------------- backward
 
+// The factors of the gradient with respect to S, of the cells or of the channels of a tile.
 template <typename acc_t>
 struct FactorSource {
   const Terms& terms;
   const LevelData<acc_t>& level;
-  acc_t map, box, image;
+  acc_t map, box, image, attention;
 
   __device__ __forceinline__ FactorSource(const BackwardParams<acc_t>& params, const LevelData<acc_t>& level_data)
       : terms(params.terms),
         level(level_data),
         map(params.loss_gradients[0]),
-        box(static_cast<acc_t>(2 * terms.box) * params.loss_gradients[1]),
-        image(static_cast<acc_t>(2 * terms.image / level.cells) * params.loss_gradients[3]) {}
+        box(2 * params.box_weight * params.loss_gradients[1]),
+        image(2 * level.image_weight * params.loss_gradients[3]),
+        attention(params.loss_gradients[2]) {}
 
-  __device__ __forceinline__ GradientFactors<acc_t> of_cell(int64_t cell) const {
-    GradientFactors<acc_t> factors{};
+  template <typename tile_t>
+  __device__ __forceinline__ void of_cells(const tile_t& tile, int64_t first, int count,
+                                           GradientFactors<acc_t> (&factors)[tile_t::kSize]) const {
+    acc_t values[tile_t::kSize];
     if (terms.imitates()) {
-      factors.imitation = (image + (terms.box != 0 ? box * level.box_mask[cell] : acc_t{0})) * level.cell_weight[cell];
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].imitation = image;
+      if (terms.has_box) {
+        tile.gather(level.box_mask + first, count, values);
+#pragma unroll
+        for (int k = 0; k < tile_t::kSize; ++k) factors[k].imitation += box * values[k];
+      }
+      tile.gather(level.cell_weight + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].imitation *= values[k];
     }
-    if (terms.gradient != 0) factors.map = map * level.gradient_map[cell];
-    if (terms.attention != 0) factors.attention = level.cell_attention[cell];
-    return factors;
+    if (terms.has_gradient) {
+      tile.gather(level.gradient_map + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].map = map * values[k];
+    }
+    if (terms.has_attention) {
+      tile.gather(level.cell_attention + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].attention = attention * values[k];
+    }
   }
 
-  __device__ __forceinline__ GradientFactors<acc_t> of_channel(int64_t channel) const {
-    GradientFactors<acc_t> factors{};
-    if (terms.imitates()) factors.imitation = level.channel_weight[channel];
-    if (terms.gradient != 0) factors.map = level.alpha[channel];
-    if (terms.attention != 0) factors.attention = level.channel_attention[channel];
-    return factors;
+  template <typename tile_t>
+  __device__ __forceinline__ void of_channels(const tile_t& tile, int64_t first, int count,
+                                              GradientFactors<acc_t> (&factors)[tile_t::kSize]) const {
+    acc_t values[tile_t::kSize];
+    if (terms.imitates()) {
+      tile.gather(level.channel_weight + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].imitation = values[k];
+    }
+    if (terms.has_gradient) {
+      tile.gather(level.alpha + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].map = values[k];
+    }
+    if (terms.has_attention) {
+      tile.gather(level.channel_attention + first, count, values);
+#pragma unroll
+      for (int k = 0; k < tile_t::kSize; ++k) factors[k].attention = attention * values[k];
+    }
   }
 };
 
-// A block writes a tile of cells of a group of channels, or a tile of cells of all channels of channels_last features.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads, 3)
-    gradient_kernel(const __grid_constant__ BackwardParams<acc_type<scalar_t>> params) {
+// The gradient of a tile of cells of a group of channels, or of a tile of cells of all channels of channels_last
+// features. A lane keeps the factors of its own elements along a row of memory, whose other factor its lanes share.
+template <typename scalar_t, bool kVectors>
+__device__ __forceinline__ void write_gradient(const BackwardParams<acc_type<scalar_t>>& params,
+                                               const LevelData<acc_type<scalar_t>>& level, int block) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int kSize = kVectorSize<scalar_t>;
-  const Place place = locate(params.blocks, params.num_levels);
-  const LevelData<acc_t>& level = params.levels[place.level];
+  constexpr int kSize = kVectorSize<scalar_t>, kAhead = Tile<scalar_t, kVectors>::kPairsAhead;
+  const Terms& terms = params.terms;
+  const bool imitates = terms.imitates();
   const FactorSource<acc_t> source(params, level);
-  const acc_t attention = params.loss_gradients[2];
   const int tiles = divide_up(level.cells, kTile<scalar_t>);
   const int groups = level.channels_last[kStudent] ? 1 : divide_up(level.channels, kGradientChannels);
-  const int first_cell = place.block % tiles * kTile<scalar_t>;
-  const int group = place.block / tiles % groups, image = place.block / tiles / groups;
+  const int first_cell = block % tiles * kTile<scalar_t>;
+  const int group = block / tiles % groups, image = block / tiles / groups;
   const int count = min(kTile<scalar_t>, level.cells - first_cell);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t channel_offset = static_cast<int64_t>(image) * level.channels;
@@ -724,44 +864,59 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto* student = static_cast<const scalar_t*>(level.inputs[kStudent]) + image_offset;
   const auto* teacher = static_cast<const scalar_t*>(level.inputs[kTeacher]) + image_offset;
   auto* gradient = static_cast<scalar_t*>(level.gradient) + image_offset;
-  const Tile<scalar_t> tile{lane, level.vectors[kStudent] && level.vectors[kTeacher]};
-  const auto write = [&](int64_t start, int limit, const auto& channel_factors, const auto& cell_factors) {
-    acc_t S[kSize], T[kSize] = {};
-    tile.load(student + start, limit, S);
-    if (params.terms.imitates()) tile.load(teacher + start, limit, T);
+  const Tile<scalar_t, kVectors> tile{lane};
+  GradientFactors<acc_t> of_lane[kSize] = {};
+  // Writes `count` elements of the rows first, first + kWarps and so on, which start at start_of(row).
+  const auto write = [&](int count, int first, int end, const auto& start_of, const auto& factors_of) {
+    for (int row = first; row < end; row += kAhead * kWarps) {
+      Pack<scalar_t> S[kAhead], T[kAhead];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      S[k] = feature_gradient(params.terms, S[k], T[k], channel_factors(k), cell_factors(k), attention);
-    }
-    tile.store(gradient + start, limit, S);
-  };
-  if (!level.channels_last[kStudent]) {
-    GradientFactors<acc_t> of_cells[kSize];
+      for (int j = 0; j < kAhead; ++j) {
+        const int limit = row + j * kWarps < end ? count : 0;
+        const int64_t start = start_of(row + j * kWarps);
+        S[j] = tile.fetch(student + start, limit);
+        T[j] = tile.fetch(teacher + start, imitates ? limit : 0);
+      }
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      of_cells[k] = tile.index(k) < count ? source.of_cell(cell_offset + tile.index(k)) : GradientFactors<acc_t>{};
-    }
-    const int end = min(level.channels, (group + 1) * kGradientChannels);
-#pragma unroll 2
-    for (int c = group * kGradientChannels + warp; c < end; c += kWarps) {
-      const GradientFactors<acc_t> of_channel = source.of_channel(channel_offset + c);
-      write(
-          static_cast<int64_t>(c) * level.cells + first_cell, count, [&](int) { return of_channel; },
-          [&](int k) { return of_cells[k]; });
-    }
-  } else {
-    for (int cell = warp; cell < count; cell += kWarps) {
-      const GradientFactors<acc_t> of_cell = source.of_cell(cell_offset + cell);
-      for (int c = 0; c < level.channels; c += kTile<scalar_t>) {
-        write(
-            static_cast<int64_t>(first_cell + cell) * level.channels + c, level.channels - c,
-            [&](int k) {
-              const int channel = c + tile.index(k);
-              return channel < level.channels ? source.of_channel(channel_offset + channel) : GradientFactors<acc_t>{};
-            },
-            [&](int) { return of_cell; });
+      for (int j = 0; j < kAhead; ++j) {
+        if (row + j * kWarps >= end) break;
+        GradientFactors<acc_t> of_row[1] = {};
+        factors_of(row + j * kWarps, of_row);
+        acc_t s[kSize], t[kSize];
+        widen(S[j], s);
+        widen(T[j], t);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) s[k] = feature_gradient(terms, s[k], t[k], of_lane[k], of_row[0]);
+        tile.store(gradient + start_of(row + j * kWarps), count, s);
       }
     }
+  };
+  if (!level.channels_last[kStudent]) {
+    source.of_cells(tile, cell_offset, count, of_lane);
+    write(
+        count, group * kGradientChannels + warp, min(level.channels, (group + 1) * kGradientChannels),
+        [&](int c) { return static_cast<int64_t>(c) * level.cells + first_cell; },
+        [&](int c, auto& factors) { source.of_channels(Shared<acc_t>{}, channel_offset + c, 1, factors); });
+    return;
+  }
+  for (int c = 0; c < level.channels; c += kTile<scalar_t>) {
+    source.of_channels(tile, channel_offset + c, level.channels - c, of_lane);
+    write(
+        level.channels - c, warp, count,
+        [&](int cell) { return static_cast<int64_t>(first_cell + cell) * level.channels + c; },
+        [&](int cell, auto& factors) { source.of_cells(Shared<acc_t>{}, cell_offset + cell, 1, factors); });
+  }
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads, 3)
+    gradient_kernel(const __grid_constant__ BackwardParams<acc_type<scalar_t>> params) {
+  const Place place = locate(params.blocks, params.num_levels);
+  const auto& level = params.levels[place.level];
+  if (level.vectors[kStudent] && level.vectors[kTeacher]) {
+    write_gradient<scalar_t, true>(params, level, place.block);
+  } else {
+    write_gradient<scalar_t, false>(params, level, place.block);
   }
 }
 
@@ -806,7 +961,7 @@ cudaError_t launch_finish(const ForwardParams<acc_t>& params, int tile, cudaStre
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   second_sums_kernel<acc_t><<<blocks, kThreads, 0, stream>>>(params, tile);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (params.terms.attention != 0) {
+  if (params.terms.has_attention) {
     cell_attention_kernel<acc_t><<<blocks, kThreads, 0, stream>>>(params);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }

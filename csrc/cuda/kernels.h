@@ -11,13 +11,18 @@ namespace gkd_d2 {
 
 // Levels that one launch takes, and images whose boxes it takes.
 constexpr int kMaxLevels = 10;
-constexpr int kMaxImages = 256;
+constexpr int kMaxImages = 64;
 
 constexpr int kThreads = 256;
 // Cells of a map that a block takes where everything per cell is at hand already.
 constexpr int kChunkCells = 1024;
 // Channels of a contiguous map's gradient that a block takes.
 constexpr int kGradientChannels = 64;
+// channels_last features are cut into parts of at least so many cells, about so many blocks a level, and at most so
+// many parts, which one block of the next kernel adds up.
+constexpr int kPartCells = 64;
+constexpr int kPartBlocks = 512;
+constexpr int kMaxParts = 256;
 
 template <typename scalar_t>
 constexpr int kVectorSize = 16 / static_cast<int>(sizeof(scalar_t));
@@ -54,14 +59,21 @@ struct LevelData {
   bool channels_last[kInputs], vectors[kInputs];
   void* gradient;  // like inputs[kStudent]
 
-  acc_t* channel_sums[kInputs];  // N, parts, C: sums of gradients and of magnitudes over a part of the cells
+  // Made on the host, for most GPUs are slow to divide doubles.
+  acc_t gradient_weight, image_weight;  // of the losses, / (H*W)
+  acc_t magnitude_scale;                // 1 / (C * temperature)
+  acc_t channel_attention_scale,
+      cell_attention_scale;  // attention / (temperature * H*W), attention / (temperature * C)
+
+  acc_t* channel_sums[kInputs];  // N, parts, C: of gradients and of magnitudes over a part of the cells
   int channel_parts[kInputs];
-  acc_t* teacher_alpha;         // N,C
-  acc_t* channel_distance;      // N: sum over c of |Ac(S) - Ac(T)|
-  acc_t* cell_sums[kCellSums];  // N,H*W each; null: not wanted
-  acc_t* extremes;              // N, tiles, kExtremes
-  acc_t* first_sums;            // N, chunks, kFirstSums
-  acc_t* second_sums;           // N, chunks, kSecondSums
+  int summed_cells[kInputs];  // the cells of all parts; 1 where the sums are means already, given in the input's place
+  acc_t* channel_means[kInputs];  // N,C; that of kStudentGrad is alpha
+  acc_t* channel_distance;        // N: sum over c of |Ac(S) - Ac(T)|
+  acc_t* cell_sums[kCellSums];    // N,H*W each; null: not wanted
+  acc_t* extremes;                // N, tiles, kExtremes
+  acc_t* first_sums;              // N, chunks, kFirstSums
+  acc_t* second_sums;             // N, chunks, kSecondSums
 
   // See StateLayout.
   acc_t *gradient_map, *cell_weight, *box_mask, *cell_attention;
@@ -76,6 +88,8 @@ struct BlockTable {
 template <typename acc_t>
 struct Params {
   Terms terms;
+  acc_t box_weight, attention_weight;
+  acc_t temperature_scale;  // 1 / temperature
   int images, num_levels;
   LevelData<acc_t> levels[kMaxLevels];
 };
@@ -95,6 +109,9 @@ struct BoxOffsets {
   int first_image, num_images;
   int offset[kMaxImages + 1];
 };
+
+// What a kernel may be passed.
+static_assert(sizeof(ForwardParams<double>) + sizeof(BoxOffsets) <= 4096, "the parameters of a launch are too large");
 
 template <typename acc_t>
 struct BackwardParams : Params<acc_t> {
