@@ -32,7 +32,7 @@ class AlignConv(nn.Conv2d):
             gradient: N,C_student,H,W, with respect to the student's own feature.
 
         Returns:
-            N,C_teacher,H,W, constant over H and W.
+            N,C_teacher,1,1, its spatial mean.
         """
         # Autocast and half precision have no solver. Unlike lstsq this one lets a NaN through, for the trainer to see.
         with torch.autocast(gradient.device.type, enabled=False):
@@ -42,4 +42,4 @@ class AlignConv(nn.Conv2d):
                 aligned = weight @ torch.linalg.solve_ex(weight.t() @ weight, mean)[0]
             else:
                 aligned = torch.linalg.solve_ex(weight @ weight.t(), weight @ mean)[0]
-        return aligned.t().to(gradient.dtype)[:, :, None, None].expand(-1, -1, *gradient.shape[2:])
+        return aligned.t().to(gradient.dtype)[:, :, None, None]

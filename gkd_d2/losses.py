@@ -74,7 +74,7 @@ def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> T
 
     Args:
         feature: N,C,H,W, any floating dtype.
-        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``.
+        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or N,C,1,1, its spatial mean.
         rectifier: "abs" or "relu".
 
     Returns:
@@ -84,9 +84,10 @@ def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> T
         ValueError: shapes disagree or the rectifier is unknown.
     """
     _check_choice("rectifier", rectifier, RECTIFIERS)
-    if feature.dim() != 4 or feature.shape != gradient.shape:
+    if feature.dim() != 4 or gradient.shape not in (feature.shape, _mean_shape(feature)):
         raise ValueError(
-            f"feature and gradient must have one shape N,C,H,W, got {tuple(feature.shape)} and {tuple(gradient.shape)}"
+            "feature and gradient must have one shape N,C,H,W, or the gradient N,C,1,1, "
+            f"got {tuple(feature.shape)} and {tuple(gradient.shape)}"
         )
     return reference.gradient_map(feature, gradient, rectifier)
 
@@ -139,7 +140,7 @@ def distillation_losses(
         student: L tensors N,C,H,W (C, H, W may differ per level); the only argument that receives a gradient.
         teacher: L tensors of the same shapes.
         student_grad: L tensors of the same shapes: the student's own detection loss's gradient with respect to
-            ``student``. May be None where ``weights.need_student_grad()`` is False.
+            ``student``; or N,C,1,1, its spatial mean, which is all that enters the losses. May be None where ``weights.need_student_grad()`` is False.
         teacher_grad: the same of the teacher. May be None where ``weights.need_teacher_grad(weighting)`` is False.
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
@@ -235,6 +236,11 @@ def _check_boxes(boxes: list[Tensor], image_size: tuple[int, int]) -> None:
             )
 
 
+def _mean_shape(feature: Tensor) -> tuple[int, int, int, int]:
+    """Of a gradient's spatial mean."""
+    return feature.shape[0], feature.shape[1], 1, 1
+
+
 def _check_levels(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -242,7 +248,10 @@ def _check_levels(
     teacher_grad: list[Tensor] | None,
     num_images: int,
 ) -> None:
-    """Every list must match ``student`` in length, and its tensors in shape, dtype and device."""
+    """Every list must match ``student`` in length, and its tensors in shape, dtype and device.
+
+    Gradients may be their spatial means.
+    """
     if len(student) == 0:
         raise ValueError("student is an empty list: there is no level to distil")
     for name, tensors in (("teacher", teacher), ("student_grad", student_grad), ("teacher_grad", teacher_grad)):
@@ -251,8 +260,9 @@ def _check_levels(
         if len(tensors) != len(student):
             raise ValueError(f"student has {len(student)} levels, but {name} has {len(tensors)}")
         for level, (s, other) in enumerate(zip(student, tensors)):
+            is_mean = name != "teacher" and s.dim() == 4 and other.shape == _mean_shape(s)
             for what, wanted, got in (
-                ("shape", tuple(s.shape), tuple(other.shape)),
+                ("shape", tuple(s.shape), tuple(s.shape if is_mean else other.shape)),
                 ("dtype", s.dtype, other.dtype),
                 ("device", s.device, other.device),
             ):

@@ -32,8 +32,8 @@ class Level:
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
         student_grad: N,C,H,W, the gradient of the student's own detection loss with respect to ``student``, times a
-            positive number that all levels share; its spatial mean alone where channels differ. None where the method
-            does not need it.
+            positive number that all levels share; where channels differ N,C,1,1, its spatial mean. None where the
+            method does not need it.
         teacher_grad: the same of the teacher.
         anchors: H*W*A,4, the student's own, xyxy in pixels of the padded batch, cell by cell and row by row. None where
             the method does not need them.

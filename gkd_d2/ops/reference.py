@@ -29,7 +29,7 @@ def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> T
 
     Args:
         feature: N,C,H,W.
-        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``.
+        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or N,C,1,1, its spatial mean.
         rectifier: "abs" or "relu".
 
     Returns:
@@ -146,7 +146,7 @@ def imitation_weights(
 
     Args:
         teacher: N,C,H,W.
-        teacher_grad: N,C,H,W; used by the weighting "gradient" only.
+        teacher_grad: N,C,H,W or its spatial mean N,C,1,1; used by the weighting "gradient" only.
         temperature: of the attention softmax.
         weighting: "gradient", "attention" or "uniform".
         rectifier: "abs" or "relu", of the gradient map.

@@ -11,8 +11,9 @@ from torch import Tensor
 from gkd_d2.losses import distillation_losses
 
 IMAGE_SIZE = (40, 132)
-# Channels, height and width of each level: C not a multiple of 4, H and W of 1, one cell, several blocks.
-SIZES = ((7, 10, 33), (20, 5, 17), (64, 1, 9), (3, 9, 1), (5, 1, 1))
+# Channels, height and width of each level: C not a multiple of 4, H and W of 1, one cell, several blocks; C and H*W
+# multiples of 8, where 16 bytes are read at a time.
+SIZES = ((7, 10, 33), (20, 5, 17), (64, 1, 9), (3, 9, 1), (5, 1, 1), (72, 12, 38))
 
 
 @dataclasses.dataclass
