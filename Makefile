@@ -7,7 +7,7 @@ PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-pytho
 	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate wheel
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test fuzz sanitize bench lint format clean
+.PHONY: setup demo test fuzz sanitize check-gpu bench lint format clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ demo: setup
 # A file's tests share what they train, so a file goes to one process.
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What only a GPU can show, compute-sanitizer's findings and the times of both benchmarks included.
+check-gpu: setup
+	bash tools/check_gpu.sh $(BIN)/python
 
 bench: setup
 	$(BIN)/python tools/benchmark_losses.py --device cpu --shapes kitti --batch 2
