@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ LOSS_KEYS = {
     "attention": "loss_bmfi_attention",
     "image": "loss_bmfi_image",
 }
+# Reasons why the slower implementation is used that were told.
+_logged: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +211,13 @@ def _choose(implementation: str, device: torch.device):
     return reference.distillation_losses
 
 
-@cache
+# torch.compile can't trace a logger; it takes what is returned as it is.
+@torch.compiler.assume_constant_result
 def _log_fallback(reason: str) -> None:
     """Say once per reason that the slower implementation is used."""
-    logging.getLogger(__name__).warning("The reference implementation of the losses is used: %s", reason)
+    if reason not in _logged:
+        _logged.add(reason)
+        logging.getLogger(__name__).warning("The reference implementation of the losses is used: %s", reason)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
