@@ -81,6 +81,21 @@ def default_architectures(toolkit: Path) -> str:
     return ";".join(chosen) + "+PTX"
 
 
+def resolved_architectures() -> str:
+    """What TORCH_CUDA_ARCH_LIST means to torch, names such as "Hopper" resolved: "8.0 9.0+PTX" for example."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    try:
+        flags = " ".join(_get_cuda_arch_flags())
+    except ValueError as error:
+        sys.exit(f"gkd_d2: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}: {error}")
+    # Machine code is code=sm_90, PTX code=compute_90 beside it.
+    found = re.findall(r"arch=compute_(\d+)(\d)([a-z]?),code=([a-z]+)_", flags)
+    versions = sorted({(int(major), int(minor), suffix) for major, minor, suffix, _ in found})
+    with_ptx = {(int(major), int(minor), suffix) for major, minor, suffix, kind in found if kind == "compute"}
+    return " ".join("{}.{}{}".format(*version) + "+PTX" * (version in with_ptx) for version in versions)
+
+
 def interface_version() -> str:
     """The number that gkd_d2/ops/fused.py expects of the extension."""
     return re.search(r"^INTERFACE_VERSION = (\d+)$", (ROOT / "gkd_d2/ops/fused.py").read_text(), re.M).group(1)
@@ -94,11 +109,12 @@ def extension():
         sys.exit(f"gkd_d2: FORCE_CUDA is set, but the CUDA kernels can't be built: {reason}")
     if toolkit and not reason:
         os.environ["CUDA_HOME"] = str(toolkit)  # cpp_extension reads it when it is imported
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(toolkit))
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(toolkit)
     os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = ["csrc/module.cpp", "csrc/autograd.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = sorted(str(p.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for p in (ROOT / folder).glob("*.cpp"))
     cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", f"-DGKD_INTERFACE_VERSION={interface_version()}"]
     link = []
     if torch.backends.openmp.is_available():
@@ -115,7 +131,7 @@ def extension():
         print(f"gkd_d2: building gkd_d2._C with C++ kernels only: {reason}")
         cxx.append('-DGKD_CUDA_ARCHITECTURES=""')
         return CppExtension("gkd_d2._C", sources, extra_compile_args=cxx, extra_link_args=link), BuildExtension
-    architectures = " ".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
+    architectures = resolved_architectures()
     print(f"gkd_d2: building gkd_d2._C with C++ kernels and CUDA kernels for {architectures} (toolkit {toolkit})")
     cxx.append(f'-DGKD_CUDA_ARCHITECTURES="{architectures}"')
     # Headers that the pip wheels of CUDA have and a small toolkit may lack; searched last, for they may be newer.
@@ -126,5 +142,6 @@ def extension():
     return CUDAExtension("gkd_d2._C", sources, extra_compile_args=compile_args, extra_link_args=link), BuildExtension
 
 
-module, build_extension = extension()
-setup(ext_modules=[module], cmdclass={"build_ext": build_extension})
+if __name__ == "__main__":
+    module, build_extension = extension()
+    setup(ext_modules=[module], cmdclass={"build_ext": build_extension})

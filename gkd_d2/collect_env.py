@@ -21,25 +21,25 @@ def _version(package: str) -> str:
 def collect_env() -> list[tuple[str, str]]:
     """Names and values: versions, devices, and for which devices the extension gkd_d2._C has kernels."""
     cpu_reason = fused.unavailable_reason(torch.device("cpu"))
-    cuda_reason = fused.unavailable_reason(torch.device("cuda"))
-    if torch.cuda.is_available():
-        gpus = [f"{torch.cuda.get_device_name(i)} ({_capability(i)})" for i in range(torch.cuda.device_count())]
-    else:
-        gpus = ["none that torch can use"]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.device("cuda", index) for index in range(count)]
+    cuda_reasons = map(fused.unavailable_reason, cards or [torch.device("cuda")])
+    cuda_reason = "; ".join(dict.fromkeys(reason for reason in cuda_reasons if reason))
+    gpus = [f"{torch.cuda.get_device_name(card)} ({_capability(card)})" for card in cards]
     return [
         ("Python", platform.python_version()),
         ("Platform", platform.platform()),
         *((package, _version(package)) for package in ("gkd_d2", "detectron2", "torch", "torchvision")),
         ("CUDA of torch", torch.version.cuda or "none"),
-        ("GPU", ", ".join(gpus)),
+        ("GPU", ", ".join(gpus) or "none that torch can use"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("gkd_d2._C CPU kernels", cpu_reason or "built"),
         ("gkd_d2._C CUDA kernels", cuda_reason or f"built for {', '.join(fused.cuda_architectures())}"),
     ]
 
 
-def _capability(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
+def _capability(card: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(card)
     return f"{major}.{minor}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 DISTILLER = "GKDDistiller"
@@ -120,6 +121,8 @@ def add_gkd_config(cfg: CfgNode) -> None:
 def read_config(config_file: str, opts: list[str]) -> CfgNode:
     """The config that a file and KEY VALUE pairs describe, not frozen.
 
+    MODEL.DEVICE "auto" becomes "cuda" where torch finds a GPU, else "cpu".
+
     Args:
         config_file: of any detector or distiller.
         opts: override the file's values.
@@ -134,6 +137,8 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     add_gkd_config(cfg)
     cfg.merge_from_file(config_file)
     cfg.merge_from_list(opts)
+    if cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     resolve_teacher_config(cfg, config_file)
     return cfg
 

@@ -22,7 +22,8 @@ HEAD = f"""\
 # Configuration
 
 The keys that `gkd_d2.add_gkd_config` adds to those of Detectron2. They are set in a config file, or as `KEY VALUE` at
-the end of the command line. This page is made from the comments in gkd_d2/config.py by
+the end of the command line. Of Detectron2's own, `MODEL.DEVICE` may also be `auto` for the tools of this project:
+`cuda` where torch finds a GPU, else `cpu`. This page is made from the comments in gkd_d2/config.py by
 
     {COMMAND}
 """

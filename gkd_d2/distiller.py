@@ -216,7 +216,7 @@ class GKDDistiller(nn.Module):
             student_grad=student_gradients,
             teacher=teacher,
             teacher_grad=teacher_gradients,
-            boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
+            boxes=_in_one_copy([x["instances"].gt_boxes.tensor for x in batched_inputs], self.device),
             scale=self.gradient_scale,
         )
 
@@ -358,6 +358,11 @@ class GKDDistiller(nn.Module):
         # The teacher is no submodule, but follows the student to its device.
         self._teacher.to(fn)
         return super()._apply(fn, recurse)
+
+
+def _in_one_copy(boxes: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Boxes of several images on a device; a copy for each image would be a wait for it each."""
+    return list(torch.cat(boxes).to(device, non_blocking=True).split([len(box) for box in boxes]))
 
 
 def _in_one_dtype(*lists: list[Tensor] | None) -> list[list[Tensor] | None]:

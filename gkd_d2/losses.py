@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ LOSS_KEYS = {
     "attention": "loss_bmfi_attention",
     "image": "loss_bmfi_image",
 }
+# Reasons why the slower implementation is used that were told.
+_logged: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,8 @@ def distillation_losses(
         student: L tensors N,C,H,W (C, H, W may differ per level); the only argument that receives a gradient.
         teacher: L tensors of the same shapes.
         student_grad: L tensors of the same shapes: the student's own detection loss's gradient with respect to
-            ``student``; or N,C,1,1, its spatial mean, which is all that enters the losses. May be None where ``weights.need_student_grad()`` is False.
+            ``student``; or N,C,1,1, its spatial mean, for no more of it enters the losses. May be None where
+            ``weights.need_student_grad()`` is False.
         teacher_grad: the same of the teacher. May be None where ``weights.need_teacher_grad(weighting)`` is False.
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
@@ -211,10 +213,13 @@ def _choose(implementation: str, device: torch.device):
     return reference.distillation_losses
 
 
-@cache
+# torch.compile can't trace a logger; it takes what is returned as it is.
+@torch.compiler.assume_constant_result
 def _log_fallback(reason: str) -> None:
     """Say once per reason that the slower implementation is used."""
-    logging.getLogger(__name__).warning("The reference implementation of the losses is used: %s", reason)
+    if reason not in _logged:
+        _logged.add(reason)
+        logging.getLogger(__name__).warning("The reference implementation of the losses is used: %s", reason)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

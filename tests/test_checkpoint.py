@@ -6,11 +6,10 @@ import resource
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from tiny import detector_config
 
-from gkd_d2 import add_gkd_config, config
+from gkd_d2 import config
 from gkd_d2.checkpoint import CompleteCheckpointer, DamagedCheckpointError, StudentCheckpointer
 from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.engine.trainer import Trainer
@@ -235,9 +234,8 @@ def test_a_checkpoint_of_a_run_is_plain_data(run_config, distiller_config, tmp_p
 
 def test_a_distillers_checkpoint_is_as_large_as_the_students(run_config, project, tmp_path):
     """ResNet-18 with 64 channels, under a teacher that has as many and under one that has 256."""
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(str(project / "configs" / "toy" / "gkd_retinanet.yaml"))
+    toy, on_the_cpu = project / "configs" / "toy", ["MODEL.DEVICE", "cpu"]
+    cfg = config.read_config(str(toy / "gkd_retinanet.yaml"), on_the_cpu)
     cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
 
     def checkpoint(cfg, name):
@@ -255,9 +253,7 @@ def test_a_distillers_checkpoint_is_as_large_as_the_students(run_config, project
     size, student = checkpoint(config.detector_config(cfg), "student")
     assert size > 2 * 4 * 11e6
     for channels in (64, 256):
-        teacher = get_cfg()
-        add_gkd_config(teacher)
-        teacher.merge_from_file(str(project / "configs" / "toy" / "Base-RetinaNet-Toy.yaml"))
+        teacher = config.read_config(str(toy / "Base-RetinaNet-Toy.yaml"), on_the_cpu)
         teacher.MODEL.FPN.OUT_CHANNELS = channels
         weights = build_model(teacher).state_dict()
         torch.save({"model": weights}, tmp_path / "teacher.pth")

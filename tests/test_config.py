@@ -3,21 +3,18 @@
 import os
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
-from gkd_d2.config import add_gkd_config, detector_config, resolve_teacher_config, teacher_config
+from gkd_d2.config import add_gkd_config, detector_config, read_config, resolve_teacher_config, teacher_config
 from gkd_d2.runs import config_differences
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
 
 
-def read(path):
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(str(path))
-    resolve_teacher_config(cfg, str(path))
-    return cfg
+def read(path, *opts):
+    return read_config(str(path), list(opts))
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -91,7 +88,23 @@ def test_toy_configs(project, name):
     assert teacher.MODEL.META_ARCHITECTURE == detector_config(cfg).MODEL.META_ARCHITECTURE == DETECTORS[name]
     assert cfg.SOLVER == baseline.SOLVER
     assert teacher.SOLVER.MAX_ITER > cfg.SOLVER.MAX_ITER
-    assert cfg.MODEL.DEVICE == teacher.MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(("found", "device"), [(True, "cuda"), (False, "cpu")])
+def test_toy_configs_take_a_gpu_where_there_is_one(project, found, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    toy = project / "configs" / "toy"
+    for path in (*toy.glob("*.yaml"), *toy.glob("*/*.yaml"), *(project / "configs/studies/networks").glob("*.yaml")):
+        cfg = read(path)
+        assert cfg.MODEL.DEVICE == device, path
+        assert read(path, "MODEL.DEVICE", "cpu").MODEL.DEVICE == "cpu"
+        assert read(path, "MODEL.DEVICE", "cuda:1").MODEL.DEVICE == "cuda:1"
+        if cfg.GKD.TEACHER.CONFIG_FILE:
+            cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
+            assert teacher_config(cfg).MODEL.DEVICE == device
+    # The others ask for GPUs, and get an error without one.
+    assert read(project / "configs" / "gkd_frcnn_kitti.yaml").MODEL.DEVICE == "cuda"
+    assert read(project / "configs" / "gkd_frcnn_kitti.yaml", "MODEL.DEVICE", "auto").MODEL.DEVICE == device
 
 
 def test_teacher_config_is_found_from_the_working_folder_first(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, train, training_batch
 
@@ -58,6 +59,21 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
     for name, value in {**own, **expected}.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-9, msg=name)
         assert losses[name] > 0
+
+
+@pytest.mark.parametrize("counts", [(2, 1, 0), (0, 0, 2), (0, 0, 0)])
+def test_each_image_keeps_its_own_boxes(counts, distiller_config):
+    distiller = build_model(distiller_config("retinanet")).train()
+    batch = training_batch(((64, 96),) * 3)
+    objects = batch[0]["instances"]
+    for number, (sample, count) in enumerate(zip(batch, counts)):
+        sample["instances"] = objects[:count]
+        sample["instances"].gt_boxes = Boxes(objects.gt_boxes.tensor[:count] + number)
+    with EventStorage():
+        seen = distiller.observe(batch, student_grad=False, teacher_grad=False)
+    assert [len(boxes) for boxes in seen.boxes] == list(counts)
+    for boxes, sample in zip(seen.boxes, batch):
+        assert torch.equal(boxes, sample["instances"].gt_boxes.tensor)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

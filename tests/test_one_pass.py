@@ -1,10 +1,14 @@
 """One backward pass through the heads gives what two give."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils.events import EventStorage
+from devices import DEVICES
 from distributed_steps import build, nms
 from tiny import training_batch
 
@@ -157,6 +161,29 @@ def test_unequal_weights_are_refused(distiller_config):
     sum(value * float(name.startswith(("loss_gkd", "loss_bmfi"))) for name, value in losses().items()).backward()
     assert torch.equal(head.grad, torch.zeros_like(head))
     torch.testing.assert_close(stem.grad, alone)
+
+
+WEIGH = """
+import sys
+import torch
+from gkd_d2.one_pass import one_pass_losses
+
+for weight in (1, 2):
+    x = torch.ones(3, device=sys.argv[1], requires_grad=True)
+    heads = lambda given: {"a": given["p2"].sum(), "b": given["p2"].square().sum()}
+    losses, _ = one_pass_losses(heads, {"p2": 1 * x}, ["p2"], [])
+    (losses["a"] + weight * losses["b"]).backward()
+    print(x.grad.tolist(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_unequal_weights_end_the_process(device):
+    """Those of the second step: on a GPU nothing waits for the assertion, which leaves the device unusable."""
+    done = subprocess.run([sys.executable, "-c", WEIGH, device], capture_output=True, text=True)
+    assert done.stdout == "[3.0, 3.0, 3.0]\n", done.stderr
+    assert done.returncode != 0
+    assert {"cpu": "unequal weights", "cuda": "device-side assert"}[device] in done.stderr
 
 
 def test_heads_under_torch_compile(distiller_config):

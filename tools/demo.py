@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Show on toy data, on a CPU, what distillation does: a teacher, a student alone and the same student distilled.
+"""Show on toy data what distillation does: a teacher, a student alone and the same student distilled.
 
 All three are trained from scratch through tools/train_net.py and evaluated. Both students have one seed, schedule and
 order of batches; the distilled one starts with the teacher's heads (GKD.STUDENT.INIT_FROM_TEACHER). The runs are
 compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py. Example:
     python tools/demo.py --output output/demo
+It runs on a GPU where torch finds one, else on the CPU.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
 
@@ -39,7 +42,7 @@ def train(title: str, config: str, output: Path, *overrides: str) -> float:
         SystemExit: it failed; its log is named.
     """
     print(f"\n== {title}", flush=True)
-    command = tool("train_net.py", "--num-gpus", "0", "--config-file", toy_config(config))
+    command = tool("train_net.py", "--config-file", toy_config(config))
     command += ["OUTPUT_DIR", str(output), *overrides]
     start = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,7 @@ def main() -> None:
         tool("visualize_gkd.py", *look, *weights, "MODEL.WEIGHTS", distilled / "model_final.pth"), check=True
     )
     report = output / "report.md"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     times = ", ".join(f"{name} {value:.0f} s" for name, value in zip(names, seconds))
     pictures = "\n".join(
         f"![What both networks see](pictures/{path.name})" for path in sorted(output.glob("pictures/*.png"))
@@ -103,7 +107,7 @@ def main() -> None:
 The distilled student starts with the teacher's heads and imitates its features; the table does not tell the two apart.
 One seed, toy data and a few hundred iterations: it shows that the pieces work together, not how much the method gains.
 
-Time to train and evaluate: {times}.
+Time to train and evaluate on {device}: {times}.
 
 ## What both networks see
 

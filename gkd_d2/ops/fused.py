@@ -7,7 +7,9 @@ autocast, ``torch.compile(fullgraph=True)`` and, on CUDA, graph capture; no call
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,17 +54,57 @@ def cuda_architectures() -> list[str]:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the extension can't compute on ``device``, in one sentence; None where it can."""
+    """Why the extension can't compute on ``device``, in one sentence; None where it can.
+
+    Of "cuda" without an index it is the current card; where torch finds none, the kernels' being there is enough.
+    """
     if _load_error is not None:
         return _load_error
-    if device.type == "cpu" or (device.type == "cuda" and _extension.CUDA_ARCHITECTURES):
+    if device.type == "cpu":
         return None
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return f"the extension gkd_d2._C has kernels for cpu and cuda, but none for {device.type}"
+    if not _extension.CUDA_ARCHITECTURES:
         return (
             "the extension gkd_d2._C is built without CUDA kernels: "
             "with a CUDA toolkit, `FORCE_CUDA=1 pip install -e . --no-build-isolation` builds them"
         )
-    return f"the extension gkd_d2._C has kernels for cpu and cuda, but none for {device.type}"
+    return _wrong_card_reason(device.index)
+
+
+# torch.compile takes the answer as it is, instead of tracing how torch asks the driver.
+@torch.compiler.assume_constant_result
+def _wrong_card_reason(index: int | None) -> str | None:
+    """Why the CUDA kernels don't run on a card; without it the driver would only say "no kernel image"."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    architectures = cuda_architectures()
+    if any(_runs_on(capability, architecture) for architecture in architectures):
+        return None
+    wanted = "{}.{}".format(*capability)
+    return (
+        f"the extension gkd_d2._C is built for {', '.join(architectures)}, but {torch.cuda.get_device_name(index)} has "
+        f'compute capability {wanted}: `TORCH_CUDA_ARCH_LIST="{wanted}" pip install -e . --no-build-isolation` builds '
+        "it for this card"
+    )
+
+
+# Every training step asks.
+@functools.cache
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether a card of a compute capability runs code that is built for an architecture, such as "9.0+PTX".
+
+    Machine code runs on later minor versions of its major one, PTX on all later capabilities. Code for "9.0a", either
+    way, runs on 9.0 alone, and code for the family "10.0f" on later minor versions of 10.
+    """
+    match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architecture)
+    if match is None:
+        return False
+    built, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+    if suffix == "a":
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or (ptx is not None and suffix == ""))
 
 
 def distillation_losses(

@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
+from devices import CUDA_MARKS, DEVICES
 from tiny import ARCHITECTURES, training_batch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -194,10 +195,15 @@ def test_clipping_a_distilled_student_in_float16(distiller_config):
 
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_half_precision_trains_like_float32(kind, amp_dtype, distiller_config):
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    # The samples that Faster R-CNN draws depend on the proposals' last bits, of which a GPU has others in each run.
+    [*((kind, "cpu") for kind in ARCHITECTURES), pytest.param("retinanet", "cuda", marks=CUDA_MARKS)],
+)
+def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_config):
     """Tolerances: 15 % for a loss of the first step, 10 % for the sum of all in three steps."""
     cfg = distiller_config(kind, channels=8)
+    cfg.MODEL.DEVICE = device
     # A level of one cell has no gradient of the map loss.
     cfg.GKD.FEATURES = ["p3", "p4", "p5"]
     cfg.SOLVER.BASE_LR = 0.005
@@ -271,17 +277,21 @@ def test_float16_gradients_need_the_scale(distiller_config):
 # --- steps that are left out
 
 
-@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
-def test_a_step_whose_gradient_overflows_is_left_out(factor, distiller_config):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("faster", float("inf")), ("faster", float("nan")), ("retinanet", float("inf"))]
+)
+def test_a_step_whose_gradient_overflows_is_left_out(kind, factor, device, distiller_config):
     """A run that passes over the iteration, and has the scale that it leaves behind, ends at the same weights."""
-    cfg = distiller_config("faster")
+    cfg = distiller_config(kind)
+    cfg.MODEL.DEVICE = device
+    cfg.GKD.IMPLEMENTATION = "fused"
     samples = images(((64, 64),) * 6)
     model = build_model(cfg)
     other = copy.deepcopy(model)
     step = set_scale(train_step(model, cfg, samples, amp_dtype=torch.float16), 2.0**6)
-    model.student.roi_heads.box_predictor.cls_score.bias.register_hook(
-        lambda gradient: gradient * (factor if step.iter == 1 else 1)
-    )
+    head = model.student.head if kind == "retinanet" else model.student.roi_heads.box_predictor
+    head.cls_score.bias.register_hook(lambda gradient: gradient * (factor if step.iter == 1 else 1))
     run(step, 0, 1)
     before, momentum = weights(model), copy.deepcopy(step.state_dict()["optimizer"]["state"])
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -294,7 +304,13 @@ def test_a_step_whose_gradient_overflows_is_left_out(factor, distiller_config):
     assert get_scale(step) == 2.0**5
     run(step, 2, 3)
     assert not equal(weights(model), before)
+    assert all(value.isfinite().all() for value in weights(model).values())
+    assert get_scale(step) == 2.0**5
 
+    if device != "cpu" or kind == "retinanet":
+        # Two runs on a GPU differ in their last bits; and RetinaNet divides its losses by a moving average, which an
+        # iteration that is left out moves, too.
+        return
     again = set_scale(train_step(other, cfg, samples, amp_dtype=torch.float16), 2.0**6)
     run(again, 0, 1)
     run(set_scale(again, 2.0**5), 2, 3)
@@ -341,10 +357,12 @@ def test_too_many_overflows_in_a_row_end_the_run():
     assert model.layer.weight.isfinite().all()
 
 
-def test_a_distiller_finds_its_scale_or_ends(distiller_config, monkeypatch, caplog):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_distiller_finds_its_scale_or_ends(device, distiller_config, monkeypatch, caplog):
     """At a large scale the teacher's gradients overflow, and with them the losses."""
     monkeypatch.setattr("gkd_d2.engine.train_step.MAX_SKIPPED_STEPS", 4)
     cfg = distiller_config("retinanet")
+    cfg.MODEL.DEVICE = device
     samples = images(((64, 64),) * 2)
     model = build_model(cfg)
     before = weights(model)

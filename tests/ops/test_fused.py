@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from devices import DEVICES
 
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.ops import fused
@@ -46,22 +47,6 @@ def _format(feature: torch.Tensor) -> torch.memory_format:
     if not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-            pytest.mark.skipif(
-                fused.unavailable_reason(torch.device("cuda")) is not None,
-                reason=str(fused.unavailable_reason(torch.device("cuda"))),
-            ),
-        ],
-    ),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -158,20 +143,21 @@ def op_arguments(batch, save_state: bool = True, weighting: str = "gradient", re
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(make_batch, layout):
-    batch = make_batch([(4, 3, 5), (6, 2, 2)], layout=layout).to(torch.float32)
+def test_opcheck(make_batch, device, layout):
+    batch = make_batch([(4, 3, 5), (6, 2, 2)], layout=layout).to(torch.float32, device)
     arguments = op_arguments(batch)
     torch.library.opcheck(torch.ops.gkd_d2.distillation_losses.default, arguments)
     with torch.no_grad():
         _, state = torch.ops.gkd_d2.distillation_losses(*arguments)
-    constant = batch.to(torch.float32)
+    constant = batch.to(torch.float32, device)
     for feature in constant.student:
         feature.requires_grad_(False)
     weights = arguments[7]
     torch.library.opcheck(
         torch.ops.gkd_d2.distillation_losses_backward.default,
-        (torch.rand(4), state, constant.student, constant.teacher, weights),
+        (torch.rand(4, device=device), state, constant.student, constant.teacher, weights),
     )
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import CUDA_MARKS
 
 from gkd_d2.losses import LossWeights
-from gkd_d2.ops import fused
 
-CUDA = torch.device("cuda")
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.skipif(fused.unavailable_reason(CUDA) is not None, reason=str(fused.unavailable_reason(CUDA))),
-]
+pytestmark = CUDA_MARKS
 WEIGHTS = LossWeights(gradient=0.5, box=0.1, attention=0.2, image=0.3)
 
 
@@ -61,8 +56,8 @@ def test_runs_on_the_current_stream(batch):
     assert_equal(result, wanted)
 
 
-def test_a_cuda_graph_captures_it(batch):
-    wanted = forward_and_backward(batch)
+def capture(batch):
+    """A graph of one call, and the tensors that its replay writes to."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -71,11 +66,34 @@ def test_a_cuda_graph_captures_it(batch):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = forward_and_backward(batch)
+    return graph, result
+
+
+def test_a_cuda_graph_captures_it(batch):
+    wanted = forward_and_backward(batch)
+    graph, result = capture(batch)
     for tensor in (result[0], *result[1]):
         tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
     assert_equal(result, wanted)
+
+
+def test_a_captured_graph_computes_new_values(batch):
+    """Those that its input tensors hold when it is replayed; the number of boxes stays."""
+    first, _ = forward_and_backward(batch)
+    graph, result = capture(batch)
+    for seed in (1, 2):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        with torch.no_grad():
+            for tensor in (*batch.student, *batch.teacher, *batch.student_grad, *batch.teacher_grad):
+                tensor.normal_(generator=generator)
+            for boxes in batch.boxes:
+                boxes += 7.5
+        graph.replay()
+        wanted = forward_and_backward(batch)
+        assert_equal(result, wanted)
+        assert (result[0] != first).all()
 
 
 def test_takes_boxes_from_the_cpu(batch):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import torch
 from PIL import Image
 
 
@@ -19,6 +20,9 @@ def test_report_holds_the_measured_ap(demo):
         assert cells[-1] == "2"
     assert "- student_distilled: the method is gkd; alone is student_alone; teacher is teacher." in report
     assert "== 3 of 3: the student distilled" in printed
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("teacher", "student_alone", "student_distilled"):
+        assert f"\n  DEVICE: {device}\n" in (output / name / "config.yaml").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", report)
     assert [name for name in linked if name.startswith("pictures/0")] == [
         f"pictures/0{n}_50000{n - 1}.png" for n in (1, 2)

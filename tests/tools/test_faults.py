@@ -16,8 +16,9 @@ import torch
 from gkd_d2.data.toy_kitti import make_toy_kitti
 
 # Small networks and pictures; align convolutions, a ramp, a step of the learning rate and workers, so that a resume
-# has everything to get right that there is.
+# has everything to get right that there is. On a CPU, where it is bit-equal, and where there is room for two processes.
 SMALL = """
+    MODEL.DEVICE cpu
     MODEL.RESNETS.DEPTH 18 MODEL.FPN.OUT_CHANNELS 16 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
     SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 30 SOLVER.STEPS (20,) SOLVER.WARMUP_ITERS 10 SOLVER.CHECKPOINT_PERIOD 5
     GKD.WARMUP_ITERS 25 GKD.STUDENT.INIT_FROM_TEACHER False DATALOADER.NUM_WORKERS 1 DATASETS.TEST () SEED -1
