@@ -318,6 +318,17 @@ def test_gradients_may_be_absent_where_no_term_needs_them():
         distillation_losses(*args, [teacher_grad], boxes, (32, 48), weights=ALL)
 
 
+@pytest.mark.parametrize("weighting", ["gradient", "attention", "uniform"])
+def test_the_mean_of_a_gradient_is_enough(weighting):
+    student, teacher, *gradients = random_level()
+    means = [gradient.mean(dim=(2, 3), keepdim=True) for gradient in gradients]
+    torch.testing.assert_close(
+        compute((student, teacher, *means), [torch.zeros(0, 4)] * 2, (32, 48), weighting=weighting),
+        compute((student, teacher, *gradients), [torch.zeros(0, 4)] * 2, (32, 48), weighting=weighting),
+    )
+    torch.testing.assert_close(gradient_map(student, means[0]), gradient_map(student, gradients[0]))
+
+
 def test_only_the_student_receives_a_gradient():
     level = [x.requires_grad_() for x in random_level()]
     sum(compute(level, [torch.tensor([[3.0, 4.0, 20.0, 20.0]])] * 2, (32, 48)).values()).backward()
@@ -335,6 +346,8 @@ def test_only_the_student_receives_a_gradient():
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
         ({"teacher": []}, "student has 1 levels, but teacher has 0"),
         ({"teacher": [torch.zeros(2, 5, 4, 7)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 4, 7\)"),
+        ({"teacher": [torch.zeros(2, 5, 1, 1)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 1, 1\)"),
+        ({"student_grad": [torch.zeros(2, 5, 1, 6)]}, r"has shape .* but student_grad\[0\] has \(2, 5, 1, 6\)"),
         ({"teacher_grad": [torch.zeros(2, 5, 4, 6).half()]}, r"dtype torch.float32, but teacher_grad\[0\]"),
         ({"student_grad": [torch.zeros(2, 5, 4, 6, device="meta")]}, "device cpu, but student_grad"),
         ({"boxes": [torch.zeros(0, 4)]}, "holds 2 images, but boxes are given for 1"),

@@ -380,6 +380,68 @@ def test_other_layouts(make_batch, device, kind):
     torch.testing.assert_close(gradients[0].cpu(), wanted_gradients[0], rtol=1e-10, atol=1e-12)
 
 
+def means(gradients: list[torch.Tensor], kind: str) -> list[torch.Tensor]:
+    """The gradients' spatial means, N,C,1,1 or expanded over the cells."""
+    found = [gradient.mean(dim=(2, 3), keepdim=True) for gradient in gradients]
+    return found if kind == "mean" else [mean.expand_as(full) for mean, full in zip(found, gradients)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["mean", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_mean_of_a_gradient_is_enough(make_batch, device, kind, dtype):
+    """Of the student or of the teacher, at one level or at all."""
+    batch = make_batch(dtype=dtype)
+    batch.student_grad = [gradient.to(dtype).double() for gradient in means(batch.student_grad, "mean")]
+    batch.teacher_grad[1:2] = [gradient.to(dtype).double() for gradient in means(batch.teacher_grad[1:2], "mean")]
+    if kind == "expanded":
+        batch.student_grad = [grad.expand_as(s) for grad, s in zip(batch.student_grad, batch.student)]
+    assert_equals_reference(batch, dtype, device)
+
+
+def allocations(function) -> list[int]:
+    """The bytes of every piece of memory that a call on the CPU asks for."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("kind", ["mean", "expanded"])
+def test_the_mean_of_a_gradient_is_not_copied_over_the_cells(make_batch, kind):
+    batch = make_batch([(64, 24, 40)], images=1).to(torch.float32)
+    batch.student_grad, batch.teacher_grad = means(batch.student_grad, kind), means(batch.teacher_grad, kind)
+    with torch.no_grad():
+        sizes = allocations(lambda: batch.losses("fused", weights=WEIGHTS))
+    assert max(sizes) < batch.student[0].nbytes / 2
+
+
+def test_features_of_another_layout_are_copied_once(make_batch):
+    """For forward and backward together; the gradient is as large as they are."""
+    batch = make_batch([(64, 24, 40)], images=1).to(torch.float32)
+    size = batch.student[0].nbytes
+    large = [n for n in allocations(lambda: batch.losses_and_gradients("fused", weights=WEIGHTS)) if n >= size]
+    assert len(large) == 1
+    batch.student = [f.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for f in batch.student]
+    batch.teacher = [f.transpose(2, 3).contiguous().transpose(2, 3) for f in batch.teacher]
+    large = [n for n in allocations(lambda: batch.losses_and_gradients("fused", weights=WEIGHTS)) if n >= size]
+    assert len(large) == 3
+
+
+def test_other_constants_require_no_gradient_whatever_they_are(make_batch):
+    """A teacher that requires a gradient gets none, and its graph is not kept for backward."""
+    batch = make_batch([(4, 6, 5)]).to(torch.float32)
+    wanted = batch.losses_and_gradients("fused", weights=WEIGHTS)
+    for tensors in (batch.teacher, batch.student_grad, batch.teacher_grad):
+        tensors[0].requires_grad_()
+    losses = sum(batch.losses("fused", weights=WEIGHTS).values())
+    assert torch.autograd.grad(losses, batch.teacher, allow_unused=True, retain_graph=True) == (None,)
+    losses, gradients = batch.losses_and_gradients("fused", weights=WEIGHTS)
+    assert losses == wanted[0] and torch.equal(gradients[0], wanted[1][0])
+    batch.student = [feature.detach() for feature in batch.student]
+    assert not sum(batch.losses("fused", weights=WEIGHTS).values()).requires_grad
+
+
 @pytest.mark.parametrize("box_dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_box_dtypes(make_batch, box_dtype):
     batch = make_batch()
@@ -400,8 +462,13 @@ def test_backward_may_run_twice_and_keeps_little(make_batch):
     assert nothing.numel() == 0
 
 
-def test_a_second_derivative_is_refused(make_batch):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_second_derivative_is_refused(make_batch, copied):
     batch = make_batch().to(torch.float32)
+    if copied:
+        batch.student = [f.detach().transpose(2, 3).contiguous().transpose(2, 3) for f in batch.student]
+        for feature in batch.student:
+            feature.requires_grad_()
     loss = sum(batch.losses("fused", weights=WEIGHTS).values())
     (first, *_) = torch.autograd.grad(loss, batch.student, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
