@@ -442,22 +442,35 @@ __device__ __forceinline__ void sum_cells(const Terms& terms, const LevelData<ac
         S[j] = tile.fetch(student + start, limit);
         T[j] = tile.fetch(teacher + start, limit);
       }
+      acc_t sums[kAhead][kCellSums] = {};
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        const int cell = first + j * kWarps;
-        if (cell >= count) break;
-        acc_t s[kSize], t[kSize], sums[kCellSums] = {};
+        acc_t s[kSize], t[kSize];
         widen(S[j], s);
         widen(T[j], t);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) factors.add(k, s[k], t[k], sums);
+        for (int k = 0; k < kSize; ++k) factors.add(k, s[k], t[k], sums[j]);
+      }
+      // All sums side by side, for one alone would wait for each exchange.
 #pragma unroll
-        for (int sum = 0; sum < kCellSums; ++sum) {
-          if (level.cell_sums[sum] == nullptr) continue;
-          const acc_t total = reduce_warp(sums[sum], Plus{});
-          acc_t& of_cell = tile_sums[sum][padded<acc_t>(cell)];
-          if (lane == 0) of_cell = c == 0 ? total : of_cell + total;
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+#pragma unroll
+          for (int sum = 0; sum < kCellSums; ++sum) {
+            sums[j][sum] += __shfl_xor_sync(kAllLanes, sums[j][sum], offset);
+          }
         }
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        acc_t of_lane = 0;  // lane k writes sum k
+#pragma unroll
+        for (int sum = 0; sum < kCellSums; ++sum) of_lane = lane == sum ? sums[j][sum] : of_lane;
+        const int cell = first + j * kWarps;
+        if (lane >= kCellSums || cell >= count) continue;
+        acc_t& of_cell = tile_sums[lane][padded<acc_t>(cell)];
+        of_cell = c == 0 ? of_lane : of_cell + of_lane;
       }
     }
   }
