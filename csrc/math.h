@@ -146,6 +146,9 @@ struct GridSpan {
       : first(std::floor(low * cells / pixels)), last(std::ceil(high * cells / pixels)) {}
   GKD_HOST_DEVICE double extent() const { return last - first; }
   GKD_HOST_DEVICE double centre() const { return (first + last) / 2; }
+  // The cells of the box, clipped to the map.
+  GKD_HOST_DEVICE int64_t begin(int64_t cells) const { return clipped(first + 0.5, cells); }
+  GKD_HOST_DEVICE int64_t end(int64_t cells) const { return clipped(last + 0.5, cells); }
   // The cells with a centre inside the context, clipped to the map.
   GKD_HOST_DEVICE int64_t context_begin(int64_t cells) const { return clipped(centre() - extent(), cells); }
   GKD_HOST_DEVICE int64_t context_end(int64_t cells) const { return clipped(centre() + extent(), cells); }

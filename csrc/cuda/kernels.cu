@@ -525,13 +525,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A box on the feature grid, relative to the first cell of its context.
 template <typename acc_t>
 struct ContextBox {
-  int top, bottom, left, right;  // the context, clipped to the map
-  double first_x, last_x, first_y, last_y;
+  int top, bottom, left, right;                          // the context, clipped to the map
+  int inner_top, inner_bottom, inner_left, inner_right;  // the box itself, clipped to the map
   acc_t start_x, start_y, extent_x, extent_y, scale;
 
   __device__ __forceinline__ acc_t value(int y, int x) const {
     if (y < top || y >= bottom || x < left || x >= right) return 0;
-    if (first_y <= y && y < last_y && first_x <= x && x < last_x) return scale;
+    if (y >= inner_top && y < inner_bottom && x >= inner_left && x < inner_right) return scale;
     const acc_t dx = (start_x + static_cast<acc_t>(x - left)) / extent_x;
     const acc_t dy = (start_y + static_cast<acc_t>(y - top)) / extent_y;
     return scale * exp(-dx * dx / 2) * exp(-dy * dy / 2);
@@ -568,7 +568,10 @@ __global__ void __launch_bounds__(kThreads)
       box.bottom = static_cast<int>(grid.y.context_end(level.height));
       box.left = static_cast<int>(grid.x.context_begin(level.width));
       box.right = static_cast<int>(grid.x.context_end(level.width));
-      box.first_x = grid.x.first, box.last_x = grid.x.last, box.first_y = grid.y.first, box.last_y = grid.y.last;
+      box.inner_top = static_cast<int>(grid.y.begin(level.height));
+      box.inner_bottom = static_cast<int>(grid.y.end(level.height));
+      box.inner_left = static_cast<int>(grid.x.begin(level.width));
+      box.inner_right = static_cast<int>(grid.x.end(level.width));
       box.start_x = static_cast<acc_t>(box.left + 0.5 - grid.x.centre());
       box.start_y = static_cast<acc_t>(box.top + 0.5 - grid.y.centre());
       box.extent_x = static_cast<acc_t>(grid.x.extent());
