@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gkd_d2.collect_env import collect_env
-from gkd_d2.losses import LossWeights, _choose
+from gkd_d2.losses import LossWeights, _choose, distillation_losses
 from gkd_d2.ops import fused, reference
 
 WEIGHTS = LossWeights(gradient=0.5, box=0.1, attention=0.2, image=0.3)
@@ -129,10 +129,12 @@ def test_the_choice_is_compiled_without_a_graph_break(make_batch, implementation
     monkeypatch.setattr(fused, "_load_error", reason)
     torch.compiler.reset()
     batch = make_batch([(4, 3, 5), (6, 2, 2)]).to(torch.float32)
-    compiled = torch.compile(
-        lambda: sum(batch.losses(implementation, weights=WEIGHTS).values()), fullgraph=True, backend="aot_eager"
-    )
-    loss = compiled()
+    arguments = tuple(vars(batch).values())
+
+    def total():
+        return sum(distillation_losses(*arguments, weights=WEIGHTS, implementation=implementation).values())
+
+    loss = torch.compile(total, fullgraph=True, backend="aot_eager")()
     assert caplog.text.count("The reference implementation of the losses is used") == (reason is not None)
     wanted = sum(batch.losses("reference" if reason else "fused", weights=WEIGHTS).values())
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
