@@ -50,12 +50,12 @@ struct Constants {
   }
 };
 
-// Constant features in the layout in which the kernels read them beside the student's. Backward reads them again, so
-// what has to be copied is copied here, once for both. What is no feature is left for the op to refuse.
+// Features in the layout in which the kernels read them beside the student's. Backward reads them again, so what has to
+// be copied is copied here, once for both. What is no feature is left for the op to refuse.
 std::vector<at::Tensor> in_kernel_layout(at::TensorList features, at::TensorList student) {
   std::vector<at::Tensor> result;
   for (size_t level = 0; level < features.size(); ++level) {
-    const at::Tensor feature = features[level].detach();
+    const at::Tensor& feature = features[level];
     const bool known = level < student.size() && student[level].dim() == 4 && feature.dim() == 4;
     result.push_back(known ? feature.contiguous(kernel_format(student[level])) : feature);
   }
@@ -63,32 +63,44 @@ std::vector<at::Tensor> in_kernel_layout(at::TensorList features, at::TensorList
 }
 
 struct DistillationLosses : torch::autograd::Function<DistillationLosses> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList student, const Constants& constants) {
-    const std::vector<at::Tensor> read = in_kernel_layout(student, student);
-    const std::vector<at::Tensor> teacher = in_kernel_layout(constants.teacher, student);
-    auto [losses, state] = constants.losses(read, teacher, /*save_state=*/true);
-    ctx->mark_non_differentiable({state});
+  // `state` is set, but no output: nothing can be differentiated through it.
+  static variable_list forward(AutogradContext* ctx, at::TensorList student, const Constants& constants,
+                               at::Tensor* state) {
+    variable_list saved(student.begin(), student.end());
+    std::vector<at::Tensor> read = in_kernel_layout(student, student), teacher;
+    for (const at::Tensor& feature : in_kernel_layout(constants.teacher, student)) teacher.push_back(feature.detach());
+    at::Tensor losses;
+    std::tie(losses, *state) = constants.losses(read, teacher, /*save_state=*/true);
     ctx->set_materialize_grads(false);
     ctx->saved_data["weights"] = constants.weights.vec();
-    variable_list saved{state};
-    for (const at::TensorList features : {student, at::TensorList(read), at::TensorList(teacher)}) {
-      saved.insert(saved.end(), features.begin(), features.end());
+    saved.insert(saved.end(), teacher.begin(), teacher.end());
+    saved.push_back(*state);
+    for (size_t level = 0; level < student.size(); ++level) {
+      if (!read[level].is_same(student[level])) saved.push_back(read[level]);
     }
     ctx->save_for_backward(std::move(saved));
-    return {losses, state};
+    ctx->saved_data["levels"] = static_cast<int64_t>(student.size());
+    return {losses};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     static const auto op = find_op<LossesBackward>("gkd_d2::distillation_losses_backward");
+    const auto levels = static_cast<size_t>(ctx->saved_data["levels"].toInt());
+    constexpr size_t kOthers = 2;  // the constants and the state
+    if (!gradients[0].defined()) return variable_list(levels + kOthers);
     const variable_list saved = ctx->get_saved_variables();
-    const size_t levels = saved.size() / 3;
-    if (!gradients[0].defined()) return variable_list(levels + 1);
-    const at::TensorList features = at::TensorList(saved).slice(1);
-    // Only what requires a gradient makes a second derivative fail, which would be missing without a word.
-    const at::TensorList student = features.slice(at::GradMode::is_enabled() ? 0 : levels, levels);
-    variable_list result = op.call(gradients[0], saved[0], student, features.slice(2 * levels),
+    const at::TensorList features(saved);
+    std::vector<at::Tensor> student = features.slice(0, levels).vec();
+    // A second derivative fails through what requires a gradient; without, it would be missing without a word.
+    if (!at::GradMode::is_enabled()) {
+      size_t copy = 2 * levels + 1;
+      for (at::Tensor& feature : student) {
+        if (!feature.is_contiguous(kernel_format(feature))) feature = saved[copy++];
+      }
+    }
+    variable_list result = op.call(gradients[0], saved[2 * levels], student, features.slice(levels, levels),
                                    ctx->saved_data["weights"].toDoubleVector());
-    result.emplace_back();  // of the constants
+    result.resize(levels + kOthers);
     return result;
   }
 };
@@ -101,8 +113,9 @@ std::tuple<at::Tensor, at::Tensor> distillation_losses_autograd(
                             image_size, weights,      temperature,  weighting, rectifier};
   if (!needs_grad(student)) return constants.losses(student, teacher, save_state);
   TORCH_CHECK(save_state, "gkd_d2::distillation_losses needs save_state=True where a gradient is to be computed");
-  const variable_list outputs = DistillationLosses::apply(student, constants);
-  return {outputs[0], outputs[1]};
+  at::Tensor state;
+  const variable_list losses = DistillationLosses::apply(student, constants, &state);
+  return {losses[0], state};
 }
 
 struct DistillationLossesBackward : torch::autograd::Function<DistillationLossesBackward> {

@@ -272,7 +272,8 @@ def _check_levels(
                 ("device", s.device, other.device),
             ):
                 if wanted != got:
-                    raise ValueError(f"student[{level}] has {what} {wanted}, but {name}[{level}] has {got}")
+                    hint = "" if name == "teacher" or what != "shape" else "; its mean, N,C,1,1, would do as well"
+                    raise ValueError(f"student[{level}] has {what} {wanted}, but {name}[{level}] has {got}{hint}")
     for level, s in enumerate(student):
         if s.dim() != 4 or 0 in s.shape[1:] or not s.is_floating_point():
             raise ValueError(

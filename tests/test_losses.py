@@ -327,6 +327,8 @@ def test_the_mean_of_a_gradient_is_enough(weighting):
         compute((student, teacher, *gradients), [torch.zeros(0, 4)] * 2, (32, 48), weighting=weighting),
     )
     torch.testing.assert_close(gradient_map(student, means[0]), gradient_map(student, gradients[0]))
+    with pytest.raises(ValueError, match=r"or the gradient N,C,1,1, got \(2, 5, 4, 6\) and \(2, 5, 1, 6\)"):
+        gradient_map(student, gradients[0][:, :, :1])
 
 
 def test_only_the_student_receives_a_gradient():

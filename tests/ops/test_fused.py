@@ -126,6 +126,14 @@ def test_hand_worked_attention():
     assert gradient == pytest.approx([2 * p * (-1 - mean_sign), 2 * (1 - p) * (1 - mean_sign)])
 
 
+def transposed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values in a layout that the kernels don't read; leaves that require a gradient where the tensors did."""
+    return [
+        tensor.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_(tensor.requires_grad)
+        for tensor in tensors
+    ]
+
+
 def op_arguments(batch, save_state: bool = True, weighting: str = "gradient", rectifier: str = "abs"):
     return (
         batch.student,
@@ -144,20 +152,19 @@ def op_arguments(batch, save_state: bool = True, weighting: str = "gradient", re
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_opcheck(make_batch, device, layout):
-    batch = make_batch([(4, 3, 5), (6, 2, 2)], layout=layout).to(torch.float32, device)
+    batch = make_batch([(4, 3, 5), (6, 2, 3)], layout=layout).to(torch.float32, device)
+    if layout == "transposed":
+        batch.student = transposed(batch.student)
     arguments = op_arguments(batch)
     torch.library.opcheck(torch.ops.gkd_d2.distillation_losses.default, arguments)
     with torch.no_grad():
         _, state = torch.ops.gkd_d2.distillation_losses(*arguments)
-    constant = batch.to(torch.float32, device)
-    for feature in constant.student:
-        feature.requires_grad_(False)
-    weights = arguments[7]
+    constant = [feature.detach() for feature in batch.student]
     torch.library.opcheck(
         torch.ops.gkd_d2.distillation_losses_backward.default,
-        (torch.rand(4, device=device), state, constant.student, constant.teacher, weights),
+        (torch.rand(4, device=device), state, constant, batch.teacher, arguments[7]),
     )
 
 
@@ -360,7 +367,7 @@ def test_other_layouts(make_batch, device, kind):
     copy = batch.to(torch.float64, device)
     feature = copy.student[0].detach()
     if kind == "transposed":
-        copy.student[0] = feature.transpose(2, 3).contiguous().transpose(2, 3)
+        copy.student = transposed(copy.student)
     elif kind == "sliced":
         copy.student[0] = torch.cat([feature, feature], dim=3)[..., :9]
     elif kind == "expanded":
@@ -369,7 +376,7 @@ def test_other_layouts(make_batch, device, kind):
     elif kind == "mixed":
         copy.teacher[0] = copy.teacher[0].contiguous(memory_format=torch.channels_last)
         copy.student_grad[0] = copy.student_grad[0].contiguous(memory_format=torch.channels_last)
-        copy.teacher_grad[0] = copy.teacher_grad[0].transpose(2, 3).contiguous().transpose(2, 3)
+        copy.teacher_grad = transposed(copy.teacher_grad)
     else:
         memory = feature.new_zeros(feature.numel() + 1)
         copy.student[0] = memory[1:].view_as(feature).copy_(feature)
@@ -377,6 +384,21 @@ def test_other_layouts(make_batch, device, kind):
     wanted_losses, wanted_gradients = batch.to(torch.float64).losses_and_gradients("reference", weights=WEIGHTS)
     losses, gradients = copy.losses_and_gradients("fused", weights=WEIGHTS)
     assert losses == pytest.approx(wanted_losses, rel=1e-12)
+    torch.testing.assert_close(gradients[0].cpu(), wanted_gradients[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_gradient_expanded_along_one_axis_is_summed_up(make_batch, device, axis):
+    """It is not the same in all cells."""
+    batch = make_batch([(6, 8, 9)])
+    batch.teacher_grad = [gradient.mean(dim=axis, keepdim=True) for gradient in batch.teacher_grad]
+    copy = batch.to(torch.float64, device)
+    for tensors in (batch, copy):
+        tensors.teacher_grad = [tensors.teacher_grad[0].expand_as(tensors.student[0])]
+    wanted, wanted_gradients = batch.to(torch.float64).losses_and_gradients("reference", weights=WEIGHTS)
+    losses, gradients = copy.losses_and_gradients("fused", weights=WEIGHTS)
+    assert losses == pytest.approx(wanted, rel=1e-12)
     torch.testing.assert_close(gradients[0].cpu(), wanted_gradients[0], rtol=1e-10, atol=1e-12)
 
 
@@ -422,10 +444,60 @@ def test_features_of_another_layout_are_copied_once(make_batch):
     size = batch.student[0].nbytes
     large = [n for n in allocations(lambda: batch.losses_and_gradients("fused", weights=WEIGHTS)) if n >= size]
     assert len(large) == 1
-    batch.student = [f.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for f in batch.student]
-    batch.teacher = [f.transpose(2, 3).contiguous().transpose(2, 3) for f in batch.teacher]
+    batch.student, batch.teacher = transposed(batch.student), transposed(batch.teacher)
     large = [n for n in allocations(lambda: batch.losses_and_gradients("fused", weights=WEIGHTS)) if n >= size]
     assert len(large) == 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_features_are_saved_once_for_backward(make_batch, layout):
+    """Hooks that move what is saved to another place would move it twice; a copy of another layout is saved too."""
+    batch = make_batch([(64, 24, 40)], images=1).to(torch.float32)
+    if layout == "transposed":
+        batch.student = transposed(batch.student)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        batch.losses("fused", weights=WEIGHTS)
+    large = [tensor for tensor in saved if tensor.numel() == batch.student[0].numel()]
+    assert len(large) == (2 if layout == "contiguous" else 3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_features_changed_before_backward_are_an_error(make_batch, name, layout):
+    """Where backward would read what they hold now."""
+    batch = make_batch([(4, 6, 5)]).to(torch.float32)
+    leaf = batch.student[0]
+    batch.student = [2 * leaf]
+    if layout == "transposed":
+        leaf = transposed([leaf])[0]
+        batch.student, batch.teacher = [2 * leaf], transposed(batch.teacher)
+    (wanted,) = torch.autograd.grad(sum(batch.losses("fused", weights=WEIGHTS).values()), leaf, retain_graph=True)
+    losses = sum(batch.losses("fused", weights=WEIGHTS).values())
+    with torch.no_grad():
+        getattr(batch, name)[0].mul_(3)
+    if layout == "transposed" and name == "teacher":
+        assert torch.equal(torch.autograd.grad(losses, leaf)[0], wanted)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(losses, leaf)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "compiled_autograd"), reason="this torch has no such option")
+def test_backward_under_compiled_autograd(make_batch):
+    """With the losses outside the compiled graph, as Detectron2's code, which breaks it, would have them."""
+    batch = make_batch([(4, 6, 5)]).to(torch.float32)
+    wanted = torch.autograd.grad(sum(batch.losses("fused", weights=WEIGHTS).values()), batch.student)
+
+    @torch._dynamo.disable
+    def total(student):
+        batch.student = student
+        return sum(batch.losses("fused", weights=WEIGHTS).values())
+
+    leaves = batch.student
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda *student: total([1 * s for s in student]).backward(), backend="aot_eager")(*leaves)
+    assert torch.equal(leaves[0].grad, wanted[0])
 
 
 def test_other_constants_require_no_gradient_whatever_they_are(make_batch):
@@ -466,9 +538,7 @@ def test_backward_may_run_twice_and_keeps_little(make_batch):
 def test_a_second_derivative_is_refused(make_batch, copied):
     batch = make_batch().to(torch.float32)
     if copied:
-        batch.student = [f.detach().transpose(2, 3).contiguous().transpose(2, 3) for f in batch.student]
-        for feature in batch.student:
-            feature.requires_grad_()
+        batch.student = transposed(batch.student)
     loss = sum(batch.losses("fused", weights=WEIGHTS).values())
     (first, *_) = torch.autograd.grad(loss, batch.student, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
@@ -499,6 +569,9 @@ def test_weights_of_zero_cost_nothing(make_batch):
     [
         ({0: []}, "student is an empty list"),
         ({1: []}, r"student has 2 levels, but teacher has 0"),
+        ({1: [torch.ones(2, 4, 3, 5)] * 3}, r"student has 2 levels, but teacher has 3"),
+        ({1: [torch.ones(2, 4, 15), torch.ones(2, 6, 2, 2)]}, r"student\[0\] has shape .*, but teacher\[0\]"),
+        ({2: [torch.ones(2, 4), torch.ones(2, 6, 2, 2)]}, r"student_grad\[0\] has .*, which is not its mean's N,C,1,1"),
         ({2: []}, r"student has 2 levels, but student_grad has 0"),
         ({3: [torch.ones(2, 4, 3, 5), torch.ones(2, 6, 2, 3)]}, r"student\[1\] has shape .*, but teacher_grad\[1\]"),
         (
@@ -515,6 +588,8 @@ def test_weights_of_zero_cost_nothing(make_batch):
         ({5: [5]}, "student holds 2 images, but box_counts 1"),
         ({5: [1, 1]}, "box_counts add up to 2, but there are 5 boxes"),
         ({5: [6, -1]}, "must not be negative"),
+        ({5: [6, 3]}, "box_counts are .*6, 3.*, but there are 5 boxes"),
+        ({5: [2**63 - 1, 2**63 - 1]}, "box_counts are .*, but there are 5 boxes"),
         ({6: [0, 132]}, "image_size is .*both positive"),
         ({7: [1.0, 1.0]}, "weights must hold 4"),
         ({7: [1.0, -1.0, 0.0, 0.0]}, "finite numbers >= 0"),
@@ -524,12 +599,15 @@ def test_weights_of_zero_cost_nothing(make_batch):
         ({10: "gelu"}, "rectifier is 'gelu'"),
     ],
 )
-def test_bad_arguments(make_batch, change, message):
+@pytest.mark.parametrize("under_autograd", [False, True])
+def test_bad_arguments(make_batch, change, message, under_autograd):
     batch = make_batch([(4, 3, 5), (6, 2, 2)]).to(torch.float32)
     arguments = list(op_arguments(batch))
     for index, value in change.items():
         arguments[index] = value
-    with pytest.raises(ValueError, match=message), torch.no_grad():
+    for feature in arguments[0]:
+        feature.requires_grad_(under_autograd and feature.is_floating_point())
+    with pytest.raises(ValueError, match=message):
         torch.ops.gkd_d2.distillation_losses(*arguments)
 
 
