@@ -114,9 +114,13 @@ inline Terms check_losses(at::TensorList student, at::TensorList teacher, at::Te
                     student[0].device());
   TORCH_CHECK_VALUE(static_cast<int64_t>(box_counts.size()) == images, "student holds ", images,
                     " images, but box_counts ", box_counts.size());
-  int64_t total = 0;
   for (const int64_t count : box_counts) {
     TORCH_CHECK_VALUE(count >= 0, "box_counts are ", box_counts, ", but must not be negative");
+  }
+  int64_t total = 0;
+  for (const int64_t count : box_counts) {
+    TORCH_CHECK_VALUE(count <= boxes.size(0), "box_counts are ", box_counts, ", but there are ", boxes.size(0),
+                      " boxes");
     total += count;
   }
   TORCH_CHECK_VALUE(total == boxes.size(0), "box_counts add up to ", total, ", but there are ", boxes.size(0),

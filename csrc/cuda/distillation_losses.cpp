@@ -60,10 +60,12 @@ void check_sizes(at::TensorList student) {
                     " levels, but the CUDA kernels take at most ", kMaxLevels);
   // Loops count in int, and step past their end.
   constexpr int64_t kMost = std::numeric_limits<int>::max() - (1 << 16);
+  int64_t cells = 0, channels = 0;
   for (size_t l = 0; l < student.size(); ++l) {
-    TORCH_CHECK_VALUE(
-        student[l].numel() / student[l].size(1) <= kMost && student[l].numel() / cells_of(student[l]) <= kMost,
-        "student[", l, "] has shape ", student[l].sizes(), ", which is too large for the CUDA kernels");
+    cells += student[l].numel() / student[l].size(1);
+    channels += student[l].numel() / cells_of(student[l]);
+    TORCH_CHECK_VALUE(cells <= kMost && channels <= kMost, "student[", l, "] has shape ", student[l].sizes(),
+                      ", which is too large for the CUDA kernels, together with the levels before it");
   }
 }
 
