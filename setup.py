@@ -87,8 +87,12 @@ def resolved_architectures() -> str:
 
     try:
         flags = " ".join(_get_cuda_arch_flags())
-    except ValueError as error:
-        sys.exit(f"gkd_d2: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}: {error}")
+    except (ValueError, IndexError) as error:
+        # An IndexError: "native" without a GPU, and before torch 2.5 an empty list.
+        sys.exit(
+            f"gkd_d2: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}, which names no architecture "
+            f"here ({error}): give numbers, such as '8.6;9.0'"
+        )
     # Machine code is code=sm_90, PTX code=compute_90 beside it.
     found = re.findall(r"arch=compute_(\d+)(\d)([a-z]?),code=([a-z]+)_", flags)
     versions = sorted({(int(major), int(minor), suffix) for major, minor, suffix, _ in found})

@@ -139,6 +139,13 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg.merge_from_list(opts)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which torch does not know: give cuda, cuda:1, cpu or, for the GPU "
+            "where there is one, auto"
+        ) from error
     resolve_teacher_config(cfg, config_file)
     return cfg
 

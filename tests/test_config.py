@@ -130,3 +130,8 @@ def test_a_distilled_student_can_be_a_teacher(distiller_config, tmp_path):
     teacher = teacher_config(cfg)
     assert teacher.MODEL.META_ARCHITECTURE == "RetinaNet"
     assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS
+
+
+def test_an_unknown_device_is_named(project):
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'gpu', which torch does not know: give cuda"):
+        read(project / "configs" / "toy" / "gkd_frcnn.yaml", "MODEL.DEVICE", "gpu")

@@ -3,6 +3,7 @@
 import runpy
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -29,5 +30,12 @@ def test_architectures_are_those_that_torch_builds_for(setup, variable, architec
 
 def test_an_unknown_architecture_is_named(setup, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hooper")
-    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST is '8.0;Hooper': .*Hooper"):
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST is '8.0;Hooper', which names no architecture .*Hooper"):
+        setup["resolved_architectures"]()
+
+
+def test_native_without_a_gpu_is_no_traceback(setup, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST is 'native', which names no architecture here"):
         setup["resolved_architectures"]()
