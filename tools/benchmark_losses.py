@@ -422,9 +422,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there")
     args = parser.parse_args()
-    for name in ("batch", "rounds", "inputs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, but must be at least 1")
+    for name, least in (("batch", 1), ("boxes", 0), ("rounds", 1), ("warm_up", 0), ("inputs", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {least}")
+    for path in (args.json, args.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path} can't be written: there is no folder {path.parent}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
     if reason := fused.unavailable_reason(torch.device(args.device)):

@@ -475,6 +475,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("batch", "boxes", "rounds", "warm_up"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
+    for path in (args.json, args.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path} can't be written: there is no folder {path.parent}")
     if min(args.size) < 1:
         parser.error(f"--size is {args.size}, but both numbers must be at least 1")
     if not Path(args.config_file).is_file():

@@ -162,6 +162,20 @@ def test_numbers_below_one_are_refused(benchmark, capsys, name):
     assert f"--{name} is 0, but must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--warm-up", "-1"], "--warm-up is -1, but must be at least 0"),
+        (["--boxes", "-1"], "--boxes is -1, but must be at least 0"),
+        (["--plot", "nowhere/losses.png"], "nowhere/losses.png can't be written: there is no folder nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(benchmark, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        benchmark(*arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_a_missing_gpu_is_named(benchmark, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

@@ -75,6 +75,9 @@ def test_bad_arguments_are_refused(benchmark, distiller_config, capsys):
     with pytest.raises(SystemExit):
         benchmark(cfg, "--rounds", "0")
     assert "--rounds is 0, but must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark(cfg, "--plot", "nowhere/step.png")
+    assert "nowhere/step.png can't be written: there is no folder nowhere" in capsys.readouterr().err
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     with pytest.raises(SystemExit, match="distiller.yaml is no config of a GKDDistiller"):
         benchmark(cfg)
