@@ -88,7 +88,7 @@ def resolved_architectures() -> str:
     try:
         flags = " ".join(_get_cuda_arch_flags())
     except (ValueError, IndexError) as error:
-        # An IndexError: "native" without a GPU, and before torch 2.5 an empty list.
+        # An IndexError: "native" without a GPU.
         sys.exit(
             f"gkd_d2: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}, which names no architecture "
             f"here ({error}): give numbers, such as '8.6;9.0'"

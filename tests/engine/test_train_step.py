@@ -201,12 +201,12 @@ def test_clipping_a_distilled_student_in_float16(distiller_config):
     [*((kind, "cpu") for kind in ARCHITECTURES), pytest.param("retinanet", "cuda", marks=CUDA_MARKS)],
 )
 def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_config):
-    """To 15 %: each loss of the first step, and the sum of all in three steps."""
+    """Tolerances: 15 % for a loss of the first step, 10 % for the sum of all in three steps."""
     cfg = distiller_config(kind, channels=8)
     cfg.MODEL.DEVICE = device
     # A level of one cell has no gradient of the map loss.
     cfg.GKD.FEATURES = ["p3", "p4", "p5"]
-    # All proposals, for which of them would be drawn depends on their last bits; what is left of that are some 6 %.
+    # All proposals: which of them would be drawn depends on their last bits.
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 512
     cfg.SOLVER.BASE_LR = 0.005
     samples = images(((64, 96), (80, 90)))
@@ -221,7 +221,7 @@ def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_c
             set_scale(step, 2.0**10)
         runs.append(run(step, 0, 3))
     full, half = runs
-    assert half["total_loss"] == pytest.approx(full["total_loss"], rel=0.15)
+    assert half["total_loss"] == pytest.approx(full["total_loss"], rel=0.1)
     for name in (name for name in full if name.startswith("loss_")):
         assert half[name][0] == pytest.approx(full[name][0], rel=0.15, abs=1e-3), name
     assert all(value > 0 for name in NAMES for value in half[name])
