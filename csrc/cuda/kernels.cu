@@ -67,6 +67,21 @@ struct Tile {
     return pack;
   }
 
+  // S and T in the rows first, first + kWarps and so on, which start at start_of(row): `count` elements each, none at
+  // or beyond the end.
+  template <typename start_t>
+  __device__ __forceinline__ void fetch_pairs(const scalar_t* student, const scalar_t* teacher, const start_t& start_of,
+                                              int first, int end, int count, Pack<scalar_t> (&S)[kPairsAhead],
+                                              Pack<scalar_t> (&T)[kPairsAhead]) const {
+#pragma unroll
+    for (int j = 0; j < kPairsAhead; ++j) {
+      const int row = first + j * kWarps;
+      const int64_t start = start_of(row);
+      S[j] = fetch(student + start, row < end ? count : 0);
+      T[j] = fetch(teacher + start, row < end ? count : 0);
+    }
+  }
+
   // Of a vector of factors.
   __device__ __forceinline__ void gather(const acc_t* from, int count, acc_t (&values)[kSize]) const {
     // The features may be aligned where what was summed up of them is not.
@@ -392,16 +407,11 @@ __device__ __forceinline__ void sum_cells(const Terms& terms, const LevelData<ac
   if (!level.channels_last[kStudent]) {
     using factors_t = ChannelFactors<acc_t, Shared<acc_t>>;
     acc_t sums[kSize][kCellSums] = {};
+    const auto start_of = [&](int c) { return static_cast<int64_t>(c) * level.cells + first_cell; };
     for (int first = warp; first < level.channels; first += kAhead * kWarps) {
       Pack<scalar_t> S[kAhead], T[kAhead];
       factors_t factors[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int c = first + j * kWarps, limit = c < level.channels ? count : 0;
-        const int64_t start = static_cast<int64_t>(c) * level.cells + first_cell;
-        S[j] = tile.fetch(student + start, limit);
-        T[j] = tile.fetch(teacher + start, limit);
-      }
+      tile.fetch_pairs(student, teacher, start_of, first, level.channels, count, S, T);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         const int c = first + j * kWarps;
@@ -432,16 +442,12 @@ __device__ __forceinline__ void sum_cells(const Terms& terms, const LevelData<ac
   static_assert(kCellSums <= kWarps, "the sums of a tile share the memory of its warps");
   for (int c = 0; c < level.channels; c += kTile<scalar_t>) {
     ChannelFactors<acc_t, tile_t> factors;
-    factors.gather(tile, terms, level, first_channel + c, level.channels - c);
+    const int channels = level.channels - c;
+    factors.gather(tile, terms, level, first_channel + c, channels);
+    const auto start_of = [&](int cell) { return static_cast<int64_t>(first_cell + cell) * level.channels + c; };
     for (int first = warp; first < count; first += kAhead * kWarps) {
       Pack<scalar_t> S[kAhead], T[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int cell = first + j * kWarps, limit = cell < count ? level.channels - c : 0;
-        const int64_t start = static_cast<int64_t>(first_cell + cell) * level.channels + c;
-        S[j] = tile.fetch(student + start, limit);
-        T[j] = tile.fetch(teacher + start, limit);
-      }
+      tile.fetch_pairs(student, teacher, start_of, first, count, channels, S, T);
       acc_t sums[kAhead][kCellSums] = {};
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -885,6 +891,7 @@ __device__ __forceinline__ void write_gradient(const BackwardParams<acc_type<sca
   // Writes `count` elements of the rows first, first + kWarps and so on, which start at start_of(row).
   const auto write = [&](int count, int first, int end, const auto& start_of, const auto& factors_of) {
     for (int row = first; row < end; row += kAhead * kWarps) {
+      // As fetch_pairs; with a count of its own for T, that would spill registers on some architectures.
       Pack<scalar_t> S[kAhead], T[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {

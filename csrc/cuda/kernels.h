@@ -62,8 +62,8 @@ struct LevelData {
   // Made on the host, for most GPUs are slow to divide doubles.
   acc_t gradient_weight, image_weight;  // of the losses, / (H*W)
   acc_t magnitude_scale;                // 1 / (C * temperature)
-  acc_t channel_attention_scale,
-      cell_attention_scale;  // attention / (temperature * H*W), attention / (temperature * C)
+  acc_t channel_attention_scale;        // attention / (temperature * H*W)
+  acc_t cell_attention_scale;           // attention / (temperature * C)
 
   acc_t* channel_sums[kInputs];  // N, parts, C: of gradients and of magnitudes over a part of the cells
   int channel_parts[kInputs];

@@ -20,8 +20,8 @@ from gkd_d2.ops.reference import accumulation_dtype
 if TYPE_CHECKING:
     from gkd_d2.losses import LossWeights
 
-# What the Python side expects of the extension; setup.py compiles it in. Raise it when what it
-# registers or the state changes.
+# What the Python side expects of the extension; setup.py compiles it in. Raise it when what it registers or the state
+# changes.
 INTERFACE_VERSION = 2
 
 _LOSSES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
