@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from gkd_d2.imports import import_modules
 
 DISTILLER = "GKDDistiller"
+_TEACHER_PATHS = ("CONFIG_FILE", "WEIGHTS")
 
 
 def add_gkd_config(cfg: CfgNode) -> None:
@@ -18,6 +24,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     """
     cfg.GKD = CfgNode()
 
+    # Python modules of your own, imported before the config is used: what they register can be named in it, such as
+    # datasets, meta-architectures, backbones and methods. In a teacher's config file: those that the teacher needs.
+    cfg.GKD.IMPORTS = []
+
     cfg.GKD.STUDENT = CfgNode()
     # Meta-architecture of the student: GeneralizedRCNN or RetinaNet. All else about it stands in MODEL.
     cfg.GKD.STUDENT.META_ARCHITECTURE = ""
@@ -26,9 +36,11 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
 
     cfg.GKD.TEACHER = CfgNode()
-    # The teacher's own training config, relative to the working folder or to the folder of --config-file.
+    # The teacher's own training config. A relative path is looked for in the working folder, then in the folder of the
+    # config file that sets this key, which may be a _BASE_ of --config-file.
     cfg.GKD.TEACHER.CONFIG_FILE = ""
-    # The teacher's checkpoint; it must set every parameter of the teacher.
+    # The teacher's checkpoint; it must set every parameter of the teacher. A relative path is looked for in the same
+    # two folders.
     cfg.GKD.TEACHER.WEIGHTS = ""
     # Names of the teacher's levels, one for each of GKD.FEATURES, where they differ from the student's.
     cfg.GKD.TEACHER.FEATURES = []
@@ -43,8 +55,6 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # (foreground and background, by the teacher's attention), pkd (correlation of channels), none (nothing: the student
     # is trained alone), or a method of your own, see docs/own_method.md.
     cfg.GKD.METHOD = "gkd"
-    # Python module that registers a method of your own; it is imported before GKD.METHOD is looked up.
-    cfg.GKD.METHOD_MODULE = ""
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
 
@@ -118,25 +128,26 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
 
 
-def read_config(config_file: str, opts: list[str]) -> CfgNode:
+def read_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) -> CfgNode:
     """The config that a file and KEY VALUE pairs describe, not frozen.
 
-    MODEL.DEVICE "auto" becomes "cuda" where torch finds a GPU, else "cpu".
+    The modules in GKD.IMPORTS are imported before the keys are looked at. MODEL.DEVICE "auto" becomes "cuda" where
+    torch finds a GPU, else "cpu".
 
     Args:
         config_file: of any detector or distiller.
         opts: override the file's values.
+        imports: modules that are added to GKD.IMPORTS, as by --import.
 
     Raises:
-        ValueError: ``opts`` are no pairs, or a value does not fit its key.
-        KeyError: a key does not exist.
+        FileNotFoundError: the file does not exist.
+        ValueError: ``opts`` are no pairs, a key does not exist, a value does not fit its key, or a module in
+            GKD.IMPORTS is not found.
+        ImportError: a module in GKD.IMPORTS raises an error.
     """
     if len(opts) % 2:
         raise ValueError(f"the arguments {' '.join(opts)} must be pairs KEY VALUE; options go before them")
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(opts)
+    cfg = _merged(config_file, opts, imports)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -146,17 +157,92 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which torch does not know: give cuda, cuda:1, cpu or, for the GPU "
             "where there is one, auto"
         ) from error
-    resolve_teacher_config(cfg, config_file)
     return cfg
 
 
-def read_distiller_config(config_file: str, opts: list[str]) -> CfgNode:
+class _ConfigFile(CfgNode):
+    """Reads a YAML file with its ``_BASE_``, in each of which the teacher's paths are relative to that file."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        # What a _BASE_ says was placed when that file was read.
+        _place_teacher(_node(loaded, "GKD", "TEACHER"), filename)
+        return loaded
+
+
+def _merged(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
+    """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
+    if not PathManager.isfile(config_file):
+        raise FileNotFoundError(f"there is no config file {config_file}")
+    try:
+        written = _ConfigFile.load_yaml_with_base(config_file, allow_unsafe=True)
+    except (AssertionError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{config_file} is not a config file: {error}") from error
+    modules = [*_listed_modules(config_file, written, opts), *imports]
+    import_modules(modules, f"GKD.IMPORTS of {config_file}, or --import,")
+    # Made after the imports, for a module may add keys to Detectron2's defaults.
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.GKD.TEACHER.update({k: v for k, v in _node(written, "GKD", "TEACHER").items() if k in _TEACHER_PATHS})
+        cfg.merge_from_list(opts)
+    except (AssertionError, KeyError) as error:
+        source = f"{config_file} with {' '.join(opts)}" if opts else config_file
+        # Python and yacs put the text of a KeyError into quotes.
+        reason = str(error).strip("\"'")
+        raise ValueError(f"{source}: {reason}") from error
+    # What the arguments name.
+    _place_teacher(cfg.GKD.TEACHER, config_file)
+    cfg.GKD.IMPORTS = list(dict.fromkeys(modules))
+    return cfg
+
+
+def _listed_modules(config_file: str, written: dict, opts: list[str]) -> list[str]:
+    """GKD.IMPORTS, of a file's content and the arguments, before there is a config with all keys."""
+    key = "GKD.IMPORTS"
+    cfg = CfgNode({"GKD": {"IMPORTS": []}})
+    given = [text for pair in zip(opts[::2], opts[1::2]) if pair[0] == key for text in pair]
+    try:
+        cfg.merge_from_list([key, _node(written, "GKD").get("IMPORTS") or []])
+        cfg.merge_from_list(given)
+    except ValueError as error:
+        raise ValueError(f"{key} of {config_file} must be a list of modules, such as ['my_module']: {error}") from error
+    return list(cfg.GKD.IMPORTS)
+
+
+def _node(loaded: object, *names: str) -> dict:
+    """The node at a place of a file's content; empty where there is none."""
+    for name in names:
+        loaded = loaded.get(name) if isinstance(loaded, dict) else None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _place_teacher(teacher: dict, config_file: str) -> None:
+    """Let the teacher's relative paths that are not found in the working folder be those beside a config file.
+
+    Args:
+        teacher: the node GKD.TEACHER, changed in place. A checkpoint that is found in neither folder stays as it is,
+            for it may be trained yet; a config file then becomes that beside ``config_file``, for the error.
+        config_file: that sets the paths.
+    """
+    for key in _TEACHER_PATHS:
+        path = teacher.get(key)
+        if not (path and isinstance(path, str)) or os.path.isabs(path) or "://" in path or os.path.exists(path):
+            continue
+        beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), path)
+        if key == "CONFIG_FILE" or os.path.exists(beside):
+            teacher[key] = beside
+
+
+def read_distiller_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) -> CfgNode:
     """As :func:`read_config`, of a distiller alone.
 
     Raises:
         ValueError: also where it is the config of a plain detector.
     """
-    cfg = read_config(config_file, opts)
+    cfg = read_config(config_file, opts, imports)
     if cfg.MODEL.META_ARCHITECTURE != DISTILLER:
         raise ValueError(
             f"{config_file} is no config of a {DISTILLER}: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}. "
@@ -165,17 +251,9 @@ def read_distiller_config(config_file: str, opts: list[str]) -> CfgNode:
     return cfg
 
 
-def resolve_teacher_config(cfg: CfgNode, config_file: str) -> None:
-    """Make GKD.TEACHER.CONFIG_FILE absolute where it is found beside the student's config file.
-
-    Args:
-        cfg: changed in place; a path that exists relative to the working folder, or nowhere, stays as it is.
-        config_file: the file that ``cfg`` was read from.
-    """
-    name = cfg.GKD.TEACHER.CONFIG_FILE
-    beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), name)
-    if name and not os.path.exists(name) and os.path.exists(beside):
-        cfg.GKD.TEACHER.CONFIG_FILE = beside
+def architecture_key(cfg: CfgNode) -> str:
+    """The key that sets the meta-architecture of the detector that ``cfg`` trains: see :func:`detector_config`."""
+    return "GKD.STUDENT.META_ARCHITECTURE" if cfg.MODEL.META_ARCHITECTURE == DISTILLER else "MODEL.META_ARCHITECTURE"
 
 
 def detector_config(cfg: CfgNode) -> CfgNode:
@@ -201,7 +279,7 @@ def detector_config(cfg: CfgNode) -> CfgNode:
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's config, read from GKD.TEACHER.CONFIG_FILE.
+    """The teacher's config, read from GKD.TEACHER.CONFIG_FILE; the modules in its GKD.IMPORTS are imported.
 
     Args:
         cfg: the distiller's config.
@@ -210,9 +288,10 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         A frozen config of a plain detector on the student's device, with GKD.TEACHER.WEIGHTS as its weights.
 
     Raises:
-        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set, or GKD.TEACHER.ROI_BATCH_SIZE is
-            negative or for a teacher without ROI heads.
+        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set, the file is not a config, or
+            GKD.TEACHER.ROI_BATCH_SIZE is negative or for a teacher without ROI heads.
         FileNotFoundError: the config file does not exist.
+        ImportError: a module in its GKD.IMPORTS raises an error.
     """
     for key in ("CONFIG_FILE", "WEIGHTS"):
         if not cfg.GKD.TEACHER[key]:
@@ -220,13 +299,11 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     path = cfg.GKD.TEACHER.CONFIG_FILE
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file: give the config the teacher was trained with, "
-            "relative to the working folder or to the folder of --config-file"
+            f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file. A relative path is looked for in the working "
+            f"folder, {os.getcwd()}, and then in the folder of the config file that sets the key: give the config the "
+            "teacher was trained with"
         )
-    teacher = get_cfg()
-    add_gkd_config(teacher)
-    teacher.merge_from_file(path)
-    teacher = detector_config(teacher)
+    teacher = detector_config(_merged(path, [], ()))
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS

@@ -15,11 +15,13 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from gkd_d2.align import AlignConv
-from gkd_d2.config import detector_config, teacher_config
+from gkd_d2.config import architecture_key, detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.imports import import_modules
 from gkd_d2.methods import Level, Method, build_method
 from gkd_d2.one_pass import one_pass_losses
 from gkd_d2.pairing import check_pair, pair_levels
+from gkd_d2.registries import build_detector
 from gkd_d2.streams import separate_random_stream
 from gkd_d2.teacher import FrozenTeacher, build_teacher
 from gkd_d2.visualize import Picture, put_picture, take_picture
@@ -129,9 +131,11 @@ class GKDDistiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Build the method, the student, then the teacher, and check that they belong together."""
+        # In a script of the user's own, whose config read_config has not read.
+        import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
         method = build_method(cfg)
         student_cfg, teacher_cfg = detector_config(cfg), teacher_config(cfg)
-        student = META_ARCH_REGISTRY.get(student_cfg.MODEL.META_ARCHITECTURE)(student_cfg)
+        student = build_detector(student_cfg, architecture_key(cfg))
         split = split_detector(student)
         seed = max(cfg.SEED, 0)
         teacher = build_teacher(teacher_cfg, seed)

@@ -38,15 +38,12 @@ class Run:
 
         Raises:
             FileNotFoundError: the folder holds none.
-            ValueError: it is not one of this Detectron2 and gkd_d2.
+            ValueError: it is not one of this Detectron2 and gkd_d2, or a module in its GKD.IMPORTS is not found.
         """
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} holds no config.yaml: it is not the OUTPUT_DIR of a training")
-        try:
-            cfg = read_config(str(path), [])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no config of this version of Detectron2: {error.args[0]}") from None
+        cfg = read_config(str(path), [])
         cfg.freeze()
         return cfg
 

@@ -4,10 +4,9 @@ import os
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
-from gkd_d2.config import add_gkd_config, detector_config, read_config, resolve_teacher_config, teacher_config
+from gkd_d2.config import detector_config, read_config, teacher_config
 from gkd_d2.runs import config_differences
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
@@ -107,19 +106,82 @@ def test_toy_configs_take_a_gpu_where_there_is_one(project, found, device, monke
     assert read(project / "configs" / "gkd_frcnn_kitti.yaml", "MODEL.DEVICE", "auto").MODEL.DEVICE == device
 
 
-def test_teacher_config_is_found_from_the_working_folder_first(tmp_path, monkeypatch):
-    (tmp_path / "configs").mkdir()
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+PATHS = "GKD: {TEACHER: {CONFIG_FILE: teacher.yaml, WEIGHTS: teacher.pth}}"
+
+
+def test_teacher_is_found_in_the_working_folder_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.GKD.TEACHER.CONFIG_FILE = "teacher.yaml"
-    (tmp_path / "configs" / "teacher.yaml").touch()
-    resolve_teacher_config(cfg, "configs/student.yaml")
-    assert cfg.GKD.TEACHER.CONFIG_FILE == str(tmp_path / "configs" / "teacher.yaml")
-    cfg.GKD.TEACHER.CONFIG_FILE = "teacher.yaml"
-    (tmp_path / "teacher.yaml").touch()
-    resolve_teacher_config(cfg, "configs/student.yaml")
-    assert cfg.GKD.TEACHER.CONFIG_FILE == "teacher.yaml"
+    student = write(tmp_path / "configs" / "student.yaml", PATHS)
+    for name in ("teacher.yaml", "teacher.pth"):
+        write(tmp_path / "configs" / name, "")
+    beside = {"CONFIG_FILE": f"{tmp_path}/configs/teacher.yaml", "WEIGHTS": f"{tmp_path}/configs/teacher.pth"}
+    for path in (student, "configs/student.yaml"):
+        assert read(path).GKD.TEACHER.items() >= beside.items()
+    write(tmp_path / "teacher.yaml", "")
+    write(tmp_path / "teacher.pth", "")
+    teacher = read(student).GKD.TEACHER
+    assert (teacher.CONFIG_FILE, teacher.WEIGHTS) == ("teacher.yaml", "teacher.pth")
+
+
+def test_teacher_paths_of_a_base_are_relative_to_its_folder(tmp_path, monkeypatch):
+    """Each key to the file in the chain that sets it, and an argument's to --config-file."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write(tmp_path / "shared" / "deep" / "base.yaml", PATHS)
+    write(tmp_path / "shared" / "base.yaml", "_BASE_: deep/base.yaml\nGKD: {TEACHER: {WEIGHTS: other.pth}}")
+    student = write(tmp_path / "mine" / "student.yaml", "_BASE_: ../shared/base.yaml")
+    for name in ("shared/deep/teacher.yaml", "shared/other.pth", "mine/teacher.yaml", "mine/other.pth", "mine/my.pth"):
+        write(tmp_path / name, "VERSION: 2")
+    teacher = read(student).GKD.TEACHER
+    assert os.path.samefile(teacher.CONFIG_FILE, tmp_path / "shared" / "deep" / "teacher.yaml")
+    assert os.path.samefile(teacher.WEIGHTS, tmp_path / "shared" / "other.pth")
+    teacher = read(student, "GKD.TEACHER.WEIGHTS", "my.pth").GKD.TEACHER
+    assert os.path.samefile(teacher.CONFIG_FILE, tmp_path / "shared" / "deep" / "teacher.yaml")
+    assert teacher.WEIGHTS == f"{tmp_path}/mine/my.pth"
+    # With a key of its own the student's file decides.
+    write(student, "_BASE_: ../shared/base.yaml\nGKD: {TEACHER: {CONFIG_FILE: teacher.yaml}}")
+    assert read(student).GKD.TEACHER.CONFIG_FILE == f"{tmp_path}/mine/teacher.yaml"
+
+
+def test_a_teacher_that_is_nowhere_is_looked_for_in_both_folders(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write(tmp_path / "shared" / "base.yaml", PATHS)
+    cfg = read(write(tmp_path / "student.yaml", "_BASE_: shared/base.yaml"))
+    with pytest.raises(FileNotFoundError) as error:
+        teacher_config(cfg)
+    assert f"GKD.TEACHER.CONFIG_FILE is '{tmp_path}/shared/teacher.yaml', which is no file." in str(error.value)
+    assert f"the working folder, {tmp_path}/elsewhere" in str(error.value)
+    # It may be trained yet.
+    assert cfg.GKD.TEACHER.WEIGHTS == "teacher.pth"
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("GKD: {NO_SUCH_KEY: 1}", (), "student.yaml: Non-existent config key: GKD.NO_SUCH_KEY"),
+        ("VERSION: 2", ("GKD.METHODS", "gkd"), "student.yaml with GKD.METHODS gkd: .*GKD.METHODS"),
+        ("SOLVER: {MAX_ITER: many}", (), "SOLVER.MAX_ITER"),
+        ("", (), "student.yaml is not a config file"),
+        ("a: b: c", (), "student.yaml is not a config file"),
+        ("GKD: 3", (), "GKD"),
+        ("_BASE_: none.yaml", (), "none.yaml"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named(text, opts, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read(write(tmp_path / "student.yaml", text), *opts)
+
+
+def test_a_config_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no config file {tmp_path}/none.yaml"):
+        read(tmp_path / "none.yaml")
 
 
 def test_a_distilled_student_can_be_a_teacher(distiller_config, tmp_path):

@@ -312,12 +312,12 @@ def test_features_of_other_size_are_refused(distiller_config):
         (
             "GKD.METHOD",
             "foo",
-            "GKD.METHOD is 'foo', but must be one of fgd, fgfi, fitnet, gkd, none, pkd; ",
+            "GKD.METHOD is 'foo', which is not registered; registered are fgd, fgfi, fitnet, gkd, none, pkd",
         ),
         (
-            "GKD.METHOD_MODULE",
-            "no.such",
-            "GKD.METHOD_MODULE is 'no.such', which can't be imported .*: put its folder",
+            "GKD.IMPORTS",
+            "['no.such']",
+            "GKD.IMPORTS names the module no.such, which is not found .*: it is looked for on PYTHONPATH",
         ),
         ("GKD.TEACHER.WEIGHTS", "", "GKD.TEACHER.WEIGHTS is empty"),
         ("GKD.TEACHER.CONFIG_FILE", "", "GKD.TEACHER.CONFIG_FILE is empty"),

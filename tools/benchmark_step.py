@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
@@ -41,6 +41,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from gkd_d2.config import read_distiller_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
+from gkd_d2.imports import add_import_option
+from gkd_d2.registries import build_detector
 
 GOAL, MEMORY_GOAL = 1.20, 1.25
 FEWER_PROPOSALS = {"half the proposals": 2, "an eighth of the proposals": 8}
@@ -116,7 +118,7 @@ def build_distiller(cfg: CfgNode) -> GKDDistiller:
         weights = Path(folder) / "teacher.pth"
         cfg.GKD.TEACHER.WEIGHTS = str(weights)
         theirs = teacher_config(cfg)
-        teacher = calm(META_ARCH_REGISTRY.get(theirs.MODEL.META_ARCHITECTURE)(theirs))
+        teacher = calm(build_detector(theirs, place=" of GKD.TEACHER.CONFIG_FILE"))
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()
@@ -469,6 +471,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the phases there")
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
     args = parser.parse_args()
     # A first step makes the optimizer's state, which is no part of a step's cost.
@@ -491,7 +494,7 @@ def main() -> None:
     """Run the command."""
     args = parse_arguments()
     try:
-        cfg = read_distiller_config(args.config_file, args.opts)
+        cfg = read_distiller_config(args.config_file, args.opts, args.imports)
         cfg.MODEL.DEVICE = args.device
         result = measure(args, cfg)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gkd_d2.cost import gflops, milliseconds, random_image
+from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
 from gkd_d2.runs import Run, find_runs, shared_dataset
 
@@ -44,6 +45,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="draw the detections on the N validation images with most objects, into detections.png (default: 0)",
     )
+    add_import_option(parser)
     args = parser.parse_args()
     if args.repeats < 1 or min(args.input_size or [1]) < 1 or args.images < 0:
         parser.error("--repeats and --input-size must be at least 1, --images at least 0")
@@ -108,6 +110,7 @@ def main() -> int:
     """Run the command."""
     args = parse_args()
     try:
+        import_modules(args.imports, "--import")
         compare(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
+from gkd_d2.imports import add_import_option
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,6 +52,7 @@ def parse_args() -> argparse.Namespace:
         "--image", type=Path, metavar="FILE", help="to compare on (default: the first image of DATASETS.TEST)"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    add_import_option(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config, as the run was started with"
     )
@@ -65,7 +67,7 @@ def run_config(args: argparse.Namespace) -> CfgNode:
     path = args.config_file or folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}: name the one of the run by --config-file")
-    return read_config(str(path), args.opts)
+    return read_config(str(path), args.opts, args.imports)
 
 
 def main() -> int:

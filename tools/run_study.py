@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from detectron2.utils.logger import setup_logger
 
+from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.study.plan import Study, read_study
 from gkd_d2.study.report import study_section, write_sections
 from gkd_d2.study.schedule import Scheduler, prepare_data
@@ -56,6 +57,7 @@ def parse_args() -> argparse.Namespace:
         help="trainings at the same time; on a CPU they share the cores, on GPUs they take turns in placing themselves "
         "(default: 1 a GPU, or 1 for every two cores)",
     )
+    add_import_option(parser)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
@@ -88,9 +90,10 @@ def main() -> int:
     setup_logger(name="gkd_d2")
     failed = {}
     try:
+        import_modules(args.imports, "--import")
         studies = read_studies(args)
         if not args.report_only:
-            scheduler = Scheduler(args.device, args.at_once)
+            scheduler = Scheduler(args.device, args.at_once, imports=args.imports)
             stopped_by = []
 
             def stop(number, frame):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gkd_d2.registries import not_registered
+
 from . import coco_traffic
 from .kitti import CLASSES, SPLITS, check_kitti_root, check_kitti_testing, load_kitti, load_kitti_testing
 
@@ -104,7 +106,7 @@ def check_datasets(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in DatasetCatalog:
-            raise KeyError(f"dataset {name!r} is not registered; the registered ones are {sorted(DatasetCatalog)}")
+            raise KeyError(f"dataset {name!r} {not_registered(name, DatasetCatalog)}")
         metadata = MetadataCatalog.get(name)
         root = metadata.get("kitti_root")
         if root is not None:

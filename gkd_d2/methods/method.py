@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from gkd_d2.ops.reference import accumulation_dtype
+from gkd_d2.registries import not_registered
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = """
@@ -156,22 +156,13 @@ def build_method(cfg: CfgNode) -> Method:
         cfg: a distiller's.
 
     Raises:
-        ValueError: there is no such method, GKD.METHOD_MODULE can't be found, or an option is out of range.
+        ValueError: there is no such method, or an option is out of range.
         TypeError: what is registered under the name returns no Method.
     """
-    module, name = cfg.GKD.METHOD_MODULE, cfg.GKD.METHOD
-    if module:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"GKD.METHOD_MODULE is {module!r}, which can't be imported ({error}): put its folder on PYTHONPATH"
-            ) from error
+    name = cfg.GKD.METHOD
     if name not in METHOD_REGISTRY:
-        raise ValueError(
-            f"GKD.METHOD is {name!r}, but must be one of {', '.join(known for known, _ in METHOD_REGISTRY)}; "
-            "GKD.METHOD_MODULE names a module that registers others, see docs/own_method.md"
-        )
+        known = [other for other, _ in METHOD_REGISTRY]
+        raise ValueError(f"GKD.METHOD is {name!r}, which {not_registered(name, known)}")
     method = METHOD_REGISTRY.get(name)(cfg)
     if not isinstance(method, Method):
         raise TypeError(f"what is registered as the method {name} returned {method!r}, but must return a Method")

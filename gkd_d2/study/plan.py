@@ -18,12 +18,13 @@ from gkd_d2.config import DISTILLER, read_config
 from gkd_d2.methods import build_method
 from gkd_d2.runs import HEADLINE, Run, config_differences
 
-# A training's place and hardware, and how it is stopped and resumed, do not change what it teaches. What the teacher's
-# config file says is compared in the teacher's own training.
+# A training's place, hardware and imports, and how it is stopped and resumed, do not change what it teaches. What the
+# teacher's config file says is compared in the teacher's own training.
 _IRRELEVANT = (
     "OUTPUT_DIR",
     "GKD.TEACHER.WEIGHTS",
     "GKD.TEACHER.CONFIG_FILE",
+    "GKD.IMPORTS",
     "MODEL.DEVICE",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHECKPOINT_PERIOD",

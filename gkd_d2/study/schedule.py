@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -37,18 +37,20 @@ class Scheduler:
     Args:
         device: "cpu" or "cuda"; trainings take turns on all GPUs.
         at_once: number of trainings that run at the same time.
+        imports: modules that each training imports, as by --import.
 
     Attributes:
         stopped: whether it was told to stop.
     """
 
-    def __init__(self, device: str, at_once: int):
+    def __init__(self, device: str, at_once: int, *, imports: Sequence[str] = ()):
         self.stopped = False
         self._device = device
         self._slots: queue.Queue[int] = queue.Queue()
         for slot in range(at_once):
             self._slots.put(slot)
         self._at_once = at_once
+        self._imports = [text for module in imports for text in ("--import", module)]
         # Of the running trainings.
         self._pids: set[int] = set()
         # A second signal may come while the first one is handled, in the same thread.
@@ -169,7 +171,7 @@ class Scheduler:
         else:
             environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self._at_once))
         command = [sys.executable, str(TRAIN), "--resume", "--num-gpus", gpus, "--config-file", job.config_file]
-        command += [*job.options, "MODEL.DEVICE", self._device]
+        command += [*self._imports, *job.options, "MODEL.DEVICE", self._device]
         with self._lock:
             if self.stopped:
                 return 0

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 from tiny import calm
 
-from gkd_d2.config import add_gkd_config, resolve_teacher_config, teacher_config
+from gkd_d2.config import read_config, teacher_config
 from gkd_d2.data import coco_traffic
 from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics
@@ -115,11 +114,7 @@ def test_missing_things_come_first(train_net, tmp_path):
 def test_kitti_configs_train_on_real_images(name, train_net, project, kitti_sample, tmp_path):
     """R101 teacher, R50 student, 416 pixels wide, from weights of the right shape and scale."""
     config = f"gkd_{name}_kitti.yaml"
-    cfg = get_cfg()
-    add_gkd_config(cfg)
-    cfg.merge_from_file(str(project / "configs" / config))
-    cfg.MODEL.DEVICE = "cpu"
-    resolve_teacher_config(cfg, str(project / "configs" / config))
+    cfg = read_config(str(project / "configs" / config), ["MODEL.DEVICE", "cpu"])
     # As in the ImageNet weights, the first convolution holds the standard deviation of the pixels.
     teacher = calm(build_model(teacher_config(cfg)))
     teacher.backbone.bottom_up.stem.conv1.weight.data /= 57
