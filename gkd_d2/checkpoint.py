@@ -4,18 +4,112 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import IO
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint can't be read, as when its writing was cut off."""
+class CheckpointError(ValueError):
+    """A checkpoint can't be used; the text says why."""
 
 
-class StudentCheckpointer(DetectionCheckpointer):
+class DamagedCheckpointError(CheckpointError):
+    """A file can't be read as a checkpoint, as when its writing was cut off."""
+
+
+def find_damage(filename: str) -> str:
+    """Why a file can't be a whole checkpoint, as far as its first and last bytes tell.
+
+    Args:
+        filename: of a file on this machine.
+
+    Returns:
+        What to say after the file's name; empty where nothing is wrong.
+    """
+    with open(filename, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "is damaged: it is empty"
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is not a checkpoint but a Git LFS pointer, which `git lfs pull` replaces by the file itself"
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        return "is not a checkpoint but a web page, as saved where a link leads to a page and not to the file itself"
+    if start.startswith(b"PK") and not zipfile.is_zipfile(filename):
+        return "is damaged: it ends too early"
+    return ""
+
+
+class _CheckpointReader(DetectionCheckpointer):
+    """Refuses files that are not whole checkpoints, in any form that Detectron2 reads; each refusal is of one kind."""
+
+    def load_weights(
+        self, path: str, key: str = "MODEL.WEIGHTS", detector: str = "the detector that the config describes"
+    ) -> dict:
+        """Load the model's tensors, and nothing else.
+
+        Args:
+            path: a file or URL; empty: nothing is loaded.
+            key: of the config, that names it; for errors, where it is not empty.
+            detector: the model, for errors.
+
+        Returns:
+            What else the checkpoint holds.
+
+        Raises:
+            CheckpointError: the file is not a whole checkpoint, or does not fit the model.
+        """
+        start = f"{key}: " if key else ""
+        try:
+            return self.load(path, checkpointables=[])
+        except DamagedCheckpointError as error:
+            # That of a URL is in Detectron2's cache.
+            again = f"Remove it to fetch {path} again" if "://" in path else "Copy or fetch it again"
+            raise DamagedCheckpointError(f"{start}{error}. {again}, or name another checkpoint") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{start}{path} does not fit {detector}: {error}") from error
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        try:
+            return super().load(path, *args, **kwargs)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        finally:
+            # Detectron2's HEAD keeps it where a loading fails, and then refuses the next one.
+            self._parsed_url_during_load = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file())
+        return self.load_weights(path)
+
+    def _load_file(self, filename: str) -> dict:
+        damage = find_damage(filename)
+        if damage:
+            raise DamagedCheckpointError(f"the checkpoint {filename} {damage}")
+        try:
+            loaded = super()._load_file(filename)
+        except (OSError, MemoryError):
+            # The machine's fault, which may pass; the file may be whole.
+            raise
+        except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
+            raise DamagedCheckpointError(f"the checkpoint {filename} {_why_unreadable(error)}") from error
+        model = loaded["model"]
+        if not isinstance(model, dict) or not all(isinstance(v, (torch.Tensor, np.ndarray)) for v in model.values()):
+            held = ", ".join(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
+            raise DamagedCheckpointError(
+                f"the checkpoint {filename} is not of Detectron2's form, with the model's tensors under 'model': it "
+                f"holds {held}"
+            )
+        return loaded
+
+
+class StudentCheckpointer(_CheckpointReader):
     """Refuses a checkpoint that sets nothing of the model; writes whole files or none, and can do without the last."""
 
     def save(self, name: str, *, resumable: bool = True, **kwargs) -> None:
@@ -71,13 +165,6 @@ class StudentCheckpointer(DetectionCheckpointer):
             f"no checkpoint in {self.save_dir} can be read: start anew without --resume, in another OUTPUT_DIR"
         )
 
-    def load(self, path: str, *args, **kwargs) -> dict:
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            # Detectron2's HEAD keeps it where a loading fails, and then refuses the next one.
-            self._parsed_url_during_load = None
-
     def _periodic_checkpoints(self, before: str) -> list[str]:
         """The checkpoints that are named after their iteration, latest first.
 
@@ -87,16 +174,6 @@ class StudentCheckpointer(DetectionCheckpointer):
         end = _iteration(before)
         earlier = [path for path, number in found.items() if number is not None and (end is None or number < end)]
         return sorted(earlier, key=found.get, reverse=True)
-
-    def _load_file(self, filename: str) -> dict:
-        try:
-            return super()._load_file(filename)
-        except OSError:
-            # The file system's fault, which may pass; the file may be whole.
-            raise
-        except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
-            reason = str(error) or type(error).__name__
-            raise DamagedCheckpointError(f"the checkpoint {filename} is damaged: {reason}") from error
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
@@ -110,7 +187,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         return incompatible
 
 
-class CompleteCheckpointer(DetectionCheckpointer):
+class CompleteCheckpointer(_CheckpointReader):
     """Refuses a checkpoint that leaves anything of the model unset: for networks that are used as they are."""
 
     def _load_model(self, checkpoint):
@@ -125,6 +202,20 @@ class CompleteCheckpointer(DetectionCheckpointer):
                 f"the checkpoint leaves {len(unset)} of the model's parameters unset: {', '.join(unset)}{shapes}"
             )
         return incompatible
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What an error of a reader says of the file, in a few words."""
+    text = str(error)
+    # torch reads tensors and plain data alone, unless it is told that the file is to be trusted.
+    if match := re.search(r"Unsupported (?:global|class).*?([\w.]+) was not an allowed global", text, re.DOTALL):
+        return (
+            f"holds Python objects beside tensors ({match[1]}), which torch does not load: write its tensors into a "
+            "checkpoint of their own, by torch.load with weights_only=False if you trust the file"
+        )
+    if "Weights only load failed" in text:
+        return "is not a checkpoint: its content is of another form"
+    return f"is damaged: {text.splitlines()[0] if text else type(error).__name__}"
 
 
 def _decisive(names: Iterable[str]) -> set[str]:

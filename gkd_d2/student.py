@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from gkd_d2.checkpoint import CompleteCheckpointer
-from gkd_d2.config import detector_config
+from gkd_d2.config import architecture_key, detector_config
+from gkd_d2.registries import build_detector
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
@@ -19,11 +18,14 @@ def build_student(cfg: CfgNode) -> nn.Module:
 
     Args:
         cfg: of a distiller or of a plain detector.
+
+    Raises:
+        ValueError: a name in ``cfg`` is not registered.
     """
     plain = detector_config(cfg)
     plain.defrost()
     plain.MODEL.DEVICE = "cpu"
-    return META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain).eval()
+    return build_detector(plain, architecture_key(cfg)).eval()
 
 
 def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
@@ -35,16 +37,12 @@ def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the file is no checkpoint, or leaves a part of the detector unset.
+        CheckpointError: the file is no checkpoint, or leaves a part of the detector unset.
+        ValueError: a name in ``cfg`` is not registered.
     """
     path = find_checkpoint(weights)
     model = build_student(cfg)
-    try:
-        CompleteCheckpointer(model).load(str(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit the student of the config: {error}") from None
+    CompleteCheckpointer(model).load_weights(str(path), key="", detector="the student of the config")
     return model
 
 

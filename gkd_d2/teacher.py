@@ -6,7 +6,6 @@ import contextlib
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.registries import build_detector
 from gkd_d2.streams import separate_random_stream
 
 
@@ -26,17 +26,14 @@ def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
         seed: of the teacher's random stream, >= 0.
 
     Raises:
-        ValueError: the checkpoint leaves a parameter unset, or the meta-architecture is not known.
+        CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
+        ValueError: a name in the config is not registered, or the meta-architecture has no split.
     """
     with separate_random_stream(torch.device("cpu"), seed):
-        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-    try:
-        CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    except ValueError as error:
-        raise ValueError(
-            f"GKD.TEACHER.WEIGHTS {cfg.MODEL.WEIGHTS} is no checkpoint of the detector that GKD.TEACHER.CONFIG_FILE "
-            f"describes: {error}"
-        ) from None
+        model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
+    CompleteCheckpointer(model).load_weights(
+        cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
+    )
     return FrozenTeacher(model, seed)
 
 

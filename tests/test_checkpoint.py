@@ -1,16 +1,25 @@
 """Checkpoints that do not fit are errors, and half-written ones do no harm."""
 
+import argparse
 import contextlib
+import pickle
 import re
 import resource
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from tiny import detector_config
 
 from gkd_d2 import config
-from gkd_d2.checkpoint import CompleteCheckpointer, DamagedCheckpointError, StudentCheckpointer
+from gkd_d2.checkpoint import (
+    CheckpointError,
+    CompleteCheckpointer,
+    DamagedCheckpointError,
+    StudentCheckpointer,
+    find_damage,
+)
 from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.engine.trainer import Trainer
 
@@ -47,6 +56,115 @@ def test_a_partial_checkpoint_is_refused_where_all_is_needed(tmp_path):
     # Extra tensors, such as a distiller's align convolutions, do no harm.
     extra = model.state_dict() | {"align.p3.weight": torch.zeros(1)}
     CompleteCheckpointer(model).load(save(tmp_path / "more.pth", extra))
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 243\n"
+WEB_PAGE = b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>"
+
+
+def make_file(path, kind, state):
+    """Write a file that is no whole checkpoint of ``state``."""
+    whole = {"model": state}
+    if kind.startswith("cut"):
+        if path.suffix == ".pkl":
+            path.write_bytes(pickle.dumps({"model": {k: v.numpy() for k, v in state.items()}, "__author__": "test"}))
+        else:
+            torch.save(whole, path, _use_new_zipfile_serialization=kind != "cut, old form")
+        path.write_bytes(path.read_bytes()[: -1 if kind == "cut at its end" else 1000])
+    elif kind == "objects":
+        torch.save({**whole, "args": argparse.Namespace(lr=1)}, path)
+    elif kind == "other form":
+        torch.save({"state_dict": state, "meta": {"epoch": 1}}, path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes({"empty": b"", "LFS": LFS_POINTER, "page": WEB_PAGE, "text": b"no checkpoint"}[kind])
+
+
+FAULTS = {
+    "empty": "is damaged: it is empty",
+    "cut": "is damaged: ",
+    "cut at its end": "is damaged: it ends too early",
+    "cut, old form": "is damaged: ",
+    "LFS": "is not a checkpoint but a Git LFS pointer, which `git lfs pull` replaces",
+    "page": "is not a checkpoint but a web page",
+    "text": "is not a checkpoint: its content is of another form",
+    "objects": r"holds Python objects beside tensors \(argparse.Namespace\), which torch does not load: write",
+    "other form": "is not of Detectron2's form, with .* under 'model': it holds state_dict, meta",
+    "list": "is not of Detectron2's form, with .* under 'model': it holds a list",
+}
+PKL_FAULTS = {"empty": FAULTS["empty"], "cut": "is damaged: ", "LFS": FAULTS["LFS"], "page": FAULTS["page"]}
+
+
+@pytest.mark.parametrize("reader", [StudentCheckpointer, CompleteCheckpointer])
+@pytest.mark.parametrize(
+    ("suffix", "kind", "message"),
+    [(".pth", *fault) for fault in FAULTS.items()]
+    + [(".pkl", *fault) for fault in PKL_FAULTS.items()]
+    + [(".pkl", "text", "is damaged: ")],
+)
+def test_a_file_that_is_no_checkpoint_is_named_with_its_key(suffix, kind, message, reader, tmp_path):
+    """Of teacher, student and evaluation alike, in one sentence."""
+    model = torch.nn.Linear(64, 64)
+    path = tmp_path / f"weights{suffix}"
+    make_file(path, kind, model.state_dict())
+    with pytest.raises(DamagedCheckpointError, match=f"the checkpoint {path} {message}"):
+        reader(model).load(str(path))
+    with pytest.raises(DamagedCheckpointError) as error:
+        reader(model, str(tmp_path)).resume_or_load(str(path))
+    text = str(error.value)
+    assert text.startswith(f"MODEL.WEIGHTS: the checkpoint {path} ")
+    assert text.endswith(". Copy or fetch it again, or name another checkpoint")
+    assert "\n" not in text and len(text) < 400 + len(str(path))
+    # Whole files are read after it.
+    reader(model).load_weights(save(tmp_path / "whole.pth", model.state_dict()))
+
+
+def test_forms_of_checkpoints_that_detectron2_reads(tmp_path):
+    """The model zoo's pickles, torch's old form, and tensors without the key 'model'."""
+    model = torch.nn.Linear(3, 2)
+    state = {name: torch.full_like(value, 5) for name, value in model.state_dict().items()}
+    zoo = {"model": {name: value.numpy() for name, value in state.items()}, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo, protocol=2))
+    torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(state, tmp_path / "bare.pth")
+    for path in tmp_path.iterdir():
+        for reader in (StudentCheckpointer, CompleteCheckpointer):
+            torch.nn.init.zeros_(model.weight)
+            reader(model).load_weights(str(path))
+            assert (model.weight == 5).all(), path
+            assert find_damage(str(path)) == ""
+
+
+def test_a_damaged_file_in_the_cache_is_named_with_its_url(tmp_path, monkeypatch):
+    """What was fetched once is not fetched again."""
+    cached = tmp_path / "R-50.pkl"
+    cached.write_bytes(b"")
+    url = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    monkeypatch.setattr(PathManager, "get_local_path", lambda path, **_: str(cached) if path == url else path)
+    message = f"the checkpoint {cached} is damaged: it is empty. Remove it to fetch {url} again, or name another"
+    with pytest.raises(DamagedCheckpointError, match=message):
+        StudentCheckpointer(torch.nn.Linear(3, 2)).load_weights(url)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_with_its_key(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    path = save(tmp_path / "other.pth", {"other": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"MODEL.WEIGHTS: {path} does not fit the detector that the config"):
+        StudentCheckpointer(model).resume_or_load(path, resume=False)
+    with pytest.raises(CheckpointError, match=f"GKD.TEACHER.WEIGHTS: {path} does not fit the teacher: the ch.* 2 of"):
+        CompleteCheckpointer(model).load_weights(path, "GKD.TEACHER.WEIGHTS", "the teacher")
+
+
+def test_a_disk_that_can_not_be_read_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    path = save(tmp_path / "whole.pth", {})
+
+    def fails(*args, **kwargs):
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        StudentCheckpointer(torch.nn.Linear(3, 2)).load(path)
 
 
 def number_checkpointer(folder, number=0.0):

@@ -110,7 +110,7 @@ def test_missing_and_broken_checkpoints_are_named(retinanet, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model_0000009.pth"):
         load_student(cfg, tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model_final.pth can't be read as a checkpoint"):
+    with pytest.raises(ValueError, match="the checkpoint .*model_final.pth is damaged: it ends too early"):
         load_student(cfg, path)
 
 

@@ -23,6 +23,7 @@ from gkd_d2.checkpoint import StudentCheckpointer
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
+from gkd_d2.imports import add_import_option
 from gkd_d2.methods import Term, build_method
 from gkd_d2.streams import seed_everything
 from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME=R",
         help="wanted for one loss instead, named as in gkd_ratio/NAME; may be given several times",
     )
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
     args = parser.parse_args()
     if args.batches < 1:
@@ -107,7 +109,7 @@ def main() -> None:
     """Run the command."""
     args = parse_args()
     try:
-        cfg = read_distiller_config(args.config_file, args.opts)
+        cfg = read_distiller_config(args.config_file, args.opts, args.imports)
         # Any seed serves to measure; the same one gives the same numbers again.
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()
@@ -117,7 +119,7 @@ def main() -> None:
         check_inputs(cfg, eval_only=False, resume=False)
         seed_everything(cfg.SEED)
         distiller = build_model(unit)
-        StudentCheckpointer(distiller).load(cfg.MODEL.WEIGHTS)
+        StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
         batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
         ratios = measure_ratios(distiller, batches, cfg.SEED)
     except (PreflightError, ValueError, OSError) as error:

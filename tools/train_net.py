@@ -21,24 +21,32 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gkd_d2.checkpoint import CompleteCheckpointer
+from gkd_d2.checkpoint import CheckpointError, CompleteCheckpointer
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer, settle_seed
+from gkd_d2.imports import add_import_option, import_modules
 
 
 def main(cfg: CfgNode, args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
+    # A process that was started for this knows nothing of what the first one imported.
+    import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
     cfg = settle_seed(cfg, resume=args.resume)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gkd_d2")
     default_setup(cfg, args)
+    try:
+        if not args.eval_only:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        else:
+            model = Trainer.build_model(cfg)
+            CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    except CheckpointError as error:
+        sys.exit(str(error))
     if not args.eval_only:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
         return trainer.train()
-    model = Trainer.build_model(cfg)
-    CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -47,16 +55,17 @@ def main(cfg: CfgNode, args: argparse.Namespace):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
+    add_import_option(parser)
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config-file is missing: name one of configs/")
-    cfg = read_config(args.config_file, args.opts)
-    if args.eval_only:
-        # The student is evaluated as the plain detector it is: no teacher is built.
-        cfg = detector_config(cfg)
-    cfg.freeze()
     try:
+        cfg = read_config(args.config_file, args.opts, args.imports)
+        if args.eval_only:
+            # The student is evaluated as the plain detector it is: no teacher is built.
+            cfg = detector_config(cfg)
+        cfg.freeze()
         check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
-    except PreflightError as error:
+    except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
     launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -26,6 +26,7 @@ from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.imports import add_import_option
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
 from gkd_d2.visualize import Picture, draw, write_page
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
         "--score", type=float, default=0.5, metavar="S", help="detections below it are left out (default: 0.5)"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize below OUTPUT_DIR")
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
     args = parser.parse_args()
     if args.count < 1:
@@ -56,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 def dataset_config(args: argparse.Namespace) -> CfgNode:
     """The distiller's config, with the dataset to draw as its only one."""
-    cfg = read_distiller_config(args.config_file, args.opts)
+    cfg = read_distiller_config(args.config_file, args.opts, args.imports)
     if not (args.dataset or cfg.DATASETS.TEST):
         raise ValueError(f"{args.config_file}: DATASETS.TEST is empty: name the dataset to draw by --dataset")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (args.dataset or cfg.DATASETS.TEST[0],)
@@ -113,7 +115,7 @@ def main() -> None:
         seed = max(cfg.SEED, 0)
         seed_everything(seed)
         distiller = build_model(cfg)
-        StudentCheckpointer(distiller).load(cfg.MODEL.WEIGHTS)
+        StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
     # Seen as in evaluation; the heads of the student return losses in training mode only.

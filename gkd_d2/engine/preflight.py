@@ -11,9 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import DISTILLER, teacher_config
+from gkd_d2.checkpoint import find_damage
+from gkd_d2.config import DISTILLER, architecture_key, detector_config, teacher_config
 from gkd_d2.data.builtin import check_datasets
 from gkd_d2.methods import build_method
+from gkd_d2.registries import find_unregistered
 
 
 class PreflightError(Exception):
@@ -33,7 +35,7 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
-    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_weights(cfg, eval_only, resume)]
+    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_detector(cfg), *_weights(cfg, eval_only, resume)]
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
         problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
@@ -76,6 +78,13 @@ def _datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
     return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
 
 
+def _detector(cfg: CfgNode) -> list[str]:
+    try:
+        return find_unregistered(detector_config(cfg), architecture_key(cfg))
+    except ValueError as error:
+        return [str(error)]
+
+
 def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
     if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return []
@@ -100,21 +109,22 @@ def _method(cfg: CfgNode) -> list[str]:
 
 def _teacher(cfg: CfgNode) -> list[str]:
     try:
-        teacher_config(cfg)
+        teacher = teacher_config(cfg)
     except (OSError, ValueError) as error:
         return [str(error)]
-    reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS)
+    problems = find_unregistered(teacher, place=f" of {cfg.GKD.TEACHER.CONFIG_FILE}")
+    reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS, ", nor in the folder of the config file that sets the key")
     if reason:
-        return [
+        problems.append(
             f"GKD.TEACHER.WEIGHTS is {cfg.GKD.TEACHER.WEIGHTS}: {reason}. Train the teacher first, "
             f"`python tools/train_net.py --config-file {cfg.GKD.TEACHER.CONFIG_FILE}`, or set GKD.TEACHER.WEIGHTS to "
             "the checkpoint of one"
-        ]
-    return []
+        )
+    return problems
 
 
-def _unreadable(path: str) -> str:
-    """Why weights can't be read, or nothing."""
+def _unreadable(path: str, also: str = "") -> str:
+    """Why weights can't be read, or nothing; ``also`` says where they are looked for after the working folder."""
     if not path:
         return ""
     if "://" in path:
@@ -125,4 +135,9 @@ def _unreadable(path: str) -> str:
             local = PathManager.get_local_path(path)
     except Exception as error:  # every kind of URL has its own
         return f"it can't be fetched ({str(error) or type(error).__name__})"
-    return "" if os.path.isfile(local) else "there is no such file"
+    if not os.path.isfile(local):
+        place = "" if os.path.isabs(path) else f" in the working folder, {os.getcwd()}{also}"
+        return f"there is no such file{place}"
+    damage = find_damage(local)
+    # That of a URL is in Detectron2's cache.
+    return damage and (f"its copy {local} {damage}; remove that to fetch it again" if "://" in path else f"it {damage}")

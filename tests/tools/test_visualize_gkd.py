@@ -103,7 +103,10 @@ def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_p
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "no config of a GKDDistiller: MODEL.META_ARCHITECTURE is RetinaNet"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS is nowhere.pth: there is no such file"),
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
-        (["GKD.TEACHER.WEIGHTS", "student.pth"], "GKD.TEACHER.WEIGHTS student.pth is no checkpoint of the detector"),
+        (
+            ["GKD.TEACHER.WEIGHTS", "student.pth"],
+            "GKD.TEACHER.WEIGHTS: student.pth does not fit the detector",
+        ),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(arguments, message, visualize, write_config, tmp_path):
