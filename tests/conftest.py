@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from tiny import calm, detector_config
 
+from gkd_d2.methods import METHOD_REGISTRY
 from gkd_d2.runs import Run
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -71,6 +75,28 @@ def run_tool(project, tmp_path):
     return run
 
 
+@pytest.fixture
+def run_here(project, monkeypatch, capfd):
+    """Run a file of tools/ in this process; returns its exit status and what it printed."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "gkd_d2")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+
+    def run(name: str, *arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status, message = 0, ""
+        try:
+            runpy.run_path(str(project / "tools" / name), run_name="__main__")
+        except SystemExit as end:
+            # As the interpreter does: a text is printed, and the status is 1.
+            status, message = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
+        return status, f"{''.join(capfd.readouterr())}{message}"
+
+    yield run
+    for logger, (handlers, propagate, level) in zip(loggers, before):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
 # The tests' tensors are so small that more threads cost time, much of it where others use the cores too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -122,6 +148,28 @@ def make_distiller_config():
 def distiller_config(tmp_path):
     """A function that makes the config of a distiller, with its teacher's config and checkpoint on disk."""
     return functools.partial(_distiller_config, tmp_path)
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+    """A function that writes a Python module into the working folder; nothing that it registers outlives the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    for registry in (BACKBONE_REGISTRY, META_ARCH_REGISTRY, METHOD_REGISTRY):
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+
+    def write(name: str, text: str = "VALUE = 1") -> None:
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    yield write
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -4,44 +4,23 @@ import sys
 
 import pytest
 import yaml
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from tiny import detector_config
 
 from gkd_d2.config import read_config, teacher_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.imports import import_modules
-from gkd_d2.methods import METHOD_REGISTRY
 from gkd_d2.registries import find_unregistered, not_registered
 from gkd_d2.student import build_student
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """A function that writes a module into the working folder, of which nothing is left after the test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
-    for registry in (BACKBONE_REGISTRY, META_ARCH_REGISTRY, METHOD_REGISTRY):
-        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
-
-    def write(name, text="VALUE = 1"):
-        path = tmp_path / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    yield write
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def imported(*names):
     return [name for name in names if name in sys.modules]
 
 
-def test_the_key_and_the_option_add_up(module, tmp_path):
+def test_the_key_and_the_option_add_up(write_module, tmp_path):
     for name in ("user_one", "user_two", "user_package/part"):
-        module(name)
+        write_module(name)
     names = "user_one", "user_package.part", "user_two"
     (tmp_path / "base.yaml").write_text("GKD: {IMPORTS: [user_one, user_package.part]}")
     (tmp_path / "config.yaml").write_text("_BASE_: base.yaml")
@@ -53,26 +32,26 @@ def test_the_key_and_the_option_add_up(module, tmp_path):
     assert read_config("output.yaml", []).GKD.IMPORTS == [*names]
 
 
-def test_an_argument_replaces_the_key(module, tmp_path):
-    module("user_three")
+def test_an_argument_replaces_the_key(write_module, tmp_path):
+    write_module("user_three")
     (tmp_path / "config.yaml").write_text("GKD: {IMPORTS: [no_such_module]}")
     assert read_config("config.yaml", ["GKD.IMPORTS", "['user_three']"]).GKD.IMPORTS == ["user_three"]
     assert imported("user_three")
 
 
-def test_a_module_can_add_keys_to_the_defaults(module, tmp_path, monkeypatch):
+def test_a_module_can_add_keys_to_the_defaults(write_module, tmp_path, monkeypatch):
     from detectron2.config import CfgNode, defaults
 
     monkeypatch.setattr(defaults, "_C", defaults._C.clone())
-    module("user_keys", "from detectron2.config.defaults import _C\n_C.MODEL.MINE = 1\n")
+    write_module("user_keys", "from detectron2.config.defaults import _C\n_C.MODEL.MINE = 1\n")
     (tmp_path / "config.yaml").write_text("{GKD: {IMPORTS: [user_keys]}, MODEL: {MINE: 2}}")
     cfg = read_config("config.yaml", [])
     assert isinstance(cfg, CfgNode) and cfg.MODEL.MINE == 2
 
 
-def test_pythonpath_comes_before_the_working_folder(module, tmp_path, monkeypatch):
-    module("user_four", "PLACE = 'working folder'")
-    module("path/user_four", "PLACE = 'PYTHONPATH'")
+def test_pythonpath_comes_before_the_working_folder(write_module, tmp_path, monkeypatch):
+    write_module("user_four", "PLACE = 'working folder'")
+    write_module("path/user_four", "PLACE = 'PYTHONPATH'")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "path"), *sys.path])
     import_modules(["user_four"], "--import")
     assert sys.modules["user_four"].PLACE == "PYTHONPATH"
@@ -93,8 +72,8 @@ def test_pythonpath_comes_before_the_working_folder(module, tmp_path, monkeypatc
         (3, "GKD.IMPORTS names 3, which is not the name of a module"),
     ],
 )
-def test_a_module_that_is_not_found(name, message, module):
-    module("user_flat")
+def test_a_module_that_is_not_found(name, message, write_module):
+    write_module("user_flat")
     with pytest.raises(ValueError, match=message):
         import_modules([name], "GKD.IMPORTS")
 
@@ -110,16 +89,16 @@ def test_a_module_that_is_not_found(name, message, module):
         ("def (", "user_bad, whose import fails: SyntaxError"),
     ],
 )
-def test_an_error_within_a_module_is_shown(text, message, module):
+def test_an_error_within_a_module_is_shown(text, message, write_module):
     """Of another kind than those that the tools show without their traceback."""
-    module("user_bad", text)
+    write_module("user_bad", text)
     with pytest.raises(ImportError, match=message) as error:
         import_modules(["user_bad"], "--import")
     assert error.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("value", ["user_one", "{a: 1}", "3"])
-def test_the_key_must_be_a_list(value, module, tmp_path):
+def test_the_key_must_be_a_list(value, write_module, tmp_path):
     (tmp_path / "config.yaml").write_text(f"GKD: {{IMPORTS: {value}}}")
     with pytest.raises(ValueError, match="GKD.IMPORTS of config.yaml must be a list of modules, such as"):
         read_config("config.yaml", [])
@@ -144,7 +123,7 @@ def build_user_backbone(cfg, input_shape):
 """
 
 
-def test_a_teacher_needs_modules_of_its_own(module, tmp_path, distiller_config):
+def test_a_teacher_needs_modules_of_its_own(write_module, tmp_path, distiller_config):
     cfg = distiller_config("retinanet")
     keys = yaml.safe_load((tmp_path / "teacher.yaml").read_text())
     keys["GKD"]["IMPORTS"] = ["user_twin"]
@@ -152,13 +131,13 @@ def test_a_teacher_needs_modules_of_its_own(module, tmp_path, distiller_config):
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(keys))
     with pytest.raises(ValueError, match=f"GKD.IMPORTS of {tmp_path}/teacher.yaml.*names the module user_twin"):
         teacher_config(cfg)
-    module("user_twin", TWIN)
+    write_module("user_twin", TWIN)
     assert type(build_model(cfg)._teacher.model).__name__ == "UserNet"
 
 
-def test_a_script_that_merges_the_config_itself(module, distiller_config):
+def test_a_script_that_merges_the_config_itself(write_module, distiller_config):
     """It has not called read_config."""
-    module("user_twin", TWIN)
+    write_module("user_twin", TWIN)
     cfg = distiller_config("retinanet")
     cfg.GKD.IMPORTS, cfg.GKD.STUDENT.META_ARCHITECTURE = ["user_twin"], "UserNet"
     assert type(build_model(cfg).student).__name__ == "UserNet"

@@ -1,0 +1,69 @@
+"""Weights that no tool can use: a sentence with key, file and fault, and exit status 1."""
+
+import pytest
+import torch
+
+from gkd_d2.data.toy_kitti import make_toy_kitti
+
+FAULTS = {
+    "empty": (b"", "is damaged: it is empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "Git LFS pointer"),
+    "page": (b"<!doctype html><html>", "a web page"),
+    # Begins as a checkpoint in torch's old form does, so that only its reader sees the fault.
+    "cut": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9", "is damaged: "),
+}
+STUDENT = ("--config-file", "student.yaml")
+TOOLS = {
+    "train, student": ("train_net.py", *STUDENT, "--num-gpus", 0, "MODEL.WEIGHTS", "bad.pth"),
+    "train, teacher": ("train_net.py", *STUDENT, "--num-gpus", 0, "GKD.TEACHER.WEIGHTS", "bad.pth"),
+    "evaluate": ("train_net.py", *STUDENT, "--num-gpus", 0, "--eval-only", "MODEL.WEIGHTS", "bad.pth"),
+    "suggest, student": ("suggest_weights.py", *STUDENT, "MODEL.WEIGHTS", "bad.pth"),
+    "suggest, teacher": ("suggest_weights.py", *STUDENT, "GKD.TEACHER.WEIGHTS", "bad.pth"),
+    "visualize": ("visualize_gkd.py", *STUDENT, "MODEL.WEIGHTS", "bad.pth"),
+    "export": ("export_student.py", *STUDENT, "--weights", "bad.pth", "--output", "exported"),
+}
+
+
+@pytest.fixture
+def work(distiller_config, tmp_path, monkeypatch):
+    """The working folder, with student.yaml and its data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    make_toy_kitti(tmp_path / "toy_kitti", 2, 2, 0, image_size=(160, 64))
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 2
+    cfg.OUTPUT_DIR = "output"
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    return tmp_path
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_weights_are_a_sentence(fault, tool, work, run_here):
+    content, message = FAULTS[fault]
+    (work / "bad.pth").write_bytes(content)
+    status, said = run_here(*TOOLS[tool])
+    assert status == 1 and "Traceback" not in said
+    assert message in said and "bad.pth" in said
+    *_, key, _ = TOOLS[tool]
+    assert tool == "export" or key in said
+    if fault != "cut" and tool != "export":
+        assert "This run can't start" in said and not (work / "output").exists()
+
+
+def test_weights_of_another_detector_are_a_sentence(work, run_here):
+    torch.save({"model": {"other": torch.zeros(1)}}, work / "bad.pth")
+    for tool in ("train, student", "train, teacher", "evaluate"):
+        status, said = run_here(*TOOLS[tool])
+        assert status == 1 and "bad.pth does not fit the detector that" in said, tool
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_resumed(work, run_here):
+    (work / "output").mkdir()
+    (work / "output" / "last_checkpoint").write_text("model_0000009.pth")
+    (work / "output" / "model_0000009.pth").write_bytes(b"")
+    status, said = run_here("train_net.py", *STUDENT, "--num-gpus", 0, "--resume")
+    assert status == 1 and "no checkpoint in output can be read: start anew without --resume" in said
+    status, said = run_here("train_net.py", *STUDENT, "--num-gpus", 0, "--resume", "--eval-only")
+    assert status == 1 and "the checkpoint output/model_0000009.pth is damaged: it is empty" in said
