@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import yaml
+from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
@@ -20,19 +22,41 @@ def _forget_splits(monkeypatch):
 
 @pytest.fixture
 def document(project):
-    """A function that runs blocks of the document, all or those without FCOS, and returns what they define."""
+    """A function that runs blocks of the document, all or those without FCOS, and returns what they define.
+
+    Each block is run by itself, as where it is pasted into a file of its own.
+    """
 
     def run(*, fcos: bool) -> dict:
         path = project / "docs" / "own_detector.md"
-        names: dict = {}
+        defined: dict = {}
         for block in fenced_blocks(path):
-            assert block.language == "python"
-            if fcos or "FCOS" not in block.text:
+            if block.language == "python" and (fcos or "FCOS" not in block.text):
+                names: dict = {}
                 # Blank lines ahead give a traceback the document's own line numbers.
                 exec(compile("\n" * block.line + block.text, path, "exec"), names)
-        return names
+                defined |= names
+        return defined
 
     return run
+
+
+def test_the_check_runs_as_it_stands(project):
+    """All that is below the heading, and nothing of what the document says before."""
+    text = (project / "docs" / "own_detector.md").read_text().split("\n## Check it\n")[1]
+    (code,) = (part.split("```")[0] for part in text.split("```python\n")[1:])
+    names: dict = {}
+    exec(code, names)
+    names["check_split"](build_model(detector_config("retinanet")), training_batch())
+    with pytest.raises(ValueError, match="Scorer"):
+        names["check_split"](make_scorer(16), training_batch())
+
+
+def test_the_config_has_keys_that_exist(project):
+    (block,) = (block for block in fenced_blocks(project / "docs" / "own_detector.md") if block.language == "yaml")
+    cfg = detector_config("retinanet")
+    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(block.text)))
+    assert cfg.GKD.IMPORTS == ["my_project.detector", "my_project.split"]
 
 
 def make_fcos(channels):

@@ -26,10 +26,11 @@ MODULE = "cosine_method"
 def student(project, distiller_config, tmp_path, monkeypatch):
     """A function that writes the document's module and a student's config with its keys, and returns the file."""
     monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
     code, config = fenced_blocks(project / "docs" / "own_method.md")
     assert (code.language, config.language) == ("python", "yaml")
     (tmp_path / f"{MODULE}.py").write_text(code.text)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
 
     def write(kind="retinanet"):
