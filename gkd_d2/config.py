@@ -188,8 +188,8 @@ def _merged(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNod
         cfg.merge_from_file(config_file)
         cfg.GKD.TEACHER.update({k: v for k, v in _node(written, "GKD", "TEACHER").items() if k in _TEACHER_PATHS})
         cfg.merge_from_list(opts)
-    except (AssertionError, KeyError) as error:
-        source = f"{config_file} with {' '.join(opts)}" if opts else config_file
+    except (AssertionError, KeyError, ValueError) as error:
+        source = f"{config_file} with its arguments KEY VALUE" if opts else config_file
         # Python and yacs put the text of a KeyError into quotes.
         reason = str(error).strip("\"'")
         raise ValueError(f"{source}: {reason}") from error

@@ -166,11 +166,11 @@ def test_a_teacher_that_is_nowhere_is_looked_for_in_both_folders(tmp_path, monke
     ("text", "opts", "message"),
     [
         ("GKD: {NO_SUCH_KEY: 1}", (), "student.yaml: Non-existent config key: GKD.NO_SUCH_KEY"),
-        ("VERSION: 2", ("GKD.METHODS", "gkd"), "student.yaml with GKD.METHODS gkd: .*GKD.METHODS"),
-        ("SOLVER: {MAX_ITER: many}", (), "SOLVER.MAX_ITER"),
+        ("VERSION: 2", ("GKD.METHODS", "gkd"), "student.yaml with its arguments KEY VALUE: .*GKD.METHODS"),
+        ("SOLVER: {MAX_ITER: many}", (), "student.yaml: .*SOLVER.MAX_ITER"),
         ("", (), "student.yaml is not a config file"),
         ("a: b: c", (), "student.yaml is not a config file"),
-        ("GKD: 3", (), "GKD"),
+        ("GKD: 3", (), "(?s)student.yaml: .*key: GKD"),
         ("_BASE_: none.yaml", (), "none.yaml"),
     ],
 )

@@ -77,8 +77,8 @@ def main() -> int:
         cfg = run_config(args)
         image = sample_image(cfg, args.image) if args.torchscript else None
         written = export_student(cfg, args.weights, args.output, half=args.fp16, image=image, force=args.force)
-    except (OSError, ValueError, KeyError, ExportError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except (OSError, ValueError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     for name, path in written.items():
         print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")

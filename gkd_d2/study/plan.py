@@ -450,9 +450,8 @@ def _config(place: str, config_file: str, options: tuple[str, ...]) -> CfgNode:
     """
     try:
         return _read(config_file, options)
-    except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(f"{place}: {config_file} with its options: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _weights(config_file: str, options: tuple[str, ...]) -> dict[str, float]:
