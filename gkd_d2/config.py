@@ -21,8 +21,9 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.STUDENT = CfgNode()
     # Meta-architecture of the student: GeneralizedRCNN or RetinaNet. All else about it stands in MODEL.
     cfg.GKD.STUDENT.META_ARCHITECTURE = ""
-    # Copy every non-backbone tensor of the teacher whose name and shape the student has too, when the model is
-    # built. What MODEL.WEIGHTS or a resumed checkpoint holds is loaded later and wins.
+    # Start the student with the teacher's heads, as the authors' configs do; recommended. A head is copied whole where
+    # all its tensors have equal shapes in both networks; a warning names each head that is not. MODEL.WEIGHTS and a
+    # resumed checkpoint are loaded later and replace what they hold.
     cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
 
     cfg.GKD.TEACHER = CfgNode()

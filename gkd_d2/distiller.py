@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from gkd_d2.align import AlignConv
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.initialize import copy_heads
 from gkd_d2.methods import Level, Method, build_method
 from gkd_d2.one_pass import one_pass_losses
-from gkd_d2.pairing import check_pair, pair_levels
+from gkd_d2.pairing import check_pair, pair_levels, without_unlabelled_heads
 from gkd_d2.streams import separate_random_stream
+from gkd_d2.summary import log_summary
 from gkd_d2.teacher import FrozenTeacher, build_teacher
 from gkd_d2.visualize import Picture, put_picture, take_picture
 from gkd_d2.watch import TermReport, measure_terms
@@ -82,6 +83,7 @@ class GKDDistiller(nn.Module):
         one_pass: bool = True,
         vis_period: int = 0,
         seed: int = 0,
+        announce: Callable[[], None] | None = None,
     ):
         """
         Args:
@@ -95,6 +97,7 @@ class GKDDistiller(nn.Module):
                 step, which must then give all detection losses one common weight.
             vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
+            announce: called once, at the first training step, to say what is distilled.
 
         Raises:
             ValueError: an option is out of range, or the student lacks what the method needs.
@@ -107,6 +110,7 @@ class GKDDistiller(nn.Module):
         self.one_pass = one_pass
         self.vis_period = vis_period
         self._pictured = -1
+        self._announce = announce
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
@@ -130,7 +134,8 @@ class GKDDistiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         """Build the method, the student, then the teacher, and check that they belong together."""
         method = build_method(cfg)
-        student_cfg, teacher_cfg = detector_config(cfg), teacher_config(cfg)
+        student_cfg = detector_config(cfg)
+        teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
         student = META_ARCH_REGISTRY.get(student_cfg.MODEL.META_ARCHITECTURE)(student_cfg)
         split = split_detector(student)
         seed = max(cfg.SEED, 0)
@@ -139,8 +144,8 @@ class GKDDistiller(nn.Module):
         student_features, teacher_features = pair_levels(
             split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
         )
-        if cfg.GKD.STUDENT.INIT_FROM_TEACHER:
-            copy_heads(teacher.model, student)
+        inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
+        pairs = list(zip(student_features, teacher_features))
         return {
             "student": student,
             "teacher": teacher,
@@ -151,6 +156,9 @@ class GKDDistiller(nn.Module):
             "one_pass": cfg.GKD.ONE_PASS,
             "vis_period": cfg.GKD.VIS_PERIOD,
             "seed": seed,
+            "announce": functools.partial(
+                log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
+            ),
         }
 
     @property
@@ -171,6 +179,9 @@ class GKDDistiller(nn.Module):
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
             ValueError: a loss of the method has the name of one of the student's.
         """
+        if self.training and self._announce is not None:
+            self._announce()
+            self._announce = None
         if not (self.training and self.method):
             return self.student(batched_inputs)
         picture_due = self._picture_due()
@@ -372,39 +383,6 @@ def _in_one_dtype(*lists: list[Tensor] | None) -> list[list[Tensor] | None]:
         return list(lists)
     widest = functools.reduce(torch.promote_types, dtypes)
     return [tensors and [tensor.to(widest) for tensor in tensors] for tensors in lists]
-
-
-def copy_heads(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Copy every tensor outside the backbone whose name and shape agree, and log what was copied.
-
-    Args:
-        teacher: the detector to copy from.
-        student: the detector to copy to, changed in place.
-
-    Returns:
-        The names of the copied tensors.
-
-    Raises:
-        ValueError: there is none.
-    """
-    source, target = teacher.state_dict(), student.state_dict()
-    heads = [name for name in target if not name.startswith("backbone.")]
-    copied = [name for name in heads if name in source and source[name].shape == target[name].shape]
-    if not copied:
-        raise ValueError(
-            "GKD.STUDENT.INIT_FROM_TEACHER is set, but no tensor outside the backbone has one name and shape in both"
-        )
-    for name in copied:
-        target[name].copy_(source[name])
-    left = sorted(set(heads) - set(copied))
-    logging.getLogger(__name__).info(
-        "Copied %d of %d non-backbone tensors from the teacher: %s%s",
-        len(copied),
-        len(heads),
-        ", ".join(copied),
-        f". Left as they were: {', '.join(left)}" if left else "",
-    )
-    return copied
 
 
 def _drop_student_prefix(module, state_dict, prefix, local_metadata) -> None:

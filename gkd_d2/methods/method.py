@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor
@@ -111,6 +112,14 @@ class Method(ABC):
     def active(self) -> dict[str, str]:
         """Key of the loss -> its name, for the losses of a weight above 0."""
         return {key: term.name for key, term in self.terms.items() if term.weight > 0}
+
+    def implementation(self, device: torch.device) -> str:
+        """Who computes the losses of features on a device, in words for the log.
+
+        Raises:
+            RuntimeError: the implementation that the config asks for does not work there.
+        """
+        return "PyTorch"
 
     @abstractmethod
     def __call__(self, levels: Sequence[Level], factor: float = 1.0) -> dict[str, Tensor]:
