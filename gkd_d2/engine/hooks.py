@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 from detectron2.engine import AMPTrainer, DefaultTrainer
-from detectron2.engine.hooks import EvalHook, HookBase, PeriodicWriter
+from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, PeriodicWriter
 from detectron2.utils import comm
 
 from gkd_d2.distiller import GKDDistiller
@@ -27,7 +27,7 @@ MODERATE_RATIO = 0.3
 
 
 def add_distillation_hooks(trainer: DefaultTrainer) -> None:
-    """Give a trainer what a distillation needs of it and hooks can do, ahead of its evaluation and its writers.
+    """Give a trainer what a distillation needs of it and hooks can do, ahead of what saves, evaluates and writes.
 
     These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch` and, for
     Detectron2's AMPTrainer, :class:`GradientScale`. To be called in all processes, before ``train``; a second call adds
@@ -50,10 +50,11 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
         added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
     added.append(SaveOnSigterm())
     trainer.register_hooks(added)
-    # A writer that ran before would never see the scalars of its iteration. An evaluation takes long and may fail.
+    # No checkpoint is to be resumed of a run that is stopped; an evaluation takes long and may fail; and a writer that
+    # ran before would never see the scalars of its iteration.
+    later = (PeriodicCheckpointer, PeriodicSaver, EvalHook, PeriodicWriter)
     others = trainer._hooks[: -len(added)]
-    places = [i for i, hook in enumerate(others) if isinstance(hook, (EvalHook, PeriodicWriter))]
-    place = min(places, default=len(others))
+    place = min((i for i, hook in enumerate(others) if isinstance(hook, later)), default=len(others))
     trainer._hooks = [*others[:place], *added, *others[place:]]
 
 
@@ -107,13 +108,12 @@ class SaveOnSigterm(HookBase):
         if not any(comm.all_gather(self._asked)):
             return
         self._deadline.cancel()
-        # After the last iteration the final checkpoint has been written.
-        if self.trainer.iter + 1 < self.trainer.max_iter:
-            name = f"model_{self.trainer.iter:07d}"
-            if _has_own_step(self.trainer):
-                self.trainer.save(name)
-            else:
-                self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+        done = self.trainer.iter + 1 >= self.trainer.max_iter
+        name = "model_final" if done else f"model_{self.trainer.iter:07d}"
+        if _has_own_step(self.trainer):
+            self.trainer.save(name)
+        else:
+            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
         comm.synchronize()
         logging.getLogger(__name__).warning(
             "Stopped by SIGTERM after iteration %d; its state is saved: go on with --resume", self.trainer.iter
