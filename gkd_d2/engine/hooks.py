@@ -249,9 +249,9 @@ class LossWatch(HookBase):
     def _stop(self, name: str, level: str | None, finite: bool) -> None:
         if _has_own_step(self.trainer):
             self.trainer.save("model_stopped", resumable=False)
-            saved = "The state is saved as model_stopped.pth, --resume goes on from the checkpoint before it"
+            saved = "The state is saved as model_stopped.pth; --resume continues from the checkpoint before it"
         else:
-            saved = "A resumed run goes on from the last checkpoint"
+            saved = "A resumed run continues from the last checkpoint"
         where = f"at the student's {level}" if level else "at all levels of the student"
         last = f"{self._patience} iterations{' with objects' if finite else ''}"
         raise DeadLossError(

@@ -123,7 +123,7 @@ def test_a_dead_level_stops_a_plain_trainer(training):
     cfg.GKD.WATCH_PATIENCE, cfg.SOLVER.CHECKPOINT_PERIOD = 2, 1
     trainer = DefaultTrainer(cfg)
     add_distillation_hooks(trainer)
-    with pytest.raises(DeadLossError, match="A resumed run goes on from the last checkpoint"):
+    with pytest.raises(DeadLossError, match="A resumed run continues from the last checkpoint"):
         trainer.train()
     resumed = DefaultTrainer(cfg)
     resumed.resume_or_load(resume=True)

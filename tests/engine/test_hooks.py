@@ -1,5 +1,6 @@
 """Checkpoints and the watch over the distillation losses, in real short trainings on toy scenes."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -13,6 +14,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from tiny import TOY_SCENES
 
@@ -22,6 +24,7 @@ from gkd_d2.engine.hooks import DeadLossError
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.methods import METHOD_REGISTRY, LevelwiseMethod, Term
 from gkd_d2.methods.fgfi import FGFI
+from gkd_d2.watch import TermReport
 
 TERMS = {
     "gradient": "loss_gkd_gradient",
@@ -340,6 +343,21 @@ def test_images_without_boxes_do_not_start_the_count_anew(training, without_boxe
     cfg.GKD.WATCH_PATIENCE = 3
     # Of the iterations 0 to 4 three have objects.
     with pytest.raises(DeadLossError, match="in the last 3 iterations with objects, up to iteration 4: "):
+        train(cfg)
+
+
+def test_boxes_of_another_process_count(training, without_boxes, patchy, monkeypatch):
+    cfg = training(iterations=5)
+    without_boxes(cfg, range(TOY_SCENES))
+    patchy(cfg, range(5))
+    cfg.GKD.WATCH_PATIENCE = 2
+    assert train(cfg).iter == 5
+
+    def gathered(value):
+        return [value, dataclasses.replace(value, boxes=1)] if isinstance(value, TermReport) else [value]
+
+    monkeypatch.setattr(comm, "all_gather", gathered)
+    with pytest.raises(DeadLossError, match="up to iteration 1: "):
         train(cfg)
 
 
