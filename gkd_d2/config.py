@@ -99,10 +99,14 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.ONE_PASS = True
 
     # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
-    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard.
+    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard; the ratios are logged too.
     cfg.GKD.WATCH_PERIOD = 20
     # So many iterations in a row in which the gradient of a loss at a level is exactly 0 or not finite stop the run.
+    # A gradient of 0 does not count where no image of the batch has a box.
     cfg.GKD.WATCH_PATIENCE = 20
+    # A loss whose gradient is more than this many times that of the detection losses is warned of, once in a run, with
+    # the weight that would suit; > 0.
+    cfg.GKD.WATCH_MAX_RATIO = 10.0
 
     # Every so many iterations a picture of the first image of the batch goes to TensorBoard: gradient maps, box context
     # mask and detections of both networks; 0: never. It needs a loss weight above 0 and changes nothing else.

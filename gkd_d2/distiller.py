@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -23,10 +25,18 @@ from gkd_d2.pairing import check_pair, pair_levels, without_unlabelled_heads
 from gkd_d2.streams import separate_random_stream
 from gkd_d2.summary import log_summary
 from gkd_d2.teacher import FrozenTeacher, build_teacher
+from gkd_d2.trainer_keys import TrainerKeys
 from gkd_d2.visualize import Picture, put_picture, take_picture
 from gkd_d2.watch import TermReport, measure_terms
 
 _STUDENT = "student."
+
+_NOT_WATCHED = """\
+Nothing watches this distillation: a loss without a gradient, or one that swamps the detection losses, goes unnoticed.
+With a DefaultTrainer add, before trainer.train():
+    from gkd_d2.engine.hooks import add_distillation_hooks
+    add_distillation_hooks(trainer)
+In a loop of your own set distiller.watch, to False if you don't want to measure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +76,8 @@ class GKDDistiller(nn.Module):
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
             the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
             a gradient scaler sets it to the scale.
-        watch: whether the next training forward measures each loss at each level.
+        watch: whether the next training forward measures each loss at each level. None: nobody has set it, which the
+            first training forward warns of.
         watched: what was measured last, or None.
     """
 
@@ -84,6 +95,7 @@ class GKDDistiller(nn.Module):
         vis_period: int = 0,
         seed: int = 0,
         announce: Callable[[], None] | None = None,
+        trainer_keys: TrainerKeys | None = None,
     ):
         """
         Args:
@@ -98,6 +110,7 @@ class GKDDistiller(nn.Module):
             vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
             announce: called once, at the first training step, to say what is distilled.
+            trainer_keys: what the config asks of the trainer; checked in each training forward.
 
         Raises:
             ValueError: an option is out of range, or the student lacks what the method needs.
@@ -117,8 +130,9 @@ class GKDDistiller(nn.Module):
         self.method = method
         self.warmup_iters = warmup_iters
         self.gradient_scale = 1.0
-        self.watch = False
+        self.watch: bool | None = None
         self.watched: TermReport | None = None
+        self._trainer_keys = trainer_keys
         self._teacher = teacher
         self._split: SplitDetector = split_detector(student)
         if method.needs_anchors:
@@ -159,6 +173,7 @@ class GKDDistiller(nn.Module):
             "announce": functools.partial(
                 log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
             ),
+            "trainer_keys": TrainerKeys.from_config(cfg),
         }
 
     @property
@@ -177,13 +192,15 @@ class GKDDistiller(nn.Module):
 
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
-            ValueError: a loss of the method has the name of one of the student's.
+            ValueError: a loss of the method has the name of one of the student's, or the trainer ignores a key of the
+                config, see :class:`gkd_d2.trainer_keys.TrainerKeys`.
         """
         if self.training and self._announce is not None:
             self._announce()
             self._announce = None
         if not (self.training and self.method):
             return self.student(batched_inputs)
+        self._check_trainer(batched_inputs)
         picture_due = self._picture_due()
         seen = self.observe(
             batched_inputs,
@@ -318,6 +335,14 @@ class GKDDistiller(nn.Module):
         ]
         return self.method(parts, self._ramp())
 
+    def _check_trainer(self, batched_inputs: list[dict]) -> None:
+        if self._trainer_keys is not None:
+            self._trainer_keys.check(len(batched_inputs), self.device.type)
+        if self.watch is None:
+            self.watch = False
+            if comm.is_main_process():
+                logging.getLogger(__name__).warning(_NOT_WATCHED)
+
     def _measure(self, seen: Observation) -> TermReport:
         """Each loss and its gradient at the student's features, level by level."""
         return measure_terms(
@@ -326,6 +351,8 @@ class GKDDistiller(nn.Module):
             seen.student_grad,
             terms=self.method.active(),
             scale=seen.scale,
+            boxes=sum(len(boxes) for boxes in seen.boxes),
+            factor=self._ramp(),
         )
 
     def _ramp(self) -> float:

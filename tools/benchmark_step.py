@@ -120,6 +120,7 @@ def build_distiller(cfg: CfgNode) -> GKDDistiller:
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()
+    distiller.watch = False
     calm(distiller.student)
     return distiller
 

@@ -57,6 +57,8 @@ class Term:
         name: in reports, as in ``gkd_ratio/<name>``.
         weight: what the loss is multiplied by; at 0 it is left out.
         key: of the config, where the weight is set.
+        level_assigned: whether an object counts only at the levels it is assigned to, so that the loss is rightly 0 at
+            a level to which no object of a batch belongs. Such a loss is judged over all levels together.
 
     Raises:
         ValueError: the weight is negative or not finite.
@@ -65,6 +67,7 @@ class Term:
     name: str
     weight: float
     key: str
+    level_assigned: bool = False
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
