@@ -28,6 +28,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from gkd_d2.config import read_distiller_config, teacher_config
+from gkd_d2.distiller import GKDDistiller
+from gkd_d2.imports import add_import_option
+from gkd_d2.registries import build_detector
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -38,11 +43,6 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-
-from gkd_d2.config import read_distiller_config, teacher_config
-from gkd_d2.distiller import GKDDistiller
-from gkd_d2.imports import add_import_option
-from gkd_d2.registries import build_detector
 
 GOAL, MEMORY_GOAL = 1.20, 1.25
 FEWER_PROPOSALS = {"half the proposals": 2, "an eighth of the proposals": 8}
@@ -122,6 +122,7 @@ def build_distiller(cfg: CfgNode) -> GKDDistiller:
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()
+    distiller.watch = False
     calm(distiller.student)
     return distiller
 

@@ -15,12 +15,6 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
 from gkd_d2.checkpoint import CheckpointError, CompleteCheckpointer
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import launch
@@ -28,13 +22,17 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer, settle_seed
 from gkd_d2.imports import add_import_option, import_modules
 
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
 
 def main(cfg: CfgNode, args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
     # A process that was started for this knows nothing of what the first one imported.
     import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
     cfg = settle_seed(cfg, resume=args.resume)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gkd_d2")
     default_setup(cfg, args)
     try:
         if not args.eval_only:
