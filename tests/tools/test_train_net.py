@@ -79,6 +79,12 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     train_net(*student, "--resume", *short("student", 6), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights)
     assert torch.load(tmp_path / "student" / "model_final.pth")["iteration"] == 5
 
+    if name == "retinanet":
+        options = [*short("student", 8), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights, "MODEL.BACKBONE.FREEZE_AT", 3]
+        output = train_net(*student, "--resume", *options, fails=True)
+        assert "MODEL.BACKBONE.FREEZE_AT was 0 and is 3" in output.splitlines()[-1]
+        assert "Traceback" not in output
+
     # The student is evaluated as what it is: no teacher is needed any more.
     weights.unlink()
     final = tmp_path / "student" / "model_final.pth"
