@@ -193,7 +193,9 @@ class TrainStep(TrainerBase):
 
     def _advice(self) -> str:
         """What to change where a model diverges."""
-        advice = "lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED to True"
+        advice = "lower SOLVER.BASE_LR, or clip the gradients by SOLVER.CLIP_GRADIENTS"
+        if isinstance(self.module, GKDDistiller) and self.module.method:
+            advice += ", or lower the weights of the distillation losses whose gkd_ratio/* in metrics.json is above 1"
         frozen = any(isinstance(module, FrozenBatchNorm2d) for module in self.module.modules())
         if self._from_scratch and (frozen or not all(p.requires_grad for p in self.module.parameters())):
             advice += (

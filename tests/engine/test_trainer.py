@@ -36,7 +36,8 @@ def test_a_resume_takes_over_the_averages_and_says_what_changed(training, caplog
     trainer = Trainer(cfg)
     trainer.train()
     average = trainer.model.student.loss_normalizer
-    assert average != Trainer(cfg).model.student.loss_normalizer
+    # Detectron2's HEAD sets it in the first iteration.
+    assert average != getattr(Trainer(cfg).model.student, "loss_normalizer", None)
 
     cfg.OUTPUT_DIR, output = str(tmp_path / "elsewhere"), cfg.OUTPUT_DIR
     shutil.copytree(output, cfg.OUTPUT_DIR)
