@@ -6,8 +6,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 
-from gkd_d2.config import detector_config, read_config, teacher_config
-from gkd_d2.runs import config_differences
+from gkd_d2.config import config_differences, detector_config, read_config, teacher_config
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
 

@@ -19,7 +19,7 @@ from gkd_d2.checkpoint import CheckpointError, CompleteCheckpointer
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.engine.trainer import Trainer, settle_seed
+from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 from gkd_d2.imports import add_import_option, import_modules
 
 from detectron2.config import CfgNode
@@ -41,11 +41,13 @@ def main(cfg: CfgNode, args: argparse.Namespace):
         else:
             model = Trainer.build_model(cfg)
             CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    except CheckpointError as error:
+    except (CheckpointError, ResumeError) as error:
         sys.exit(str(error))
     if not args.eval_only:
         return trainer.train()
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

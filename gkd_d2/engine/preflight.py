@@ -9,11 +9,13 @@ import os
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.checkpoint import find_damage
 from gkd_d2.config import DISTILLER, architecture_key, detector_config, teacher_config
 from gkd_d2.data.builtin import check_datasets
+from gkd_d2.evaluation import evaluator_type
 from gkd_d2.methods import build_method
 from gkd_d2.registries import find_unregistered
 
@@ -35,7 +37,8 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
-    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_detector(cfg), *_weights(cfg, eval_only, resume)]
+    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_detector(cfg), *_evaluation(cfg)]
+    problems += _weights(cfg, eval_only, resume)
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
         problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
@@ -83,6 +86,30 @@ def _detector(cfg: CfgNode) -> list[str]:
         return find_unregistered(detector_config(cfg), architecture_key(cfg))
     except ValueError as error:
         return [str(error)]
+
+
+def _evaluation(cfg: CfgNode) -> list[str]:
+    """What Detectron2 would find out only when the training is done."""
+    problems = []
+    for name in cfg.DATASETS.TEST:
+        try:
+            evaluator_type(name)
+        except ValueError as error:
+            problems.append(str(error))
+    distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
+    architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
+    if cfg.TEST.AUG.ENABLED and architecture in META_ARCH_REGISTRY:
+        kind = META_ARCH_REGISTRY.get(architecture)
+        reason = ""
+        if not (isinstance(kind, type) and issubclass(kind, GeneralizedRCNN)):
+            reason = f"a GeneralizedRCNN, which {architecture} is not"
+        elif cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            reason = "detectors without MODEL.KEYPOINT_ON and MODEL.LOAD_PROPOSALS"
+        if reason:
+            problems.append(
+                f"TEST.AUG.ENABLED is True, but Detectron2 augments at test time only {reason}: set it to False"
+            )
+    return problems
 
 
 def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
