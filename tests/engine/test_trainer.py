@@ -1,5 +1,9 @@
 """What a run's seed is, and what a resume takes over and notices."""
 
+import json
+import logging
+import re
+
 import pytest
 import torch
 from detectron2.utils import comm
@@ -58,3 +62,25 @@ def test_machines_must_share_the_output_folder(training, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
     with pytest.raises(RuntimeError, match="would start at iterations 1, 0: OUTPUT_DIR .* must be one folder"):
         trainer.resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize(("start", "iterations", "lines"), [(0, 7, [0, 4, 6]), (0, 1, [0]), (7, 13, [7, 11, 12])])
+def test_the_first_lines_come_early(start, iterations, lines, training, tmp_path, caplog, monkeypatch):
+    """The first with an estimate of the time left is that of the fifth iteration; metrics.json gets the last alone."""
+    cfg = training("retinanet", iterations=iterations)
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
+    trainer = Trainer(cfg)
+    trainer.start_iter = start
+    # A tool that ran in this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    caplog.set_level("INFO", "detectron2")
+    trainer.train()
+    printed = [record.getMessage() for record in caplog.records if record.name == "detectron2.utils.events"]
+    assert [int(re.search(r"iter: (\d+)", line)[1]) for line in printed] == lines
+    assert all("total_loss: " in line and "loss_bmfi_box: " in line for line in printed)
+    assert not any("attention" in line for line in printed)
+    assert ["eta: " in line for line in printed[:2]] == [False, True][: len(printed)]
+    rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [iterations - 1]
+    assert len({row["iteration"] for row in rows}) == len(rows)
+    assert not any("attention" in name for row in rows for name in row)
