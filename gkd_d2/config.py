@@ -76,7 +76,7 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # of any anchor; at least 0 and below 1. The paper's psi, and its value.
     cfg.GKD.FGFI.THRESHOLD = 0.5
     # Of fgfi: whether the largest overlap, and the number of cells by which the loss is divided, are those of all
-    # levels (together) or of each level by itself (separate), where most cells of coarse levels are near an object.
+    # levels (together), or those of each level by itself (separate), so that each object is imitated at each level.
     cfg.GKD.FGFI.LEVELS = "together"
 
     cfg.GKD.FGD = CfgNode()
