@@ -86,8 +86,11 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Of fgfi: weight of its loss, as in the authors' code.
     cfg.GKD.FGFI.WEIGHT = 0.01
     # Of fgfi: a cell is near an object if one of its anchors overlaps it by more than this part of the largest overlap
-    # at the level; at least 0 and below 1. The paper's psi, and its value.
+    # of any anchor; at least 0 and below 1. The paper's psi, and its value.
     cfg.GKD.FGFI.THRESHOLD = 0.5
+    # Of fgfi: whether the largest overlap, and the number of cells by which the loss is divided, are those of all
+    # levels (together), or those of each level by itself (separate), so that each object is imitated at each level.
+    cfg.GKD.FGFI.LEVELS = "together"
 
     cfg.GKD.FGD = CfgNode()
     # Of fgd: weights of its three losses, alpha, beta and gamma of the paper. The values are those of the public code

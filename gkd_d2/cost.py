@@ -11,6 +11,8 @@ from detectron2.structures import Boxes
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
+from gkd_d2.progress import track
+
 
 def random_image(size: tuple[int, int], device: str = "cpu") -> Tensor:
     """An image of random pixels, the same at every call.
@@ -50,7 +52,7 @@ def gflops(model: nn.Module, image: Tensor) -> float:
 
 
 def milliseconds(models: Sequence[nn.Module], image: Tensor, *, repeats: int, warm_up: int = 2) -> list[float]:
-    """The median time of every model for one image, the models taking turns.
+    """The median time of every model for one image, the models taking turns. Shows its progress.
 
     Args:
         models: Detectron2 detectors in eval mode, on the image's device.
@@ -60,7 +62,8 @@ def milliseconds(models: Sequence[nn.Module], image: Tensor, *, repeats: int, wa
     """
     times: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
-        for turn in range(warm_up + repeats):
+        turns = warm_up + repeats
+        for turn in track(range(turns), total=turns, title="turns of the time's measurement"):
             for model, measured in zip(models, times):
                 begin = _now(image)
                 model([{"image": image}])

@@ -94,7 +94,7 @@ class SplitDetector(ABC):
             features: level name -> N,C,H,W.
 
         Returns:
-            Level name -> H*W*A,4, xyxy in pixels of the padded batch: cell by cell and row by row, A in each cell.
+            Level name -> H,W,A,4, xyxy in pixels of the padded batch: A anchors in each cell.
 
         Raises:
             ValueError: a level has no anchors.
@@ -110,7 +110,11 @@ class SplitDetector(ABC):
         # The generator wants all its levels; of those that are not asked for a single cell will do.
         single = next(iter(features.values())).new_empty((0, 0, 1, 1))
         found = generator([features.get(name, single) for name in levels])
-        return {name: boxes.tensor for name, boxes in zip(levels, found) if name in features}
+        return {
+            name: boxes.tensor.view(*features[name].shape[2:], -1, 4)
+            for name, boxes in zip(levels, found)
+            if name in features
+        }
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level."""

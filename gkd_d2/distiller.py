@@ -54,6 +54,8 @@ class Observation:
         teacher_grad: the gradient of the teacher's own losses with respect to them, times ``scale``; or None.
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch.
         scale: of the gradients.
+        anchors: the student's own, L tensors H,W,A,4, xyxy, pixels of the padded batch; None where the method does not
+            need them.
     """
 
     images: ImageList
@@ -64,6 +66,7 @@ class Observation:
     teacher_grad: list[Tensor] | None
     boxes: list[Tensor]
     scale: float
+    anchors: list[Tensor] | None
 
 
 @META_ARCH_REGISTRY.register()
@@ -257,6 +260,10 @@ class GKDDistiller(nn.Module):
         losses, student_gradients = self._detect(images, features, batched_inputs, student_grad)
         student = [features[name] for name in self.student_features]
         self._check_sizes(student, teacher)
+        anchors = None
+        if self.method.needs_anchors:
+            found = self._split.anchors(dict(zip(self.student_features, student)))
+            anchors = [found[name] for name in self.student_features]
         return Observation(
             images=images,
             losses=losses,
@@ -266,6 +273,7 @@ class GKDDistiller(nn.Module):
             teacher_grad=teacher_gradients,
             boxes=_in_one_copy([x["instances"].gt_boxes.tensor for x in batched_inputs], self.device),
             scale=self.gradient_scale,
+            anchors=anchors,
         )
 
     def picture(self, batched_inputs: list[dict], seen: Observation) -> Picture:
@@ -331,13 +339,10 @@ class GKDDistiller(nn.Module):
         names = [self.student_features[level] for level in levels]
         teacher = [seen.teacher[level] for level in levels]
         student_grad = teacher_grad = None
-        anchors: dict[str, Tensor] = {}
         if self.method.needs_student_grad:
             student_grad = self._align_gradients(names, [seen.student_grad[level] for level in levels])
         if self.method.needs_teacher_grad:
             teacher_grad = [seen.teacher_grad[level] for level in levels]
-        if self.method.needs_anchors:
-            anchors = self._split.anchors(dict(zip(names, student)))
         student, teacher, student_grad, teacher_grad = _in_one_dtype(
             self._align(names, student), teacher, student_grad, teacher_grad
         )
@@ -349,11 +354,14 @@ class GKDDistiller(nn.Module):
                 image_size=tuple(seen.images.tensor.shape[-2:]),
                 student_grad=student_grad and student_grad[index],
                 teacher_grad=teacher_grad and teacher_grad[index],
-                anchors=anchors.get(name),
+                anchors=seen.anchors,
+                index=level,
             )
-            for index, name in enumerate(names)
+            for index, level in enumerate(levels)
         ]
-        return self.method(parts, self._ramp())
+        losses = self.method(parts, self._ramp())
+        # A method may compute a loss of weight 0 along with others: it is neither logged nor drawn.
+        return {key: losses[key] for key in self.method.active()}
 
     def _check_trainer(self, batched_inputs: list[dict]) -> None:
         if self._trainer_keys is not None:

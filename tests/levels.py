@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from gkd_d2.methods import Level
@@ -34,8 +36,20 @@ def random_level(size=(11, 19), *, channels: int = 5, dtype=torch.float64, ancho
         image_size=IMAGE_SIZE,
         student_grad=student_grad,
         teacher_grad=teacher_grad,
-        anchors=torch.cat([corners - sides / 2, corners + sides / 2], dim=1),
+        anchors=[torch.cat([corners - sides / 2, corners + sides / 2], dim=1).view(*size, anchors, 4)],
     )
+
+
+def random_pyramid(*sizes: tuple[int, int], **options) -> list[Level]:
+    """Several levels of one batch.
+
+    Args:
+        sizes: of the levels, in cells.
+        options: as of :func:`random_level`.
+    """
+    levels = [random_level(size, **options) for size in sizes]
+    anchors = [level.anchors[0] for level in levels]
+    return [dataclasses.replace(level, anchors=anchors, index=index) for index, level in enumerate(levels)]
 
 
 def plain_level(student, teacher, **fields) -> Level:

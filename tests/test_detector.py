@@ -206,15 +206,15 @@ def test_anchors_are_those_that_the_detector_uses(kind, offset):
         images, features = split.features(batch)
         split.losses(images, features, batch)
     handle.remove()
-    expected = {name: boxes.tensor for name, boxes in zip(levels, used)}
+    sizes = {name: (*features[name].shape[2:], -1, 4) for name in levels}
+    expected = {name: boxes.tensor.view(sizes[name]) for name, boxes in zip(levels, used)}
     everywhere = split.anchors({name: features[name] for name in levels})
     assert list(everywhere) == levels
     assert all(torch.equal(anchors, expected[name]) for name, anchors in everywhere.items())
     # A level by itself has the same ones, and each lies about its cell.
     (p4,) = split.anchors({"p4": features["p4"]}).values()
     assert torch.equal(p4, expected["p4"])
-    height, width = features["p4"].shape[2:]
-    centres = ((p4[:, :2] + p4[:, 2:]) / 2).view(height, width, -1, 2)
+    centres = (p4[..., :2] + p4[..., 2:]) / 2
     stride = split.output_shape()["p4"].stride
     assert centres[1, 2].tolist() == [pytest.approx([(2 + offset) * stride, (1 + offset) * stride])] * centres.shape[2]
 

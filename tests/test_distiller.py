@@ -63,6 +63,19 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
         assert losses[name] > 0
 
 
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_a_loss_of_weight_0_is_not_reported(implementation, distiller_config):
+    cfg = distiller_config("retinanet")
+    set_weights(cfg, 0.02, 1e-2, 0.0, 1e-3)
+    cfg.GKD.IMPLEMENTATION = implementation
+    distiller = build_model(cfg).train()
+    distiller.watch = True
+    with EventStorage():
+        losses = distiller(training_batch())
+    assert set(losses) - {"loss_cls", "loss_box_reg"} == {"loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_image"}
+    assert {term for term, _ in distiller.watched.values} == {"gradient", "box", "image"}
+
+
 @pytest.mark.parametrize("counts", [(2, 1, 0), (0, 0, 2), (0, 0, 0)])
 def test_each_image_keeps_its_own_boxes(counts, distiller_config):
     distiller = build_model(distiller_config("retinanet")).train()

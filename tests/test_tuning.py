@@ -11,6 +11,8 @@ from tiny import ARCHITECTURES, training_batch
 from gkd_d2.streams import mix_seed, seed_everything
 from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
 
+TERMS = ("gradient", "box", "attention", "image")
+
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
@@ -21,7 +23,7 @@ def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
     cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.ACCUMULATE_STEPS = 2
     batches = [training_batch(((90, 120), (96, 100))) for _ in range(3)]
     seed_everything(1)
-    before = build_model(unit_weights(cfg))
+    before = build_model(unit_weights(cfg, TERMS))
     weights = {name: value.clone() for name, value in before.named_parameters()}
     ratios = measure_ratios(before, batches, seed=4)
     assert all(torch.equal(value, weights[name]) for name, value in before.named_parameters())
@@ -55,7 +57,7 @@ def test_numbers_by_hand():
 
 
 def test_what_can_not_be_measured(distiller_config):
-    distiller = build_model(unit_weights(distiller_config("retinanet")))
+    distiller = build_model(unit_weights(distiller_config("retinanet"), TERMS))
     with pytest.raises(ValueError, match="there is no batch"):
         measure_ratios(distiller, [], seed=0)
     batch = training_batch()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gkd_d2.cost import gflops, milliseconds, random_image
 from gkd_d2.imports import add_import_option, import_modules
+from gkd_d2.progress import track
 from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
 from gkd_d2.runs import Run, find_runs, shared_dataset
 
@@ -60,7 +61,8 @@ def measure(runs: list[Run], args: argparse.Namespace) -> tuple[dict[str, Cost],
     size = tuple(args.input_size or (test.MIN_SIZE_TEST, test.MAX_SIZE_TEST))
     # What the heads do depends on the weights, so that only trained ones tell a cost.
     trained = [run for run in runs if run.has_checkpoint]
-    operations = {run.name: gflops(run.network, random_image(size)) for run in trained}
+    counted = track(trained, total=len(trained), title="runs whose operations are counted")
+    operations = {run.name: gflops(run.network, random_image(size)) for run in counted}
     text = (
         "GFLOPs are billions of multiply-adds by fvcore's counter, for one image of random pixels, "
         f"{size[0]} x {size[1]}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from gkd_d2.data.builtin import resolve_root
 from gkd_d2.data.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
 from gkd_d2.data.prepare_kitti import check_images, count_objects, export_coco, unpack, write_split
+from gkd_d2.progress import track
 
 from tabulate import tabulate
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     for split in SPLITS:
         records = load_kitti(root, split)
         if not args.quick:
-            modes = check_images(records)
+            modes = check_images(track(records, total=len(records), title=f"{split}: images checked"))
             for mode, number in sorted(modes.items()):
                 # Pillow clips 16-bit values to 255 where it makes them 8-bit: such images turn white.
                 note = ", whose values above 255 are clipped" if mode.startswith(("I", "F")) else ""

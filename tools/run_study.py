@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Train what a study still lacks, several trainings at once, and write its tables and plots.
+"""Train the missing trainings of a study, several at once, and write its tables and plots.
 
-A study is a YAML file: detectors, settings, seeds, what weights are chosen from. Each training has its own folder
-below --output and goes on where it was stopped, so that the same command ends an interrupted study, trains seeds that
-were added to the file, or only writes the report where nothing is missing. A training that fails does not stop the
-others, but the exit status is then 1. Examples:
+A study is a YAML file: detectors, settings, seeds, what weights are chosen from; docs/studies.md describes it. Each
+training has its own folder below --output and is resumed where it was stopped, so that the same command ends an
+interrupted study, trains seeds that were added to the file, or only writes the report where nothing is missing. A
+training that fails does not stop the others, but the exit status is then 1. Examples:
     python tools/run_study.py configs/studies/toy.yaml --at-once 2
     python tools/run_study.py configs/studies/toy.yaml configs/studies/kitti_sample.yaml --report-only
-    python tools/run_study.py configs/studies/toy.yaml --device cuda --at-once 8
+    python tools/run_study.py configs/studies/toy.yaml --device cuda --at-once 8 --report results.md
 """
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
@@ -19,12 +20,12 @@ from pathlib import Path
 from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.study.plan import Study, read_study
 from gkd_d2.study.report import study_section, write_sections
-from gkd_d2.study.schedule import Scheduler, prepare_data
+from gkd_d2.study.schedule import Scheduler, lock_folder, prepare_data
 
 import torch
 from detectron2.utils.logger import setup_logger
 
-ROOT = Path(__file__).resolve().parent.parent
+logger = logging.getLogger("gkd_d2")
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,17 +35,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "output" / "studies",
+        default=Path("output", "studies"),
         metavar="FOLDER",
         help="each study has a folder there, of its file's name (default: output/studies)",
     )
     parser.add_argument(
         "--report",
         type=Path,
-        default=ROOT / "docs" / "results.md",
         metavar="FILE",
-        help="Markdown file whose part about each study is written; plots go to images/ beside it "
-        "(default: docs/results.md)",
+        help="Markdown file whose part about each study is replaced, or added; plots go to images/ beside it "
+        "(default: report.md in the folder of each study)",
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument(
@@ -102,21 +102,28 @@ def main() -> int:
 
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop)
-            for study in studies.values():
-                prepare_data(study)
-            for study in studies.values():
-                failed |= scheduler.run(study)
+            with contextlib.ExitStack() as locks:
+                for study in studies.values():
+                    locks.enter_context(lock_folder(study.output))
+                for study in studies.values():
+                    prepare_data(study)
+                for study in studies.values():
+                    failed |= scheduler.run(study)
             if stopped_by:
                 print("Stopped; the same command goes on.", file=sys.stderr)
                 return 128 + stopped_by[0]
-        sections = {name: study_section(study, args.report.parent / "images") for name, study in studies.items()}
-        write_sections(args.report, sections)
+        reports: dict[Path, dict[str, str]] = {}
+        for name, study in studies.items():
+            path = args.report or study.output / "report.md"
+            reports.setdefault(path, {})[name] = study_section(study, path.parent / "images")
+        for path, sections in reports.items():
+            write_sections(path, sections)
+            logger.info("Report: %s", path)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    logging.getLogger("gkd_d2").info("Report: %s", args.report)
     for folder, reason in failed.items():
-        print(f"error: {folder} is missing in it: {reason}", file=sys.stderr)
+        print(f"error: {folder} is missing in the report: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -3,7 +3,8 @@
 
 A run of batches goes through teacher and student without any update. The gradients are those of the losses of
 GKD.METHOD at the student's features; a ratio of 0.5 means that a loss pulls half as hard there as the detection losses
-do. What is right depends on data and schedule: start with 0.1 to 1 a loss, and watch gkd_ratio/* of the run.
+do. What is right depends on data and schedule: start with 0.1 to 1 a loss, and watch gkd_ratio/* of the run. A loss of
+weight 0 is off and left out unless --term names it.
 MODEL.WEIGHTS names the student's checkpoint, KEY VALUE pairs at the end override the config. Examples:
     python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml --batches 200 --ratio 0.5
     python tools/suggest_weights.py --config-file configs/toy/gkd_frcnn.yaml --batches 20 \\
@@ -21,10 +22,12 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.imports import add_import_option
 from gkd_d2.methods import Term, build_method
+from gkd_d2.progress import track
 from gkd_d2.streams import seed_everything
 from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
 
 import yaml
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -41,7 +44,8 @@ def parse_args() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=R",
-        help="wanted for one loss instead, named as in gkd_ratio/NAME; may be given several times",
+        help="wanted for one loss instead, named as in gkd_ratio/NAME, also for one that is off; may be given several "
+        "times",
     )
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
@@ -68,17 +72,22 @@ def term_ratio(text: str) -> tuple[str, float]:
     return name, ratio(value)
 
 
-def wanted_ratios(args: argparse.Namespace, terms: list[Term]) -> dict[str, float]:
-    """Name of a loss -> the ratio that is asked for.
+def wanted_ratios(args: argparse.Namespace, cfg: CfgNode, terms: list[Term]) -> dict[str, float]:
+    """Name of a loss -> the ratio that is asked for, of those that are on or that --term names.
 
     Raises:
-        ValueError: --term names a loss that is not among ``terms``.
+        ValueError: --term names a loss that is not among ``terms``, or no loss is left.
     """
+    if not terms:
+        raise ValueError(f"GKD.METHOD is {cfg.GKD.METHOD}, which has no loss to weigh")
     names, given = [term.name for term in terms], dict(args.term)
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"--term names {', '.join(unknown)}, but the method's losses are {', '.join(names)}")
-    return {name: given.get(name, args.ratio) for name in names}
+    wanted = {term.name: given.get(term.name, args.ratio) for term in terms if term.weight > 0 or term.name in given}
+    if not wanted:
+        raise ValueError(f"all weights of GKD.METHOD {cfg.GKD.METHOD} are 0: name losses by --term {names[0]}=0.5")
+    return wanted
 
 
 def markdown(terms: list[Term], ratios: dict[str, Ratio], weights: dict[str, float]) -> str:
@@ -114,18 +123,23 @@ def main() -> None:
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()
         terms = list(build_method(cfg).terms.values())
-        wanted = wanted_ratios(args, terms)
-        unit = unit_weights(cfg)
+        wanted = wanted_ratios(args, cfg, terms)
+        off = [term for term in terms if term.name not in wanted]
+        terms = [term for term in terms if term.name in wanted]
+        unit = unit_weights(cfg, wanted)
         check_inputs(cfg, eval_only=False, resume=False)
         seed_everything(cfg.SEED)
         distiller = build_model(unit)
         StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
         batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
-        ratios = measure_ratios(distiller, batches, cfg.SEED)
+        ratios = measure_ratios(distiller, track(batches, total=args.batches, title="batches"), cfg.SEED)
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
     weights = suggest_weights(ratios, wanted)
-    print(f"\n{markdown(terms, ratios, weights)}\n\nFor {', '.join(f'{t} {r:g}' for t, r in wanted.items())}:\n")
+    print(f"\n{markdown(terms, ratios, weights)}\n")
+    for term in off:
+        print(f"Left out: {term.name}, whose weight {term.key} is 0. Measure it by --term {term.name}={args.ratio:g}\n")
+    print(f"For {', '.join(f'{t} {r:g}' for t, r in wanted.items())}:\n")
     print(yaml_of(terms, weights), end="")
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
+from gkd_d2.progress import track
+
 from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, SPLITS, load_kitti, split_by_hash
 
 # All that the official archives of images and labels hold.
@@ -30,7 +32,8 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool =
     """Unpack one of KITTI's two archives, images or labels, into a dataset folder.
 
     Everything about the entries is checked before the first file is written; each file is written beside its place
-    and moved there once its checksum is right. A file that is there already with the same content stays.
+    and moved there once its checksum is right. A file that is there already with the same content stays. Shows its
+    progress.
 
     Args:
         archive: data_object_image_2.zip or data_object_label_2.zip.
@@ -54,7 +57,7 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool =
         if size > free:
             raise OSError(f"{archive}: its files need {size / 1e9:.1f} GB, {root} has room for {free / 1e9:.1f} GB")
         missing = []
-        for entry in entries:
+        for entry in track(entries, total=len(entries), title=f"{archive.name}: files looked for"):
             target = root / entry.filename
             if not target.exists():
                 missing.append(entry)
@@ -62,7 +65,7 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool =
                 if not force:
                     raise FileExistsError(f"{target} is there with other content than in {archive}: see --force")
                 missing.append(entry)
-        for entry in missing:
+        for entry in track(missing, total=len(missing), title=f"{archive.name}: files written"):
             _extract(file, entry, root / entry.filename)
             written += 1
     return written

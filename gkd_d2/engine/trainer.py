@@ -25,6 +25,7 @@ from gkd_d2.data.loader import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
 from gkd_d2.distiller import GKDDistiller
+from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.evaluation import KITTIEvaluator, evaluator_type
@@ -110,6 +111,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self._running_states: list[dict[str, float]] = []
         self.register_hooks(self.build_hooks())
+        self.register_hooks([FirstLines()])
         add_distillation_hooks(self)
 
     @staticmethod

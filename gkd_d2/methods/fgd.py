@@ -32,7 +32,7 @@ class FGD(LevelwiseMethod):
 
     What differs: the global part, a GcBlock for each network with convolutions that are trained along, is left out. A
     box is rounded outwards to the cells it touches and scaled by the padded size of the batch; the public code adds a
-    row and a column of cells, scales by the unpadded size and lays the box into the mask with x and y exchanged.
+    row and a column of cells and scales by the unpadded size.
 
     Args:
         foreground: weight of ``loss_fgd_foreground``.

@@ -36,8 +36,9 @@ class Level:
             positive number that all levels share; where channels differ N,C,1,1, its spatial mean. None where the
             method does not need it.
         teacher_grad: the same of the teacher.
-        anchors: H*W*A,4, the student's own, xyxy in pixels of the padded batch, cell by cell and row by row. None where
-            the method does not need them.
+        anchors: the student's own at all distilled levels, one tensor H,W,A,4 a level, xyxy in pixels of the padded
+            batch: A anchors in each cell. None where the method does not need them.
+        index: of this level among the distilled ones, as in ``anchors``.
     """
 
     student: Tensor
@@ -46,7 +47,8 @@ class Level:
     image_size: tuple[int, int]
     student_grad: Tensor | None = None
     teacher_grad: Tensor | None = None
-    anchors: Tensor | None = None
+    anchors: Sequence[Tensor] | None = None
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ class LevelwiseMethod(Method):
         return {key: factor * self.terms[key].weight * sum(losses[key] for losses in found) for key in self.active()}
 
     def _checked_losses(self, level: Level) -> dict[str, Tensor]:
-        losses = self.level_losses(_widened(level))
+        losses = self.level_losses(widened(level))
         if losses.keys() != self.terms.keys():
             raise ValueError(
                 f"level_losses of {type(self).__name__} returned {', '.join(losses)}, but its terms are "
@@ -181,8 +183,15 @@ def build_method(cfg: CfgNode) -> Method:
     return method
 
 
-def _widened(level: Level) -> Level:
-    """A level in the dtype that losses are accumulated in, all but the student's feature constant."""
+def widened(level: Level) -> Level:
+    """A level in the dtype that losses are accumulated in, all but the student's feature constant.
+
+    Args:
+        level: as the distiller gives it.
+
+    Returns:
+        A copy whose features and gradients are float32, float64 where the student's feature is float64.
+    """
     dtype = accumulation_dtype(level.student)
 
     def constant(tensor: Tensor | None) -> Tensor | None:

@@ -26,7 +26,8 @@ class PKD(LevelwiseMethod):
 
     What differs: the standard deviation is the biased one, with which the equality with 1 - r is exact; the public code
     in MMRazor takes the unbiased one. A batch that is computed in parts or by several processes is normalised part by
-    part.
+    part. MMRazor's configs distil the first four levels of the pyramid; of a RetinaNet's five, which are all distilled
+    by default here, ``GKD.FEATURES ['p3','p4','p5','p6']`` chooses the same.
 
     Args:
         weight: of the loss. MMRazor's configs have 6 for Faster R-CNN and 10 for RetinaNet.

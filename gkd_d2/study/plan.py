@@ -146,6 +146,11 @@ class Job:
             return None
         return run if run.curve(run.prefix(self.dataset) + HEADLINE) else None
 
+    def iterations(self) -> int:
+        """The number of iterations that were trained, of those that a resume goes on from."""
+        run = Run(self.folder.name, self.folder)
+        return run.iterations() if run.has_checkpoint else 0
+
     def metrics(self) -> dict[str, float]:
         """The metrics of its last evaluation, in percent; 0 for what Detectron2 gives none of: without detections.
 
@@ -281,6 +286,27 @@ class Study:
         """The training of a detector's teacher."""
         teacher = self.detectors[detector].teacher
         return self._job(self.output / detector / "teacher", teacher.config, _pairs(teacher.options))
+
+    def jobs(self) -> list[Job]:
+        """All trainings but those whose weights are not chosen yet."""
+        found = []
+        for detector in self.detectors:
+            found.append(self.teacher_job(detector))
+            for name in self.settings_of(detector):
+                found += [job for jobs in self.tuning_jobs(detector, name).values() for job in jobs]
+                found += self.student_jobs(detector, name).values()
+        return found
+
+    def lengths(self) -> list[int]:
+        """The iterations of each training, those included whose weights are not chosen yet."""
+        found = []
+        for detector, pair in self.detectors.items():
+            found.append(self.teacher_job(detector).config.SOLVER.MAX_ITER)
+            for name, setting in self.settings_of(detector).items():
+                tuned = len(self.tuning.seeds) * len(self.tuning.scales) if setting.tune else 0
+                cfg = _read(pair.config, self._options(detector, name))
+                found += [cfg.SOLVER.MAX_ITER] * (tuned + len(self.seeds))
+        return found
 
     def student_config(self, detector: str) -> CfgNode:
         """The config of the student alone, without seed and folder."""

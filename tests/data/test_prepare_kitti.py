@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from pycocotools.coco import COCO
 
+from gkd_d2 import progress
 from gkd_d2.data.kitti import check_kitti_testing, image_size, load_kitti, load_kitti_testing
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.data.prepare_kitti import check_images, count_objects, export_coco, unpack, write_split
@@ -242,3 +244,18 @@ def test_the_command(project, root, tmp_path):
     assert table[table.index("Car") :][:5] == ["Car", "3", "2", "2", "2"]
     assert "val: 1 images of mode L, converted by Detectron2\n" in done.stdout
     assert len(json.loads((tmp_path / "coco/kitti_val.json").read_text())["images"]) == 2
+
+
+def test_progress_is_shown(root, project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0)
+    labels = archive(tmp_path / "labels.zip", LABELS)
+    arguments = ["prepare_kitti.py", "--root", str(root), "--archives", str(labels), "--force"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(project / "tools" / "prepare_kitti.py"), run_name="__main__")
+    assert end.value.code == 0
+    lines = capsys.readouterr().err.splitlines()
+    starts = {line.partition(", ")[0] for line in lines}
+    assert {"labels.zip: files looked for: 1 of 1", "labels.zip: files written: 1 of 1"} <= starts
+    checked = [len(load_kitti(root, split)) for split in ("train", "val")]
+    assert {f"{s}: images checked: {n} of {n}" for s, n in zip(("train", "val"), checked)} <= starts

@@ -89,7 +89,7 @@ def test_tools_read_its_config(student, tmp_path):
     assert build_method(cfg).terms["loss_cosine"].weight == 0.25
     assert Run("run", tmp_path).config.GKD.METHOD_OPTIONS == {"WEIGHT": 2.0, "OBJECT_WEIGHT": 0.5}
     cfg.GKD.METHOD_OPTIONS.pop("WEIGHT")
-    assert unit_weights(cfg).GKD.METHOD_OPTIONS == {"WEIGHT": 1.0, "OBJECT_WEIGHT": 1.0}
+    assert unit_weights(cfg, {"cosine", "cosine_objects"}).GKD.METHOD_OPTIONS == {"WEIGHT": 1.0, "OBJECT_WEIGHT": 1.0}
 
 
 def test_without_boxes_its_loss_of_objects_is_0(student):

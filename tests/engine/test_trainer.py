@@ -1,6 +1,8 @@
 """What a run's seed is, and what a resume takes over and notices."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -256,3 +258,25 @@ def test_a_run_ends_with_test_time_augmentation(distilled, training):
     assert plain and augmented and plain != augmented
     # The student trains on after an evaluation.
     assert trainer.model.training
+
+
+@pytest.mark.parametrize(("start", "iterations", "lines"), [(0, 7, [0, 4, 6]), (0, 1, [0]), (7, 13, [7, 11, 12])])
+def test_the_first_lines_come_early(start, iterations, lines, training, tmp_path, caplog, monkeypatch):
+    """The first with an estimate of the time left is that of the fifth iteration; metrics.json gets the last alone."""
+    cfg = training("retinanet", iterations=iterations)
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
+    trainer = Trainer(cfg)
+    trainer.start_iter = start
+    # A tool that ran in this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    caplog.set_level("INFO", "detectron2")
+    trainer.train()
+    printed = [record.getMessage() for record in caplog.records if record.name == "detectron2.utils.events"]
+    assert [int(re.search(r"iter: (\d+)", line)[1]) for line in printed] == lines
+    assert all("total_loss: " in line and "loss_bmfi_box: " in line for line in printed)
+    assert not any("attention" in line for line in printed)
+    assert ["eta: " in line for line in printed[:2]] == [False, True][: len(printed)]
+    rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [iterations - 1]
+    assert len({row["iteration"] for row in rows}) == len(rows)
+    assert not any("attention" in name for row in rows for name in row)

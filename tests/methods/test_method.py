@@ -7,13 +7,13 @@ import operator
 import pytest
 import torch
 from detectron2.config import get_cfg
-from levels import random_level
+from levels import random_level, random_pyramid
 
 from gkd_d2 import add_gkd_config
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.methods import FGD, FGFI, GKD, METHOD_REGISTRY, PKD, FitNet, LevelwiseMethod, Nothing, Term, build_method
 
-METHODS = (GKD(implementation="reference"), FitNet(), FGFI(), FGD(), PKD())
+METHODS = (GKD(implementation="reference"), FitNet(), FGFI(), FGFI(levels="separate"), FGD(), PKD())
 
 
 def named(methods):
@@ -56,7 +56,7 @@ def test_a_weight_of_0_leaves_a_loss_out():
 
 @named(METHODS)
 def test_the_losses_of_a_batch_are_those_of_its_levels(method):
-    levels = [random_level(), random_level((6, 10)), random_level((1, 1))]
+    levels = random_pyramid((11, 19), (6, 10), (1, 1))
     whole = method(levels, factor=0.5)
     assert whole.keys() == method.active().keys() == method.terms.keys()
     for key, value in whole.items():
@@ -151,6 +151,9 @@ def test_defaults_of_config_and_class_agree(name, cfg):
 def test_other_options_come_from_the_config(cfg):
     cfg.merge_from_list(["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", 0.25])
     assert build_method(cfg).threshold == 0.25
+    assert build_method(cfg).together
+    cfg.GKD.FGFI.LEVELS = "separate"
+    assert not build_method(cfg).together
     cfg.merge_from_list(["GKD.METHOD", "fgd", "GKD.FGD.TEMPERATURE", 0.75])
     assert build_method(cfg).temperature == 0.75
     cfg.merge_from_list(["GKD.METHOD", "gkd", "GKD.RECTIFIER", "relu"])
@@ -166,6 +169,10 @@ def test_other_options_come_from_the_config(cfg):
         (["GKD.METHOD", "pkd", "GKD.PKD.WEIGHT", float("nan")], "GKD.PKD.WEIGHT is nan"),
         (["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", 1.0], "GKD.FGFI.THRESHOLD is 1.0, but must be at least 0 and be"),
         (["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", -0.1], "GKD.FGFI.THRESHOLD is -0.1"),
+        (
+            ["GKD.METHOD", "fgfi", "GKD.FGFI.LEVELS", "all"],
+            "GKD.FGFI.LEVELS is 'all', but must be one of together, separate",
+        ),
         (
             ["GKD.METHOD", "fgd", "GKD.FGD.TEMPERATURE", 0.0],
             "GKD.FGD.TEMPERATURE is 0.0, but must be a finite number > 0",

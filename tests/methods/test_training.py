@@ -51,8 +51,8 @@ def test_the_watch_sees_every_loss_at_every_level(kind, name, distiller_config):
         values = [report.values[term, level] for level in distiller.student_features]
         assert sum(values) == pytest.approx(losses[key].item(), rel=1e-5)
         alive = [report.norms[term, level] > 0 for level in distiller.student_features]
-        # Objects may cover a level of few cells, which has no background then.
-        assert all(alive) if term != "background" else alive[0]
+        # Objects may cover a level of few cells, which has no background then; they are near anchors of their size.
+        assert any(alive) if term in ("background", "fgfi") else all(alive)
 
 
 @pytest.mark.parametrize("name", METHODS)

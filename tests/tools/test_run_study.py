@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gkd_d2.data.toy_kitti import make_toy_kitti
 # Iterations of the students; a checkpoint every second one, so that there is time to kill one after it.
 ITERATIONS = 30
 SMALL = f"""
+DATALOADER: {{NUM_WORKERS: 1}}
 INPUT: {{MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}}
 MODEL: {{FPN: {{OUT_CHANNELS: 16}}, RESNETS: {{DEPTH: 18}}}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: {ITERATIONS}, STEPS: [20], CHECKPOINT_PERIOD: 2}}
@@ -61,9 +63,9 @@ def workplace(project, tmp_path_factory) -> Path:
 def start(project, workplace):
     """Start run_study.py on the study, in the folder of its file."""
 
-    def run(*arguments) -> subprocess.Popen:
+    def run(*arguments, report=("--report", "docs/results.md")) -> subprocess.Popen:
         command = [sys.executable, str(project / "tools" / "run_study.py"), "two.yaml", "--device", "cpu"]
-        command += ["--output", "runs", "--report", "docs/results.md", *arguments]
+        command += ["--output", "runs", *report, *arguments]
         environment = os.environ | {
             "DETECTRON2_DATASETS": str(workplace / "datasets"),
             "OMP_NUM_THREADS": "1",
@@ -95,18 +97,33 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def descendants(pid: int) -> set[int]:
+    """The processes that a process has started, and those that these have."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        children = {int(child) for task in tasks for child in (task / "children").read_text().split()}
+        return children.union(*map(descendants, children))
+    return set()
+
+
+def runs_still(pid: int) -> bool:
+    """Whether a process is there; one that has ended may wait for ever to be let go by whoever inherited it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def kill(process: subprocess.Popen) -> None:
-    """End a study and its trainings at once, as a machine that loses its power does."""
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    for pid in (process.pid, *children):
-        os.kill(pid, signal.SIGKILL)
+    """End a study by SIGKILL, as the kernel does where memory is short, and wait for all that it has started."""
+    started = descendants(process.pid)
+    # A training and the worker of its loader.
+    assert len(started) >= 2
+    process.kill()
     finish(process, -signal.SIGKILL)
-    for pid in children:
-        # Whoever inherits it lets it go at once or never.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                time.sleep(0.02)
+    end = time.monotonic() + 60
+    while any(map(runs_still, started)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def starts(folder: Path) -> list[int]:
@@ -115,9 +132,9 @@ def starts(folder: Path) -> list[int]:
     return [int(line.rpartition(" ")[2]) for line in lines if "Starting training from iteration" in line]
 
 
-def reported(workplace: Path, setting: str) -> list[str]:
+def reported(report: Path, setting: str) -> list[str]:
     """The cells of the AP of each seed."""
-    table = [line for line in (workplace / "docs" / "results.md").read_text().splitlines() if line.startswith("|")]
+    table = [line for line in report.read_text().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     header = next(row for row in rows if "AP of each seed" in row)
     row = next(row for row in rows if row[0] == setting)
@@ -138,14 +155,24 @@ def first(start, workplace, runs) -> dict[str, Path]:
     study = start("--at-once", "1")
     wait_for(folders["alone"] / "last_checkpoint", study)
     kill(study)
+    # Its training has not gone on by itself.
     assert not (folders["alone"] / "model_final.pth").exists()
     study = start("--at-once", "1")
     wait_for(folders["fitnet"] / "last_checkpoint", study)
     study.send_signal(signal.SIGTERM)
     assert "Stopped; the same command goes on." in finish(study, 128 + signal.SIGTERM)
     assert not (folders["fitnet"] / "model_final.pth").exists()
-    assert not (workplace / "docs").exists()
-    finish(start("--at-once", "1"))
+    assert not (workplace / "runs" / "two" / "report.md").exists()
+    both = [start("--at-once", "1", report=()) for _ in range(2)]
+    outputs = {study.returncode: (study.pid, output) for study, (output, _) in [(s, s.communicate()) for s in both]}
+    assert outputs.keys() == {0, 1}, outputs
+    pid, output = outputs[0]
+    assert f"runs/two/frcnn/fitnet/weights_x1/seed_1: 3 of 3, AP {measured(folders['fitnet'])}\n" in output
+    # The other one found the folder taken.
+    refused = (
+        f"error: runs/two: another run_study.py trains there, process {pid} on {platform.node()}: wait for its end"
+    )
+    assert refused in outputs[1][1] and "Traceback" not in outputs[1][1]
     return folders
 
 
@@ -160,17 +187,17 @@ def test_an_interrupted_study_goes_on(first, workplace, runs):
         assert [path.name for path in folder.glob("*.pth")] == ["model_final.pth"]
     assert "Stopped by SIGTERM after iteration" in (first["fitnet"] / "console.txt").read_text()
     for name, folder in first.items():
-        assert reported(workplace, name) == [measured(folder)]
+        assert reported(workplace / "runs" / "two" / "report.md", name) == [measured(folder)]
 
 
 def test_a_finished_study_is_only_reported(first, start, workplace, runs):
-    report = workplace / "docs" / "results.md"
-    images = sorted((workplace / "docs" / "images").iterdir())
-    before = [path.read_bytes() for path in (report, *images)]
+    """Beside the trainings it was, now it is where it is asked for."""
     logs = {path: path.read_bytes() for path in runs.rglob("console.txt")}
-    finish(start())
-    assert len(images) == 1 and len(logs) == 3
-    assert [path.read_bytes() for path in (report, *images)] == before
+    assert len(logs) == 3 and not (workplace / "docs").exists()
+    assert "Report: docs/results.md" in finish(start())
+    for name in ("report.md", "images/two_settings_frcnn.png"):
+        asked = workplace / "docs" / name.replace("report", "results")
+        assert asked.read_bytes() == (workplace / "runs" / "two" / name).read_bytes()
     assert {path: path.read_bytes() for path in logs} == logs
 
 
@@ -203,13 +230,17 @@ def test_a_seed_is_added_beside_a_training_that_fails(first, start, workplace, r
     logs = {path: path.read_bytes() for path in runs.rglob("console.txt")}
 
     output = finish(start("--at-once", "2"), 1)
+    assert f"seed_2: 3 of 5, AP {measured(first['alone'].with_name('seed_2'))}, " in output
     for seed in (1, 2):
         folder = f"runs/two/frcnn/broken/weights_x1/seed_{seed}"
-        assert f"error: {folder} is missing in it: the training ended with status 1: see console.txt there" in output
+        assert (
+            f"error: {folder} is missing in the report: the training ended with status 1: see console.txt there"
+            in output
+        )
         assert "no_such_data" in (workplace / folder / "console.txt").read_text()
     assert {path: path.read_bytes() for path in logs} == logs
     added = first["alone"].with_name("seed_2")
     assert starts(added) == [0]
-    assert reported(workplace, "alone") == ["12.3", measured(added)]
+    assert reported(report, "alone") == ["12.3", measured(added)]
     assert "Not trained yet: broken." in report.read_text()
     assert report.read_text().endswith(PROSE) and "fitnet" not in report.read_text()

@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from gkd_d2 import progress
 from gkd_d2.data.toy_kitti import make_toy_kitti
 
 
@@ -51,13 +52,37 @@ def test_proposal_is_proportional_to_what_is_asked_for(suggest, capsys):
 
 
 def test_each_method_has_its_own_losses(suggest, capsys):
-    """A weight of 0 in the config has no part in it."""
-    suggest("--batches", 1, "--term", "background=1", "GKD.METHOD", "fgd", "GKD.FGD.ATTENTION_WEIGHT", 0.0)
+    suggest("--batches", 1, "--term", "background=1", "GKD.METHOD", "fgd")
     output = capsys.readouterr().out
     weights = yaml.safe_load(output[output.index("GKD:") :])["GKD"]["FGD"]
     assert list(weights) == ["FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT"]
     assert all(value > 0 for value in weights.values())
     assert "For foreground 0.5, background 1, attention 0.5:" in output
+
+
+def test_a_loss_that_is_off_is_left_out(suggest, capsys):
+    suggest("--batches", 1, "GKD.LOSS_WEIGHTS.ATTENTION", 0.0)
+    output = capsys.readouterr().out
+    assert list(proposed(output)) == ["GRADIENT", "BOX", "IMAGE"]
+    assert "| attention" not in output and "For gradient 0.5, box 0.5, image 0.5:" in output
+    assert (
+        "Left out: attention, whose weight GKD.LOSS_WEIGHTS.ATTENTION is 0. Measure it by --term attention=" in output
+    )
+
+
+def test_a_loss_that_is_off_is_measured_where_it_is_named(suggest, capsys):
+    off = [f"GKD.LOSS_WEIGHTS.{name}" for name in ("GRADIENT", "BOX", "ATTENTION", "IMAGE")]
+    suggest("--batches", 1, "--term", "attention=0.1", *(argument for key in off for argument in (key, 0.0)))
+    output = capsys.readouterr().out
+    assert list(proposed(output)) == ["ATTENTION"] and proposed(output)["ATTENTION"] > 0
+    with pytest.raises(SystemExit, match="all weights of GKD.METHOD gkd are 0: name losses by --term gradient=0.5"):
+        suggest("--batches", 1, *(argument for key in off for argument in (key, 0.0)))
+
+
+def test_progress_is_shown(suggest, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0)
+    suggest("--batches", 2)
+    assert "batches: 1 of 2, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

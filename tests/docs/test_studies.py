@@ -1,0 +1,59 @@
+"""The example of docs/studies.md is a study, and its table has all keys."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+
+import pytest
+from documents import fenced_blocks
+
+from gkd_d2.study.plan import Study, read_study
+from gkd_d2.study.schedule import prepare_data
+
+
+@pytest.fixture
+def document(project):
+    return project / "docs" / "studies.md"
+
+
+@pytest.fixture
+def study(document, project, tmp_path, monkeypatch):
+    (example,) = (block for block in fenced_blocks(document) if block.language == "yaml")
+    path = tmp_path / "my_study.yaml"
+    path.write_text(example.text)
+    monkeypatch.chdir(project)
+    return read_study(path, tmp_path / "my_study")
+
+
+def test_the_example_consists_of_what_is_said(document, study, tmp_path):
+    text = document.read_text()
+    assert f"runs {len(study.lengths())} trainings" in text and f" of {len(study.lengths())}, AP " in text
+    # The baseline is the student alone, and the others have the teacher's heads.
+    heads = {
+        name: study.student_jobs("frcnn", name)[1].config.GKD.STUDENT.INIT_FROM_TEACHER for name in ("alone", "heads")
+    }
+    assert heads == {"alone": False, "heads": True}
+    (folder,) = re.findall(r"output/studies/(my_study/\S+/seed_1):", text)
+    assert study.student_jobs("frcnn", "alone")[1].folder == tmp_path / folder
+    prepare_data(study)
+    assert len(list((tmp_path / "my_study" / "datasets" / "toy_kitti").rglob("*.png"))) == 50
+
+
+def keys(kind, place=""):
+    """All keys that a dataclass of a study is read from, with NAME for any name."""
+    hints = typing.get_type_hints(kind)
+    for field in (field for field in dataclasses.fields(kind) if field.init and field.name != "output"):
+        hint, name = hints[field.name], place + field.name
+        inner = typing.get_args(hint)[1] if typing.get_origin(hint) is Mapping else None
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{name}.")
+        elif dataclasses.is_dataclass(inner):
+            yield from keys(inner, f"{name}.NAME.")
+        else:
+            yield name
+
+
+def test_the_table_has_all_keys(document):
+    rows = re.findall(r"^\| `([\w.]+)` \|", document.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(keys(Study))
