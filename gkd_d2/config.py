@@ -7,6 +7,8 @@ import os
 import torch
 from detectron2.config import CfgNode, get_cfg
 
+from gkd_d2.config_merge import merge_file, merge_pairs
+
 DISTILLER = "GKDDistiller"
 
 
@@ -128,15 +130,13 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
         opts: override the file's values.
 
     Raises:
-        ValueError: ``opts`` are no pairs, or a value does not fit its key.
-        KeyError: a key does not exist.
+        FileNotFoundError: ``config_file``, or a file that it is based on, does not exist.
+        ValueError: ``opts`` are no pairs, a key does not exist, or a value does not fit its key.
     """
-    if len(opts) % 2:
-        raise ValueError(f"the arguments {' '.join(opts)} must be pairs KEY VALUE; options go before them")
     cfg = get_cfg()
     add_gkd_config(cfg)
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(opts)
+    merge_file(cfg, config_file)
+    merge_pairs(cfg, opts)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -225,7 +225,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         )
     teacher = get_cfg()
     add_gkd_config(teacher)
-    teacher.merge_from_file(path)
+    merge_file(teacher, path)
     teacher = detector_config(teacher)
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE

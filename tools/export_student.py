@@ -16,6 +16,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
 
@@ -54,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config, as the run was started with"
     )
-    return parser.parse_args()
+    return parse_options_first(parser)
 
 
 def run_config(args: argparse.Namespace) -> CfgNode:

@@ -22,8 +22,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gkd_d2.checkpoint import CompleteCheckpointer
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
-from gkd_d2.engine.launch import launch
+from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer, settle_seed
 
@@ -47,16 +48,17 @@ def main(cfg: CfgNode, args: argparse.Namespace):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
-    args = parser.parse_args()
+    args = parse_options_first(parser)
     if not args.config_file:
         parser.error("--config-file is missing: name one of configs/")
-    cfg = read_config(args.config_file, args.opts)
-    if args.eval_only:
-        # The student is evaluated as the plain detector it is: no teacher is built.
-        cfg = detector_config(cfg)
-    cfg.freeze()
     try:
-        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
-    except PreflightError as error:
+        cfg = read_config(args.config_file, args.opts)
+        if args.eval_only:
+            # The student is evaluated as the plain detector it is: no teacher is built.
+            cfg = detector_config(cfg)
+        cfg.freeze()
+        processes = count_processes(args, device=cfg.MODEL.DEVICE)
+        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes)
+    except (PreflightError, OSError, ValueError) as error:
         sys.exit(str(error))
     launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -8,11 +8,12 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import DISTILLER, teacher_config
-from gkd_d2.data.builtin import check_datasets
+from gkd_d2.config import DISTILLER, detector_config, teacher_config
+from gkd_d2.data.loader import check_batch
+from gkd_d2.engine import from_scratch
+from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.methods import build_method
 
 
@@ -20,8 +21,8 @@ class PreflightError(Exception):
     """A run can't start; the text says for every missing thing what to put where."""
 
 
-def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Look for the device, the data, the weights, the method and the teacher that ``cfg`` names.
+def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int = 1) -> None:
+    """Look for the device, the batch, the data, the weights, the method and the teacher that ``cfg`` names.
 
     Weights at a URL are fetched into Detectron2's cache.
 
@@ -29,11 +30,21 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         cfg: the config of the run.
         eval_only: whether it only evaluates.
         resume: whether it starts from the last checkpoint in OUTPUT_DIR, where there is one.
+        processes: that share a batch.
 
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
-    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_weights(cfg, eval_only, resume)]
+    try:
+        detector_config(cfg)
+    except ValueError as error:
+        raise PreflightError(f"This run can't start:\n- {error}") from error
+    problems = [
+        *_device(cfg),
+        *([] if eval_only else _batch(cfg, processes)),
+        *dataset_problems(cfg, eval_only=eval_only),
+        *_weights(cfg, eval_only, resume),
+    ]
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
         problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
@@ -43,8 +54,8 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 def _device(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         return [
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: add the arguments "
-            "`--num-gpus 0 MODEL.DEVICE cpu` to run on the CPU"
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: to run on "
+            "the CPU, put `MODEL.DEVICE cpu` at the end of the command line, after all options"
         ]
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         return [f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: set it to float16 or bfloat16"]
@@ -53,27 +64,12 @@ def _device(cfg: CfgNode) -> list[str]:
     return []
 
 
-def _datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
-    problems = []
-    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    if not names or not (eval_only or cfg.DATASETS.TRAIN):
-        problems.append(f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use")
-    broken: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        try:
-            check_datasets([name])
-        except (KeyError, OSError) as error:
-            # Training and test set often lie in one folder, whose absence is said once.
-            reason = error.args[0] if isinstance(error, KeyError) else str(error)
-            broken.setdefault(reason, []).append(name)
-            continue
-        # Datasets in COCO's form that Detectron2 or the user registered.
-        metadata = MetadataCatalog.get(name)
-        for key in ("json_file", "image_root"):
-            path = metadata.get(key)
-            if path and not PathManager.exists(path):
-                problems.append(f"DATASETS names {name}, whose {key} {path} does not exist: put it there")
-    return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
+def _batch(cfg: CfgNode, processes: int) -> list[str]:
+    try:
+        check_batch(cfg, processes)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
@@ -85,7 +81,7 @@ def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
     if reason:
         return [
             f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. Set MODEL.WEIGHTS to a file that holds these weights, "
-            "fetched on another machine if need be; or to '' to train from scratch"
+            f"fetched on another machine if need be; or, {from_scratch.ADVICE}"
         ]
     return []
 
@@ -100,17 +96,18 @@ def _method(cfg: CfgNode) -> list[str]:
 
 def _teacher(cfg: CfgNode) -> list[str]:
     try:
-        teacher_config(cfg)
+        teacher = teacher_config(cfg)
     except (OSError, ValueError) as error:
         return [str(error)]
+    problems = teacher_class_problems(cfg, teacher)
     reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS)
     if reason:
-        return [
+        problems.append(
             f"GKD.TEACHER.WEIGHTS is {cfg.GKD.TEACHER.WEIGHTS}: {reason}. Train the teacher first, "
             f"`python tools/train_net.py --config-file {cfg.GKD.TEACHER.CONFIG_FILE}`, or set GKD.TEACHER.WEIGHTS to "
             "the checkpoint of one"
-        ]
-    return []
+        )
+    return problems
 
 
 def _unreadable(path: str) -> str:

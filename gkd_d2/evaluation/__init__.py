@@ -1,5 +1,6 @@
 """Evaluators for Detectron2."""
 
+from .coco_evaluation import CompletingCOCOEvaluator
 from .kitti_evaluation import KITTIEvaluator
 
-__all__ = ["KITTIEvaluator"]
+__all__ = ["CompletingCOCOEvaluator", "KITTIEvaluator"]

@@ -192,7 +192,7 @@ def test_options_that_contradict_are_refused(cfg, records, monkeypatch):
     refused("SAMPLER_TRAIN is 'Shuffle', but must be 'TrainingSampler'", DATALOADER__SAMPLER_TRAIN="Shuffle")
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     refused(
-        "IMS_PER_BATCH is 6, which 2 processes x SOLVER.ACCUMULATE_STEPS 2 can't share evenly: .* multiple of 4",
+        "IMS_PER_BATCH is 6, .* by 2 processes in 2 parts each, as SOLVER.ACCUMULATE_STEPS says: set it to 4 or 8",
         SOLVER__IMS_PER_BATCH=6,
         SOLVER__ACCUMULATE_STEPS=2,
     )

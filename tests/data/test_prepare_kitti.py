@@ -210,7 +210,7 @@ def test_labels_beyond_a_turned_picture_are_refused(root):
 
 
 def test_testing_images(root):
-    with pytest.raises(FileNotFoundError, match="testing/image_2 holds no .png or .jpg file"):
+    with pytest.raises(FileNotFoundError, match="testing/image_2 holds no .png, .jpg or .jpeg file"):
         check_kitti_testing(root)
     for name in ("000001.png", "000000.jpg"):
         png(root / "testing/image_2" / name)
@@ -237,8 +237,8 @@ def test_the_command(project, root, tmp_path):
     assert done.returncode == 1 and "--force" in done.stderr
     done = run("--force", "--coco", tmp_path / "coco")
     assert done.returncode == 0, done.stderr
-    assert f"{labels}: 1 files written" in done.stdout and "split: written to" in done.stdout
+    assert f"{labels}: 1 file written" in done.stdout and "split: written to" in done.stdout
     table = done.stdout.split("val: 2 images")[1].split()
     assert table[table.index("Car") :][:5] == ["Car", "3", "2", "2", "2"]
-    assert "val: 1 images of mode L, converted by Detectron2\n" in done.stdout
+    assert "val: 1 image of mode L, converted by Detectron2\n" in done.stdout
     assert len(json.loads((tmp_path / "coco/kitti_val.json").read_text())["images"]) == 2

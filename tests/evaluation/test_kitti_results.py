@@ -107,7 +107,7 @@ def test_the_command(folders, project, tmp_path):
     (results / "000002.txt").write_text(LINE + "\nCar\n")
     done = run(project, "--labels", labels, "--results", results)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {results}/000002.txt:2: 1 fields")
+    assert done.stderr.startswith(f"error: {results}/000002.txt:2: 1 field, a")
 
 
 def test_missing_folders_and_labels(folders, tmp_path):
