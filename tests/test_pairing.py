@@ -74,6 +74,18 @@ def test_same_number_of_other_classes(faster):
     check_pair(faster, faster, cfg, teacher_cfg)
 
 
+def test_classes_of_annotation_files_that_are_not_loaded_yet(faster, coco_dataset):
+    for name, classes in (("a", ("car", "dog", "bus")), ("b", ("Car", "Dog", "Bus")), ("c", ("dog", "car", "bus"))):
+        coco_dataset(f"pairing_{name}", classes=classes)
+    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
+    cfg.DATASETS.TRAIN = ("pairing_a",)
+    teacher_cfg.DATASETS.TRAIN = ("pairing_b",)
+    check_pair(faster, faster, cfg, teacher_cfg)
+    teacher_cfg.DATASETS.TRAIN = ("pairing_b", "pairing_c")
+    with pytest.raises(ValueError, match="pairing_a has the classes car, dog, bus, .* pairing_c has dog, car, bus: "):
+        check_pair(faster, faster, cfg, teacher_cfg)
+
+
 def test_other_input(faster):
     cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
     teacher_cfg.INPUT.FORMAT = "RGB"

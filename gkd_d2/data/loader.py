@@ -134,7 +134,7 @@ def check_batch(cfg: CfgNode, processes: int) -> None:
         return
     below, above = batch // shares * shares, (max(batch, 0) // shares + 1) * shares
     found = counted(reference or processes, "process", "processes")
-    found += ", SOLVER.REFERENCE_WORLD_SIZE," if reference else ""
+    found += " of SOLVER.REFERENCE_WORLD_SIZE" if reference else ""
     of_parts = f" in {parts} parts each, as SOLVER.ACCUMULATE_STEPS says" if parts > 1 else ""
     raise ValueError(
         f"SOLVER.IMS_PER_BATCH is {batch}, which can't be shared evenly by {found}{of_parts}: set it to "
