@@ -71,6 +71,13 @@ def test_unpack(tmp_path):
     assert not list(root.rglob("*.tmp"))
 
 
+def test_archives_of_images_of_any_usual_suffix(root, tmp_path):
+    names = [f"training/image_2/00000{i}.{suffix}" for i, suffix in enumerate(("PNG", "jpg", "JPEG"))]
+    assert unpack(archive(tmp_path / "a.zip", [(name, "picture") for name in names]), root) == 3
+    with pytest.raises(ValueError, match="its entry 'training/label_2/000001.TXT' is none of KITTI's"):
+        unpack(archive(tmp_path / "b.zip", [("training/label_2/000001.TXT", car())]), root)
+
+
 @pytest.mark.parametrize(
     "name",
     [

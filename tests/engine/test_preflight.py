@@ -80,7 +80,11 @@ def test_missing_testing_images(ready, tmp_path):
 
 def test_missing_weights(ready, tmp_path):
     ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
-    assert "none.pth: there is no such file" in problems(ready)
+    text = problems(ready)
+    assert "none.pth: there is no such file" in text
+    # All that a training from scratch needs.
+    for key in ("MODEL.WEIGHTS to ''", "MODEL.BACKBONE.FREEZE_AT to 0", "MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN"):
+        assert key in text
     # A run that resumes does not read them.
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "last_checkpoint").write_text("model.pth")

@@ -6,15 +6,16 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from tiny import detector_config
 
-from gkd_d2.evaluation import CompletingCOCOEvaluator
+from gkd_d2.engine.trainer import Trainer
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
 
 
 def evaluate(dataset, folder):
     """Average precision of perfect detections of both objects, after the checks that precede a training."""
     check_coco_ground_truth(dataset, masks=False, keypoints=False)
-    evaluator = CompletingCOCOEvaluator(dataset, output_dir=str(folder))
+    evaluator = Trainer.build_evaluator(detector_config("retinanet"), dataset, str(folder))
     evaluator.reset()
     for number, record in enumerate(DatasetCatalog.get(dataset)):
         found = Instances((64, 96))
