@@ -42,8 +42,14 @@ methods of distillation other than gkd, fitnet, fgfi, fgd and pkd. In the source
 training, docs/method.md has the formulas and docs/datasets.md the data.
 """
 
+import logging
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    with warnings.catch_warnings():
+        # Detectron2 and fvcore script functions when they are imported, and torch warns of each.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
@@ -59,6 +65,9 @@ from gkd_d2.detector import SplitDetector, register_split
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.methods import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term
+
+# What Detectron2's setup_logger prints and writes to log.txt holds this package's messages too.
+logging.getLogger("gkd_d2").parent = logging.getLogger("detectron2")
 
 __all__ = [
     "METHOD_REGISTRY",

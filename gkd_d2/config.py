@@ -23,8 +23,9 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.STUDENT = CfgNode()
     # Meta-architecture of the student: GeneralizedRCNN or RetinaNet. All else about it stands in MODEL.
     cfg.GKD.STUDENT.META_ARCHITECTURE = ""
-    # Copy every non-backbone tensor of the teacher whose name and shape the student has too, when the model is
-    # built. What MODEL.WEIGHTS or a resumed checkpoint holds is loaded later and wins.
+    # Start the student with the teacher's heads, as the authors' configs do; recommended. A head is copied whole where
+    # all its tensors have equal shapes in both networks; a warning names each head that is not. MODEL.WEIGHTS and a
+    # resumed checkpoint are loaded later and replace what they hold.
     cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
 
     cfg.GKD.TEACHER = CfgNode()
@@ -100,10 +101,14 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.ONE_PASS = True
 
     # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
-    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard.
+    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard; the ratios are logged too.
     cfg.GKD.WATCH_PERIOD = 20
     # So many iterations in a row in which the gradient of a loss at a level is exactly 0 or not finite stop the run.
+    # A gradient of 0 does not count where no image of the batch has a box.
     cfg.GKD.WATCH_PATIENCE = 20
+    # A loss whose gradient is more than this many times that of the detection losses is warned of, once in a run, with
+    # the weight that would suit; > 0.
+    cfg.GKD.WATCH_MAX_RATIO = 10.0
 
     # Every so many iterations a picture of the first image of the batch goes to TensorBoard: gradient maps, box context
     # mask and detections of both networks; 0: never. It needs a loss weight above 0 and changes nothing else.

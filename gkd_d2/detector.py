@@ -72,6 +72,17 @@ class SplitDetector(ABC):
     def num_classes(self) -> int:
         """Number of object classes."""
 
+    def head_of(self, name: str) -> str:
+        """The head that a tensor of the model belongs to. A student inherits heads whole or not at all.
+
+        Args:
+            name: of a tensor in the model's state_dict, outside the backbone.
+
+        Returns:
+            By default the first part of the name.
+        """
+        return name.partition(".")[0]
+
     def anchor_generator(self) -> tuple[nn.Module, list[str]] | None:
         """What makes the anchors, and the names of the levels it is called with; None where there are no anchors."""
         return None
@@ -182,6 +193,13 @@ class SplitGeneralizedRCNN(SplitDetector):
 
     def head_modules(self):
         return [m for m in (self.model.proposal_generator, self.model.roi_heads) if m is not None]
+
+    def head_of(self, name):
+        # Boxes, masks and keypoints have heads of their own, all of them in one module.
+        module, _, rest = name.partition(".")
+        if module != "roi_heads":
+            return module
+        return f"{module}.{next((kind for kind in ('mask', 'keypoint') if rest.startswith(kind)), 'box')}"
 
     def anchor_generator(self):
         rpn = self.model.proposal_generator

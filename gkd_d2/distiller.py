@@ -5,27 +5,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import ImageList
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from gkd_d2.align import AlignConv
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.initialize import copy_heads
 from gkd_d2.methods import Level, Method, build_method
 from gkd_d2.one_pass import one_pass_losses
-from gkd_d2.pairing import check_pair, pair_levels
+from gkd_d2.pairing import check_pair, pair_levels, without_unlabelled_heads
 from gkd_d2.streams import separate_random_stream
+from gkd_d2.summary import log_summary
 from gkd_d2.teacher import FrozenTeacher, build_teacher
+from gkd_d2.trainer_keys import TrainerKeys
 from gkd_d2.visualize import Picture, put_picture, take_picture
 from gkd_d2.watch import TermReport, measure_terms
 
 _STUDENT = "student."
+
+_NOT_WATCHED = """\
+Nothing watches this distillation: a loss without a gradient, or one that swamps the detection losses, goes unnoticed.
+With a DefaultTrainer add, before trainer.train():
+    from gkd_d2.engine.hooks import add_distillation_hooks
+    add_distillation_hooks(trainer)
+In a loop of your own set distiller.watch, to False if you don't want to measure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,8 @@ class GKDDistiller(nn.Module):
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
             the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
             a gradient scaler sets it to the scale.
-        watch: whether the next training forward measures each loss at each level.
+        watch: whether the next training forward measures each loss at each level. None: nobody has set it, which the
+            first training forward warns of.
         watched: what was measured last, or None.
     """
 
@@ -82,6 +94,8 @@ class GKDDistiller(nn.Module):
         one_pass: bool = True,
         vis_period: int = 0,
         seed: int = 0,
+        announce: Callable[[], None] | None = None,
+        trainer_keys: TrainerKeys | None = None,
     ):
         """
         Args:
@@ -95,6 +109,8 @@ class GKDDistiller(nn.Module):
                 step, which must then give all detection losses one common weight.
             vis_period: every so many iterations a picture of the first image goes to TensorBoard; 0: never.
             seed: of the random stream that initialises the align convolutions.
+            announce: called once, at the first training step, to say what is distilled.
+            trainer_keys: what the config asks of the trainer; checked in each training forward.
 
         Raises:
             ValueError: an option is out of range, or the student lacks what the method needs.
@@ -107,14 +123,16 @@ class GKDDistiller(nn.Module):
         self.one_pass = one_pass
         self.vis_period = vis_period
         self._pictured = -1
+        self._announce = announce
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
         self.method = method
         self.warmup_iters = warmup_iters
         self.gradient_scale = 1.0
-        self.watch = False
+        self.watch: bool | None = None
         self.watched: TermReport | None = None
+        self._trainer_keys = trainer_keys
         self._teacher = teacher
         self._split: SplitDetector = split_detector(student)
         if method.needs_anchors:
@@ -130,7 +148,8 @@ class GKDDistiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         """Build the method, the student, then the teacher, and check that they belong together."""
         method = build_method(cfg)
-        student_cfg, teacher_cfg = detector_config(cfg), teacher_config(cfg)
+        student_cfg = detector_config(cfg)
+        teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
         student = META_ARCH_REGISTRY.get(student_cfg.MODEL.META_ARCHITECTURE)(student_cfg)
         split = split_detector(student)
         seed = max(cfg.SEED, 0)
@@ -139,8 +158,8 @@ class GKDDistiller(nn.Module):
         student_features, teacher_features = pair_levels(
             split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
         )
-        if cfg.GKD.STUDENT.INIT_FROM_TEACHER:
-            copy_heads(teacher.model, student)
+        inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
+        pairs = list(zip(student_features, teacher_features))
         return {
             "student": student,
             "teacher": teacher,
@@ -151,6 +170,10 @@ class GKDDistiller(nn.Module):
             "one_pass": cfg.GKD.ONE_PASS,
             "vis_period": cfg.GKD.VIS_PERIOD,
             "seed": seed,
+            "announce": functools.partial(
+                log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
+            ),
+            "trainer_keys": TrainerKeys.from_config(cfg),
         }
 
     @property
@@ -169,10 +192,15 @@ class GKDDistiller(nn.Module):
 
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
-            ValueError: a loss of the method has the name of one of the student's.
+            ValueError: a loss of the method has the name of one of the student's, or the trainer ignores a key of the
+                config, see :class:`gkd_d2.trainer_keys.TrainerKeys`.
         """
+        if self.training and self._announce is not None:
+            self._announce()
+            self._announce = None
         if not (self.training and self.method):
             return self.student(batched_inputs)
+        self._check_trainer(batched_inputs)
         picture_due = self._picture_due()
         seen = self.observe(
             batched_inputs,
@@ -307,6 +335,14 @@ class GKDDistiller(nn.Module):
         ]
         return self.method(parts, self._ramp())
 
+    def _check_trainer(self, batched_inputs: list[dict]) -> None:
+        if self._trainer_keys is not None:
+            self._trainer_keys.check(len(batched_inputs), self.device.type)
+        if self.watch is None:
+            self.watch = False
+            if comm.is_main_process():
+                logging.getLogger(__name__).warning(_NOT_WATCHED)
+
     def _measure(self, seen: Observation) -> TermReport:
         """Each loss and its gradient at the student's features, level by level."""
         return measure_terms(
@@ -315,6 +351,8 @@ class GKDDistiller(nn.Module):
             seen.student_grad,
             terms=self.method.active(),
             scale=seen.scale,
+            boxes=sum(len(boxes) for boxes in seen.boxes),
+            factor=self._ramp(),
         )
 
     def _ramp(self) -> float:
@@ -372,39 +410,6 @@ def _in_one_dtype(*lists: list[Tensor] | None) -> list[list[Tensor] | None]:
         return list(lists)
     widest = functools.reduce(torch.promote_types, dtypes)
     return [tensors and [tensor.to(widest) for tensor in tensors] for tensors in lists]
-
-
-def copy_heads(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Copy every tensor outside the backbone whose name and shape agree, and log what was copied.
-
-    Args:
-        teacher: the detector to copy from.
-        student: the detector to copy to, changed in place.
-
-    Returns:
-        The names of the copied tensors.
-
-    Raises:
-        ValueError: there is none.
-    """
-    source, target = teacher.state_dict(), student.state_dict()
-    heads = [name for name in target if not name.startswith("backbone.")]
-    copied = [name for name in heads if name in source and source[name].shape == target[name].shape]
-    if not copied:
-        raise ValueError(
-            "GKD.STUDENT.INIT_FROM_TEACHER is set, but no tensor outside the backbone has one name and shape in both"
-        )
-    for name in copied:
-        target[name].copy_(source[name])
-    left = sorted(set(heads) - set(copied))
-    logging.getLogger(__name__).info(
-        "Copied %d of %d non-backbone tensors from the teacher: %s%s",
-        len(copied),
-        len(heads),
-        ", ".join(copied),
-        f". Left as they were: {', '.join(left)}" if left else "",
-    )
-    return copied
 
 
 def _drop_student_prefix(module, state_dict, prefix, local_metadata) -> None:

@@ -200,17 +200,41 @@ def check_options(temperature: float, weighting: str, rectifier: str, implementa
         raise ValueError(f"temperature is {temperature}, but must be a finite number > 0")
 
 
+def describe_implementation(implementation: str, device: torch.device) -> str:
+    """Who computes the losses on a device and why, in words.
+
+    Args:
+        implementation: as for :func:`distillation_losses`.
+        device: of the features.
+
+    Raises:
+        RuntimeError: ``implementation`` is "fused" and the extension is not built for the device.
+    """
+    if implementation == "reference":
+        return "PyTorch (GKD.IMPLEMENTATION is reference)"
+    reason = _fallback_reason(implementation, device)
+    if reason is None:
+        return f"the compiled extension, on {device.type}"
+    return f"PyTorch, which is slower: {reason}"
+
+
 def _choose(implementation: str, device: torch.device):
     """The function that computes the losses."""
     if implementation == "reference":
         return reference.distillation_losses
-    reason = fused.unavailable_reason(device)
+    reason = _fallback_reason(implementation, device)
     if reason is None:
         return fused.distillation_losses
-    if implementation == "fused":
-        raise RuntimeError(f"implementation 'fused' is not available: {reason}")
     _log_fallback(reason)
     return reference.distillation_losses
+
+
+def _fallback_reason(implementation: str, device: torch.device) -> str | None:
+    """Why "auto" does without the extension; None where it does not."""
+    reason = fused.unavailable_reason(device)
+    if reason is not None and implementation == "fused":
+        raise RuntimeError(f"implementation 'fused' is not available: {reason}")
+    return reason
 
 
 # torch.compile can't trace a logger; it takes what is returned as it is.

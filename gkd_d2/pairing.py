@@ -10,6 +10,9 @@ from gkd_d2.data.classes import known_class_names
 from gkd_d2.detector import SplitDetector
 from gkd_d2.text import counted, listed
 
+# Key of MODEL -> the ground truth that its head learns from, beside boxes.
+_LABELLED = {"MASK_ON": "masks", "KEYPOINT_ON": "keypoints"}
+
 
 def pair_levels(
     student: SplitDetector, teacher: SplitDetector, student_levels: list[str], teacher_levels: list[str]
@@ -65,8 +68,29 @@ def pair_levels(
     return list(student_levels), teacher_levels
 
 
+def without_unlabelled_heads(teacher_cfg: CfgNode, cfg: CfgNode) -> tuple[CfgNode, list[str]]:
+    """Leave those heads out of a teacher that could not be given their ground truth.
+
+    Detectron2 loads masks and keypoints for a batch only where the config that trains, the student's, detects them.
+
+    Args:
+        teacher_cfg: the teacher's config.
+        cfg: the student's config.
+
+    Returns:
+        A frozen copy of the teacher's config, and what it no longer detects: "masks", "keypoints".
+    """
+    teacher_cfg = teacher_cfg.clone()
+    teacher_cfg.defrost()
+    left_out = [key for key in _LABELLED if teacher_cfg.MODEL[key] and not cfg.MODEL[key]]
+    for key in left_out:
+        teacher_cfg.MODEL[key] = False
+    teacher_cfg.freeze()
+    return teacher_cfg, [_LABELLED[key] for key in left_out]
+
+
 def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, teacher_cfg: CfgNode) -> None:
-    """Refuse a teacher that detects other things, or sees other pictures, than the student.
+    """Refuse a teacher that detects other things, needs other inputs, or sees other pictures, than the student.
 
     Args:
         student: the student.
@@ -75,7 +99,8 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
         teacher_cfg: the teacher's config.
 
     Raises:
-        ValueError: classes, channel order, channels of the image or padding differ.
+        ValueError: classes, channel order, channels of the image or padding differ, or the teacher's losses need what
+            the student's batches do not hold.
     """
     if student.num_classes != teacher.num_classes:
         raise ValueError(
@@ -83,6 +108,18 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
             f"{teacher.num_classes}: a teacher must be trained on the student's classes"
         )
     check_class_names(cfg, teacher_cfg)
+    if teacher_cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is True for the teacher and False for the student, so that the teacher would get no "
+            "proposals: set it and DATASETS.PROPOSAL_FILES_TRAIN for the student, or choose a teacher with an RPN"
+        )
+    for key, kind in _LABELLED.items():
+        if not cfg.MODEL[key] and getattr(getattr(teacher.model, "roi_heads", None), key.lower(), False):
+            raise ValueError(
+                f"the teacher's {type(teacher.model.roi_heads).__name__} learns from {kind} although its MODEL.{key} "
+                f"is False, and the student's MODEL.{key} is False, so that no {kind} are loaded: set it for the "
+                "student, or choose a teacher without them"
+            )
     for what, ours, theirs in (
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT),
         ("the number of values in MODEL.PIXEL_MEAN", len(cfg.MODEL.PIXEL_MEAN), len(teacher_cfg.MODEL.PIXEL_MEAN)),

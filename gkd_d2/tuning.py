@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.methods import build_method
 from gkd_d2.streams import mix_seed, seed_everything
-from gkd_d2.watch import TermReport
+from gkd_d2.watch import TermReport, weight_for_ratio
 
 # What a ratio is measured with: its gradient is proportional to a loss's weight.
 UNIT = 1.0
@@ -52,6 +52,8 @@ def unit_weights(cfg: CfgNode) -> CfgNode:
         *path, name = term.key.split(".")
         functools.reduce(operator.getitem, path, cfg)[name] = UNIT
     cfg.GKD.WARMUP_ITERS = 0
+    # Batches are measured whole.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
     cfg.freeze()
     return cfg
 
@@ -112,7 +114,7 @@ def suggest_weights(ratios: dict[str, Ratio], wanted: dict[str, float]) -> dict[
     Returns:
         Name of a loss -> weight, to two digits.
     """
-    return {term: float(f"{wanted[term] / ratio.median:.1e}") for term, ratio in ratios.items()}
+    return {term: weight_for_ratio(UNIT, ratio.median, wanted[term]) for term, ratio in ratios.items()}
 
 
 def _values(rows: list[dict[str, float]], name: str) -> np.ndarray:

@@ -18,11 +18,15 @@ class TermReport:
         values: (loss, level) -> its weighted value; a loss of the step is the sum over its levels.
         norms: (loss, level) -> 2-norm of its gradient with respect to the student's feature of that level.
         detection: level -> 2-norm of the gradient of the student's own losses, as its heads give it.
+        boxes: number of ground-truth boxes in the batch.
+        factor: of the weights when it was measured, from the warm-up; in (0, 1].
     """
 
     values: dict[tuple[str, str], float]
     norms: dict[tuple[str, str], float]
     detection: dict[str, float]
+    boxes: int
+    factor: float
 
     def scalars(self) -> dict[str, float]:
         """What is logged: ``gkd_value/<loss>/<level>``, ``gkd_ratio/<loss>/<level>`` and ``gkd_ratio/<loss>``.
@@ -31,15 +35,17 @@ class TermReport:
         together. A ratio to a detection gradient of 0 is left out.
         """
         scalars = {f"gkd_value/{term}/{level}": value for (term, level), value in self.values.items()}
-        squares = {term: 0.0 for term, _ in self.norms}
         for (term, level), norm in self.norms.items():
-            squares[term] += norm**2
             if self.detection[level] > 0:
                 scalars[f"gkd_ratio/{term}/{level}"] = norm / self.detection[level]
-        whole = math.sqrt(sum(norm**2 for norm in self.detection.values()))
+        whole = math.hypot(*self.detection.values())
         if whole > 0:
-            scalars.update({f"gkd_ratio/{term}": math.sqrt(square) / whole for term, square in squares.items()})
+            scalars.update({f"gkd_ratio/{term}": self.norm(term) / whole for term, _ in self.norms})
         return scalars
+
+    def norm(self, term: str) -> float:
+        """2-norm of a loss's gradient over all levels together."""
+        return math.hypot(*(norm for (name, _), norm in self.norms.items() if name == term))
 
 
 def measure_terms(
@@ -49,6 +55,8 @@ def measure_terms(
     *,
     terms: dict[str, str],
     scale: float,
+    boxes: int,
+    factor: float,
 ) -> TermReport:
     """Measure each loss at each level by itself, outside the graph of the step.
 
@@ -58,6 +66,8 @@ def measure_terms(
         detection_grad: of its own losses with respect to them, times ``scale``.
         terms: key of a loss -> its name in the report.
         scale: of the gradients while they are computed; the report holds them without it.
+        boxes: as in the report.
+        factor: as in the report.
     """
     values, norms = {}, {}
     for index, (level, feature) in enumerate(features.items()):
@@ -75,7 +85,20 @@ def measure_terms(
         values=dict(zip(values, numbers)),
         norms=dict(zip(norms, numbers[count:])),
         detection=dict(zip(detection, numbers[2 * count :])),
+        boxes=boxes,
+        factor=factor,
     )
+
+
+def weight_for_ratio(weight: float, ratio: float, wanted: float) -> float:
+    """The weight at which a loss's gradient has a wanted ratio to the detection loss's, to two digits.
+
+    Args:
+        weight: with which ``ratio`` was measured.
+        ratio: as in ``gkd_ratio/<loss>``; finite and above 0.
+        wanted: the ratio to have instead, >= 0.
+    """
+    return float(f"{weight * wanted / ratio:.1e}")
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -112,7 +112,14 @@ def _repeatable():
 
 
 def _distiller_config(
-    folder: Path, kind: str = "faster", *, teacher_channels: int = 16, teacher_width: int = 16, change=None, **student
+    folder: Path,
+    kind: str = "faster",
+    *,
+    teacher_channels: int = 16,
+    teacher_width: int = 16,
+    teacher_options: tuple = (),
+    change=None,
+    **student,
 ) -> CfgNode:
     """A distiller's config; the teacher's config and checkpoint are written into ``folder``.
 
@@ -120,12 +127,14 @@ def _distiller_config(
         folder: exists.
         kind: as for :func:`tiny.detector_config`.
         teacher_channels, teacher_width: of the teacher; ``student`` holds those of the student.
+        teacher_options: keys and values of the teacher's config.
         change: applied to both configs before the teacher is built.
     """
     teacher, cfg = (
         detector_config(kind, channels=teacher_channels, width=teacher_width),
         detector_config(kind, **student),
     )
+    teacher.merge_from_list(list(teacher_options))
     if change is not None:
         change(teacher)
         change(cfg)

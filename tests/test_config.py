@@ -23,6 +23,7 @@ def test_kitti_configs(project, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cfg = read(project / "configs" / f"gkd_{name}_kitti.yaml")
     assert cfg.MODEL.META_ARCHITECTURE == "GKDDistiller"
+    assert cfg.GKD.STUDENT.INIT_FROM_TEACHER
     student, teacher = detector_config(cfg), teacher_config(cfg)
     baseline = read(project / "configs" / "baselines" / f"{name}_kitti.yaml")
     assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
@@ -31,8 +32,12 @@ def test_kitti_configs(project, name, monkeypatch, tmp_path):
     assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS
     assert read(cfg.GKD.TEACHER.CONFIG_FILE).OUTPUT_DIR == os.path.dirname(cfg.GKD.TEACHER.WEIGHTS)
     solver = cfg.SOLVER
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WARMUP_ITERS) == (16, 0.02, 500)
-    epoch = 5985 / 16
+    assert (solver.IMS_PER_BATCH, solver.WARMUP_ITERS) == (16, 500)
+    # Of RetinaNet as in Detectron2's own config, and with the authors' limit on gradients.
+    assert solver.BASE_LR == (0.02 if name == "frcnn" else 0.01)
+    assert solver.CLIP_GRADIENTS.ENABLED == (name == "retinanet")
+    # floor(0.8 * 7481) images.
+    epoch = 5984 / 16
     assert solver.MAX_ITER == pytest.approx(12 * epoch, abs=2)
     assert solver.STEPS == pytest.approx((8 * epoch, 11 * epoch), abs=2)
     assert read(cfg.GKD.TEACHER.CONFIG_FILE).SOLVER.MAX_ITER == pytest.approx(24 * epoch, abs=4)
@@ -54,7 +59,6 @@ def test_configs_with_the_settings_of_the_authors(project, name):
     assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
     assert set(config_differences(ours, theirs)) <= {
         "OUTPUT_DIR",
-        "GKD.STUDENT.INIT_FROM_TEACHER",
         "GKD.WEIGHTING",
         "GKD.RECTIFIER",
         *(f"GKD.LOSS_WEIGHTS.{term}" for term in weights),
@@ -66,6 +70,7 @@ def test_coco_traffic_configs(project, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     cfg = read(project / "configs" / f"gkd_{name}_coco_traffic.yaml")
     baseline = read(project / "configs" / "baselines" / f"{name}_coco_traffic.yaml")
+    assert cfg.GKD.STUDENT.INIT_FROM_TEACHER
     student, teacher = detector_config(cfg), teacher_config(cfg)
     assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
     assert (student.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (50, 101)

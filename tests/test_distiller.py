@@ -1,14 +1,16 @@
 """The distiller: what it adds to a student's training, and what it leaves alone."""
 
 import logging
+import math
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from tiny import ARCHITECTURES, train, training_batch
+from tiny import ARCHITECTURES, calm, train, training_batch
 
 from gkd_d2.config import detector_config, teacher_config
 from gkd_d2.detector import split_detector
@@ -258,31 +260,65 @@ def test_warm_up_ramps_the_four_weights_linearly(distiller_config):
         torch.testing.assert_close(value, factor * values[-1], rtol=1e-4, atol=0)
 
 
-def test_init_from_teacher(distiller_config, caplog):
-    cfg = distiller_config("faster")
-    cfg.GKD.STUDENT.INIT_FROM_TEACHER = True
-    with caplog.at_level(logging.INFO, logger="gkd_d2.distiller"):
-        distiller = build_model(cfg)
-    student, teacher = distiller.student.state_dict(), distiller._teacher.model.state_dict()
-    heads = [name for name in student if not name.startswith("backbone.")]
-    assert heads
-    assert all(torch.equal(student[name], teacher[name]) for name in heads)
-    assert f"Copied {len(heads)} of {len(heads)} non-backbone tensors" in caplog.text
-    assert "roi_heads.box_predictor.cls_score.weight" in caplog.text
-    assert not torch.equal(student["backbone.fpn_output3.weight"], teacher["backbone.fpn_output3.weight"])
-    # A copy, not the teacher's own tensors.
-    train(distiller, cfg, training_batch(), 1)
-    assert not torch.equal(distiller.student.state_dict()[heads[0]], distiller._teacher.model.state_dict()[heads[0]])
+KEYPOINTS = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,))
 
 
-def test_init_from_teacher_copies_what_fits(distiller_config, caplog):
-    cfg = distiller_config("retinanet", channels=8)
-    cfg.GKD.STUDENT.INIT_FROM_TEACHER = True
-    with caplog.at_level(logging.INFO, logger="gkd_d2.distiller"):
-        distiller = build_model(cfg)
-    student, teacher = distiller.student.state_dict(), distiller._teacher.model.state_dict()
-    assert torch.equal(student["head.cls_score.bias"], teacher["head.cls_score.bias"])
-    assert "Left as they were: head.bbox_pred.weight" in caplog.text
+@pytest.mark.parametrize("student", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        (("MODEL.MASK_ON", True), "masks"),
+        (("MODEL.MASK_ON", False, *KEYPOINTS), "keypoints"),
+        (("MODEL.MASK_ON", True, *KEYPOINTS), "masks and keypoints"),
+    ],
+)
+def test_teacher_of_masks_and_keypoints_teaches_boxes(student, options, kinds, make_distiller_config, tmp_path, caplog):
+    """The usual pair of Detectron2's zoo: the student's mapper loads boxes alone."""
+    teacher = make_distiller_config(tmp_path, "mask", teacher_options=options)
+    cfg = teacher
+    if student == "retinanet":
+        (tmp_path / "student").mkdir()
+        cfg = make_distiller_config(tmp_path / "student", "retinanet")
+        cfg.GKD.TEACHER = teacher.GKD.TEACHER
+    cfg.MODEL.MASK_ON = False
+    distiller = build_model(cfg)
+    calm(distiller.student)
+    with caplog.at_level(logging.INFO, logger="gkd_d2"):
+        history = train(distiller, cfg, training_batch(), 2)
+    assert all(math.isfinite(value) for value in history[-1].values()) and history[-1]["loss_bmfi_box"] > 0
+    assert caplog.text.count(f"without its head for {kinds}, which the student does not detect") == 1
+
+
+def test_student_of_masks_keeps_the_teachers_masks(distiller_config):
+    cfg = distiller_config("mask")
+    distiller = build_model(cfg)
+    assert distiller._teacher.model.roi_heads.mask_on
+    losses = train(distiller, cfg, training_batch(masks=True), 1)[0]
+    assert losses["loss_mask"] > 0
+
+
+def test_teacher_without_its_proposals_is_refused(distiller_config):
+    options = ("MODEL.LOAD_PROPOSALS", True, "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    with pytest.raises(ValueError, match="LOAD_PROPOSALS is True for the teacher and False for the student"):
+        build_model(distiller_config(teacher_options=options))
+
+
+@ROI_HEADS_REGISTRY.register()
+class AlwaysMasks(StandardROIHeads):
+    """ROI heads with a mask head, whatever MODEL.MASK_ON says."""
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.MASK_ON = True
+        return super().from_config(cfg, input_shape)
+
+
+def test_teacher_that_insists_on_masks_is_refused(distiller_config):
+    cfg = distiller_config(teacher_options=("MODEL.ROI_HEADS.NAME", "AlwaysMasks"))
+    with pytest.raises(ValueError, match="teacher's AlwaysMasks learns from masks although its MODEL.MASK_ON is False"):
+        build_model(cfg)
 
 
 def test_frozen_student_backbone_is_refused(distiller_config):

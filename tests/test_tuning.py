@@ -17,6 +17,8 @@ def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
     """A student of the proposed weights is measured on the same batches again."""
     cfg = distiller_config(kind, channels=8)
     cfg.GKD.WARMUP_ITERS = 1000
+    # Batches are measured whole, which a training with these would refuse.
+    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.ACCUMULATE_STEPS = 2
     batches = [training_batch(((90, 120), (96, 100))) for _ in range(3)]
     seed_everything(1)
     before = build_model(unit_weights(cfg))
@@ -27,6 +29,7 @@ def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
     proposed = suggest_weights(ratios, wanted)
 
     cfg.GKD.WARMUP_ITERS = 0
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
     for term, weight in proposed.items():
         cfg.GKD.LOSS_WEIGHTS[term.upper()] = weight
     seed_everything(1)

@@ -23,7 +23,10 @@ def test_ratios_by_hand():
         values={("box", "p3"): 0.5, ("box", "p4"): 0.25},
         norms={("box", "p3"): 3.0, ("box", "p4"): 4.0},
         detection={"p3": 12.0, "p4": 5.0},
+        boxes=2,
+        factor=1.0,
     )
+    assert report.norm("box") == pytest.approx(5)
     assert report.scalars() == {
         "gkd_value/box/p3": 0.5,
         "gkd_value/box/p4": 0.25,
@@ -35,12 +38,13 @@ def test_ratios_by_hand():
 
 def test_ratios_to_no_detection_gradient_are_left_out():
     values = norms = {("box", "p3"): 3.0, ("box", "p4"): 4.0}
-    some = TermReport(values=values, norms=norms, detection={"p3": 0.0, "p4": 2.0}).scalars()
+    batch = {"boxes": 2, "factor": 1.0}
+    some = TermReport(values=values, norms=norms, detection={"p3": 0.0, "p4": 2.0}, **batch).scalars()
     assert {name: value for name, value in some.items() if "ratio" in name} == {
         "gkd_ratio/box/p4": 2.0,
         "gkd_ratio/box": pytest.approx(2.5),
     }
-    none = TermReport(values=values, norms=norms, detection={"p3": 0.0, "p4": 0.0}).scalars()
+    none = TermReport(values=values, norms=norms, detection={"p3": 0.0, "p4": 0.0}, **batch).scalars()
     assert list(none) == ["gkd_value/box/p3", "gkd_value/box/p4"]
 
 
@@ -67,6 +71,8 @@ def test_the_report_equals_the_gradients_of_the_step(kind, channels, scale, dist
         sum(split.losses(split.features(batch)[0], leaves, batch).values()).backward()
 
     report = distiller.watched
+    assert report.boxes == 4
+    assert report.factor == 1 / 4
     levels = ["p3", "p4", "p5"]
     assert list(report.norms) == list(report.values) == [(term, level) for level in levels for term in TERMS.values()]
     for loss, term in TERMS.items():

@@ -23,13 +23,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gkd_d2.losses import LossWeights, distillation_losses
+from gkd_d2.ops import fused, reference
+
 import torch
 from tabulate import tabulate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-from gkd_d2.losses import LossWeights, distillation_losses
-from gkd_d2.ops import fused, reference
 
 # Of the four losses, and of those that a config has by default, which leave out the attention loss.
 WEIGHTS = {"all": LossWeights(), "default": LossWeights(gradient=0.02, box=1e-2, attention=0.0, image=1e-3)}

@@ -28,6 +28,10 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from gkd_d2.command_line import parse_options_first
+from gkd_d2.config import read_distiller_config, teacher_config
+from gkd_d2.distiller import GKDDistiller
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -38,10 +42,6 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-
-from gkd_d2.command_line import parse_options_first
-from gkd_d2.config import read_distiller_config, teacher_config
-from gkd_d2.distiller import GKDDistiller
 
 GOAL, MEMORY_GOAL = 1.20, 1.25
 FEWER_PROPOSALS = {"half the proposals": 2, "an eighth of the proposals": 8}
@@ -121,6 +121,7 @@ def build_distiller(cfg: CfgNode) -> GKDDistiller:
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()
+    distiller.watch = False
     calm(distiller.student)
     return distiller
 

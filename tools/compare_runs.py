@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from gkd_d2.cost import gflops, milliseconds, random_image
 from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
 from gkd_d2.runs import Run, find_runs, shared_dataset
+
+import torch
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from gkd_d2.data.toy_kitti import make_toy_kitti
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What of Detectron2's log is progress: the estimate of the time left, and that of the evaluation.

@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode
-
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
+
+from detectron2.config import CfgNode
 
 
 def parse_args() -> argparse.Namespace:

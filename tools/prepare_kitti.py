@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from tabulate import tabulate
-
 from gkd_d2.data.builtin import resolve_root
 from gkd_d2.data.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
 from gkd_d2.data.prepare_kitti import check_images, count_objects, export_coco, unpack, write_split
 from gkd_d2.text import counted
+
+from tabulate import tabulate
 
 
 def parse_args() -> argparse.Namespace:

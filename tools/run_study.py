@@ -16,12 +16,12 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-from detectron2.utils.logger import setup_logger
-
 from gkd_d2.study.plan import Study, read_study
 from gkd_d2.study.report import study_section, write_sections
 from gkd_d2.study.schedule import Scheduler, prepare_data
+
+import torch
+from detectron2.utils.logger import setup_logger
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,6 @@ import argparse
 import itertools
 import sys
 
-import yaml
-from detectron2.modeling import build_model
-from tabulate import tabulate
-
 from gkd_d2.checkpoint import StudentCheckpointer
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config
@@ -27,6 +23,10 @@ from gkd_d2.engine.trainer import Trainer
 from gkd_d2.methods import Term, build_method
 from gkd_d2.streams import seed_everything
 from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
+
+import yaml
+from detectron2.modeling import build_model
+from tabulate import tabulate
 
 
 def parse_args() -> argparse.Namespace:

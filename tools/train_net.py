@@ -15,12 +15,6 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
@@ -28,11 +22,15 @@ from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer, settle_seed
 
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
 
 def main(cfg: CfgNode, args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
     cfg = settle_seed(cfg, resume=args.resume)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gkd_d2")
     default_setup(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)

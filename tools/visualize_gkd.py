@@ -15,12 +15,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import build_augmentation
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
-
 from gkd_d2.checkpoint import StudentCheckpointer
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config
@@ -30,6 +24,12 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
 from gkd_d2.visualize import Picture, draw, write_page
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 
 def parse_args() -> argparse.Namespace:

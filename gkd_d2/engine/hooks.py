@@ -9,16 +9,53 @@ import signal
 import threading
 
 import numpy as np
-from detectron2.engine.hooks import HookBase
+from detectron2.engine import AMPTrainer, DefaultTrainer
+from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, PeriodicWriter
 from detectron2.utils import comm
 
 from gkd_d2.distiller import GKDDistiller
-from gkd_d2.watch import TermReport
+from gkd_d2.engine.train_step import TrainStep
+from gkd_d2.methods import Term
+from gkd_d2.watch import TermReport, weight_for_ratio
 
 # What a shell reports of a process that SIGTERM ended.
 EXIT_BY_SIGTERM = 128 + signal.SIGTERM
 # For the iteration that is under way; Slurm's own limit is half of it by default.
 GRACE_SECONDS = 60
+# What a weight is proposed for where a loss swamps the detection losses.
+MODERATE_RATIO = 0.3
+
+
+def add_distillation_hooks(trainer: DefaultTrainer) -> None:
+    """Give a trainer what a distillation needs of it and hooks can do, ahead of what saves, evaluates and writes.
+
+    These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch` and, for
+    Detectron2's AMPTrainer, :class:`GradientScale`. To be called in all processes, before ``train``; a second call adds
+    nothing.
+
+    Args:
+        trainer: Detectron2's DefaultTrainer or a class derived from it.
+
+    Raises:
+        ValueError: a key of GKD.WATCH_* is out of range.
+    """
+    if any(isinstance(hook, SaveOnSigterm) for hook in trainer._hooks):
+        return
+    added: list[HookBase] = []
+    distiller = next((module for module in trainer.model.modules() if isinstance(module, GKDDistiller)), None)
+    if distiller is not None and distiller.method:
+        if isinstance(trainer._trainer, AMPTrainer):
+            added.append(GradientScale(distiller))
+        keys = trainer.cfg.GKD
+        added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
+    added.append(SaveOnSigterm())
+    trainer.register_hooks(added)
+    # No checkpoint is to be resumed of a run that is stopped; an evaluation takes long and may fail; and a writer that
+    # ran before would never see the scalars of its iteration.
+    later = (PeriodicCheckpointer, PeriodicSaver, EvalHook, PeriodicWriter)
+    others = trainer._hooks[: -len(added)]
+    place = min((i for i, hook in enumerate(others) if isinstance(hook, later)), default=len(others))
+    trainer._hooks = [*others[:place], *added, *others[place:]]
 
 
 class PeriodicSaver(HookBase):
@@ -71,8 +108,12 @@ class SaveOnSigterm(HookBase):
         if not any(comm.all_gather(self._asked)):
             return
         self._deadline.cancel()
-        if self.trainer.iter + 1 < self.trainer.max_iter:
-            self.trainer.save(f"model_{self.trainer.iter:07d}")
+        done = self.trainer.iter + 1 >= self.trainer.max_iter
+        name = "model_final" if done else f"model_{self.trainer.iter:07d}"
+        if _has_own_step(self.trainer):
+            self.trainer.save(name)
+        else:
+            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
         comm.synchronize()
         logging.getLogger(__name__).warning(
             "Stopped by SIGTERM after iteration %d; its state is saved: go on with --resume", self.trainer.iter
@@ -94,64 +135,166 @@ class DeadLossError(RuntimeError):
 
 
 class LossWatch(HookBase):
-    """Measures each distillation loss at each level every so many iterations, and stops a run whose loss is dead.
+    """Measures each distillation loss at each level every so many iterations, and in the first and the last.
 
-    The scalars of :meth:`gkd_d2.watch.TermReport.scalars` go to the EventStorage, averaged over the processes. A loss
-    whose gradient at a level is exactly 0 in all processes, or not finite in one, is from then on measured in every
-    iteration.
+    The scalars of :meth:`gkd_d2.watch.TermReport.scalars` go to the EventStorage, averaged over the processes, and the
+    ratios of the losses to the log. A loss whose ratio is above ``max_ratio`` is warned of once. A loss whose gradient
+    at a level is exactly 0 in all processes, or not finite in one, is from then on measured in every iteration, and
+    stops the run after ``patience`` of them. Where no process has a box in its batch, a gradient of 0 says nothing, nor
+    does a ratio.
 
     Args:
         distiller: whose losses are watched; some weight is above 0.
         period: in iterations.
         patience: number of iterations in a row with such a gradient that stop the run.
+        max_ratio: norm of a loss's gradient in proportion to that of the detection losses, all levels together.
 
     Raises:
-        ValueError: ``period`` or ``patience`` is below 1.
-        DeadLossError: in :meth:`after_step`, in all processes; the state is saved as model_stopped.pth.
+        ValueError: ``period`` or ``patience`` is below 1, or ``max_ratio`` is not above 0.
+        DeadLossError: in :meth:`after_step`, in all processes. Under gkd_d2's own trainer the state is saved as
+            model_stopped.pth.
     """
 
-    def __init__(self, distiller: GKDDistiller, period: int, patience: int):
+    def __init__(self, distiller: GKDDistiller, period: int, patience: int, max_ratio: float):
         for key, value in (("GKD.WATCH_PERIOD", period), ("GKD.WATCH_PATIENCE", patience)):
             if value < 1:
                 raise ValueError(f"{key} is {value}, but must be >= 1")
+        if not max_ratio > 0:
+            raise ValueError(f"GKD.WATCH_MAX_RATIO is {max_ratio}, but must be > 0")
         self._distiller = distiller
+        self._terms = {term.name: term for term in distiller.method.terms.values() if term.weight > 0}
         self._period = period
         self._patience = patience
-        # (loss, level) -> iterations in a row.
-        self._dead: dict[tuple[str, str], int] = {}
+        self._max_ratio = max_ratio
+        self._due = False
+        # Names of the losses whose ratio was warned of.
+        self._warned: set[str] = set()
+        # (loss, level), or (loss, None) for all levels together -> iterations in a row.
+        self._dead: dict[tuple[str, str | None], int] = {}
 
     def before_step(self) -> None:
-        first = self.trainer.iter == self.trainer.start_iter
-        self._distiller.watch = first or bool(self._dead) or (self.trainer.iter + 1) % self._period == 0
+        done = self.trainer.iter + 1
+        self._due = self.trainer.iter == self.trainer.start_iter or done % self._period == 0
+        self._due |= done == self.trainer.max_iter
+        self._distiller.watch = self._due or bool(self._dead)
 
     def after_step(self) -> None:
         if not self._distiller.watch:
             return
         reports: list[TermReport] = comm.all_gather(self._distiller.watched)
-        scalars = [report.scalars() for report in reports]
-        for name in scalars[0]:
-            values = [row[name] for row in scalars if name in row]
-            self.trainer.storage.put_scalar(name, float(np.mean(values)), smoothing_hint=False)
-        faults = {key: _fault([report.norms[key] for report in reports]) for key in reports[0].norms}
-        self._dead = {key: self._dead.get(key, 0) + 1 for key, fault in faults.items() if fault}
-        for (loss, level), count in self._dead.items():
-            if count >= self._patience:
-                self._stop(loss, level, faults[loss, level])
+        means = _means(reports)
+        for name, value in means.items():
+            self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
+        with_boxes = [report for report in reports if report.boxes]
+        if self._due:
+            self._log(means, objects=bool(with_boxes))
+        self._warn(_means(with_boxes), reports[0].factor)
+        self._judge(reports, objects=bool(with_boxes))
 
-    def _stop(self, loss: str, level: str, fault: str) -> None:
-        self.trainer.save("model_stopped", resumable=False)
-        (key,) = (term.key for term in self._distiller.method.terms.values() if term.name == loss)
+    def _log(self, means: dict[str, float], *, objects: bool) -> None:
+        if not comm.is_main_process():
+            return
+        ratios = {name: means[f"gkd_ratio/{name}"] for name in self._terms if f"gkd_ratio/{name}" in means}
+        logger = logging.getLogger(__name__)
+        if ratios:
+            listed = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
+            note = "" if objects else " (no object in the batch)"
+            logger.info("gkd_ratio at iteration %d: %s%s", self.trainer.iter, listed, note)
+        else:
+            logger.warning(
+                "gkd_ratio at iteration %d is undefined: the gradient of the detection losses at the student's "
+                "features is 0 or not a number",
+                self.trainer.iter,
+            )
+
+    def _warn(self, means: dict[str, float], factor: float) -> None:
+        """Warn of losses that swamp the detection losses; ``factor`` is that of the weights, from the warm-up."""
+        for name, term in self._terms.items():
+            ratio = means.get(f"gkd_ratio/{name}", 0.0)
+            # A gradient that is not finite is judged below.
+            if name in self._warned or not self._max_ratio < ratio < math.inf:
+                continue
+            self._warned.add(name)
+            if comm.is_main_process():
+                logging.getLogger(__name__).warning(
+                    "The %s loss swamps the detection losses: at iteration %d its gradient at the student's features "
+                    "has %.3g times the norm of theirs, more than GKD.WATCH_MAX_RATIO %g. %s is %g%s; %g would give a "
+                    "ratio of %g. tools/suggest_weights.py measures it over many batches; a run that is resumed takes "
+                    "the new weight",
+                    name,
+                    self.trainer.iter,
+                    ratio,
+                    self._max_ratio,
+                    term.key,
+                    term.weight,
+                    f" (of which the warm-up applies {factor:.2g})" if factor < 1 else "",
+                    weight_for_ratio(factor * term.weight, ratio, MODERATE_RATIO),
+                    MODERATE_RATIO,
+                )
+
+    def _judge(self, reports: list[TermReport], *, objects: bool) -> None:
+        """Count the iterations in a row in which a loss is dead, and stop the run where they are too many."""
+        norms = [_norms(report, self._terms) for report in reports]
+        for key in norms[0]:
+            everywhere = [row[key] for row in norms]
+            finite = all(map(math.isfinite, everywhere))
+            if finite and any(everywhere):
+                self._dead.pop(key, None)
+            # Where nothing has a box a loss of objects must be 0.
+            elif objects or not finite:
+                self._dead[key] = self._dead.get(key, 0) + 1
+                if self._dead[key] >= self._patience:
+                    self._stop(*key, finite)
+
+    def _stop(self, name: str, level: str | None, finite: bool) -> None:
+        if _has_own_step(self.trainer):
+            self.trainer.save("model_stopped", resumable=False)
+            saved = "The state is saved as model_stopped.pth; --resume continues from the checkpoint before it"
+        else:
+            saved = "A resumed run continues from the last checkpoint"
+        where = f"at the student's {level}" if level else "at all levels of the student"
+        last = f"{self._patience} iterations{' with objects' if finite else ''}"
         raise DeadLossError(
-            f"the gradient of the {loss} loss ({key}) at the student's {level} was {fault} "
-            f"in the last {self._patience} iterations, up to iteration {self.trainer.iter}: it teaches nothing there. "
-            f"Take {level} out of GKD.FEATURES, set the weight to 0.0, or look at the data: without boxes a loss of "
-            "objects has no gradient. The state is saved as model_stopped.pth, --resume goes on from the checkpoint "
-            "before it"
+            f"the gradient of the {name} loss ({self._terms[name].key}) {where} was "
+            f"{'exactly 0' if finite else 'not finite'} in the last {last}, up to iteration {self.trainer.iter}: it "
+            f"teaches nothing there. {f'Take {level} out of GKD.FEATURES, or set' if level else 'Set'} the weight to "
+            f"0.0. Where the data make it so for a while, raise GKD.WATCH_PATIENCE, which is {self._patience}, for "
+            f"instance by the arguments GKD.WATCH_PATIENCE {10 * self._patience}. {saved}"
         )
 
 
-def _fault(norms: list[float]) -> str:
-    """What is wrong with a loss's gradient, of which every process measured the norm; or nothing."""
-    if not all(map(math.isfinite, norms)):
-        return "not finite"
-    return "" if any(norms) else "exactly 0"
+class GradientScale(HookBase):
+    """Tells the distiller of the scale of Detectron2's AMPTrainer, whose small gradients would underflow otherwise.
+
+    Args:
+        distiller: that is trained in float16.
+    """
+
+    def __init__(self, distiller: GKDDistiller):
+        self._distiller = distiller
+
+    def before_step(self) -> None:
+        self._distiller.gradient_scale = self.trainer._trainer.grad_scaler.get_scale()
+
+
+def _means(reports: list[TermReport]) -> dict[str, float]:
+    """Each scalar, averaged over the reports that have it."""
+    rows = [report.scalars() for report in reports]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def _norms(report: TermReport, terms: dict[str, Term]) -> dict[tuple[str, str | None], float]:
+    """(loss, level) -> norm of the gradient; of a loss that is judged over all levels together, (loss, None)."""
+    norms: dict[tuple[str, str | None], float] = {}
+    for (name, level), norm in report.norms.items():
+        if terms[name].level_assigned:
+            norms[name, None] = report.norm(name)
+        else:
+            norms[name, level] = norm
+    return norms
+
+
+def _has_own_step(trainer: DefaultTrainer) -> bool:
+    """Whether it is gkd_d2's own trainer, which saves in all processes; Detectron2's saves in the main one alone."""
+    return isinstance(trainer._trainer, TrainStep)

@@ -88,8 +88,8 @@ def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
 
 def _method(cfg: CfgNode) -> list[str]:
     try:
-        build_method(cfg)
-    except (TypeError, ValueError) as error:
+        build_method(cfg).implementation(torch.device(cfg.MODEL.DEVICE))
+    except (RuntimeError, TypeError, ValueError) as error:
         return [str(error)]
     return []
 

@@ -23,7 +23,7 @@ from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
-from gkd_d2.engine.hooks import LossWatch, PeriodicSaver, SaveOnSigterm
+from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator
 
@@ -86,17 +86,14 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self._running_states: list[dict[str, float]] = []
         self.register_hooks(self.build_hooks())
+        add_distillation_hooks(self)
 
     def build_hooks(self) -> list[hooks.HookBase]:
-        """Detectron2's, with a checkpointer for all processes and the watch over the losses."""
+        """Detectron2's, with a checkpointer for all processes; those of a distillation are added to them."""
         built = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
-        ours = [PeriodicSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD), SaveOnSigterm()]
-        model = self._trainer.module
-        if isinstance(model, GKDDistiller) and model.method:
-            ours.insert(0, LossWatch(model, self.cfg.GKD.WATCH_PERIOD, self.cfg.GKD.WATCH_PATIENCE))
         # A checkpoint comes before an evaluation, which takes long and may fail.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        return [*built[:place], *ours, *built[place:]]
+        return [*built[:place], PeriodicSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD), *built[place:]]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; it also checks that all processes start at one iteration.

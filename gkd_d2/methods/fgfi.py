@@ -34,7 +34,7 @@ class FGFI(LevelwiseMethod):
     def __init__(self, weight: float = 0.01, threshold: float = 0.5):
         if not 0 <= threshold < 1:
             raise ValueError(f"GKD.FGFI.THRESHOLD is {threshold}, but must be at least 0 and below 1")
-        super().__init__({"loss_fgfi": Term("fgfi", weight, "GKD.FGFI.WEIGHT")})
+        super().__init__({"loss_fgfi": Term("fgfi", weight, "GKD.FGFI.WEIGHT", level_assigned=True)})
         self.threshold = threshold
 
     def level_losses(self, level):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from gkd_d2.losses import LOSS_KEYS, LossWeights, check_options, distillation_losses
+from gkd_d2.losses import LOSS_KEYS, LossWeights, check_options, describe_implementation, distillation_losses
 from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term
 
 
@@ -47,6 +47,9 @@ class GKD(Method):
             "rectifier": rectifier,
             "implementation": implementation,
         }
+
+    def implementation(self, device):
+        return describe_implementation(self._options["implementation"], device)
 
     def __call__(self, levels, factor=1.0):
         # All levels at once: the extension works through them in one call.

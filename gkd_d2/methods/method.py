@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor
@@ -56,6 +57,8 @@ class Term:
         name: in reports, as in ``gkd_ratio/<name>``.
         weight: what the loss is multiplied by; at 0 it is left out.
         key: of the config, where the weight is set.
+        level_assigned: whether an object counts only at the levels it is assigned to, so that the loss is rightly 0 at
+            a level to which no object of a batch belongs. Such a loss is judged over all levels together.
 
     Raises:
         ValueError: the weight is negative or not finite.
@@ -64,6 +67,7 @@ class Term:
     name: str
     weight: float
     key: str
+    level_assigned: bool = False
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -111,6 +115,14 @@ class Method(ABC):
     def active(self) -> dict[str, str]:
         """Key of the loss -> its name, for the losses of a weight above 0."""
         return {key: term.name for key, term in self.terms.items() if term.weight > 0}
+
+    def implementation(self, device: torch.device) -> str:
+        """Who computes the losses of features on a device, in words for the log.
+
+        Raises:
+            RuntimeError: the implementation that the config asks for does not work there.
+        """
+        return "PyTorch"
 
     @abstractmethod
     def __call__(self, levels: Sequence[Level], factor: float = 1.0) -> dict[str, Tensor]:

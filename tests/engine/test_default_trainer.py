@@ -1,0 +1,200 @@
+"""What Detectron2's own trainer gives to a distillation, with the hooks that can be added to it and without."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer
+from detectron2.engine.hooks import CallbackHook, EvalHook, LRScheduler, PeriodicCheckpointer, PeriodicWriter
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import training_batch
+
+from gkd_d2.config import detector_config
+from gkd_d2.engine.hooks import (
+    DeadLossError,
+    GradientScale,
+    LossWatch,
+    PeriodicSaver,
+    SaveOnSigterm,
+    add_distillation_hooks,
+)
+from gkd_d2.engine.trainer import Trainer
+
+NOT_WATCHED = "Nothing watches this distillation"
+
+
+@pytest.fixture(autouse=True)
+def _logger(caplog):
+    """DefaultTrainer sets Detectron2's logger up where it is silent, and so for all later tests."""
+    caplog.set_level("INFO", logger="detectron2")
+
+
+class UsersTrainer(DefaultTrainer):
+    """With a hook between the evaluation and the writers, as many projects have."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+    def build_hooks(self):
+        hooks = super().build_hooks()
+        hooks.insert(-1, CallbackHook(after_step=lambda trainer: trainer.storage.put_scalar("validation_loss", 1.0)))
+        return hooks
+
+
+def metrics(cfg):
+    """Iteration -> what metrics.json says of it."""
+    with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {row["iteration"]: row for row in rows}
+
+
+@pytest.mark.parametrize("kind", [DefaultTrainer, UsersTrainer])
+def test_the_hooks_make_a_plain_trainer_watch(kind, training, caplog):
+    """Every scalar of an iteration in which Detectron2 writes is written, ratios are logged, and pictures drawn."""
+    cfg = training(iterations=21)
+    cfg.GKD.VIS_PERIOD = 20
+    trainer = kind(cfg)
+    add_distillation_hooks(trainer)
+    with caplog.at_level("INFO", logger="gkd_d2.engine.hooks"):
+        trainer.train()
+    rows = metrics(cfg)
+    losses = {f"gkd_ratio/{name}" for name in ("gradient", "box", "attention", "image")}
+    assert losses | {"gkd_value/box/p3", "gkd_ratio/image/p4"} <= rows[19].keys() & rows[20].keys()
+    assert sum(line.startswith("gkd_ratio at iteration ") for line in caplog.messages) == 3
+    assert NOT_WATCHED not in caplog.text
+    events = EventAccumulator(cfg.OUTPUT_DIR, size_guidance={"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images("gkd/maps_and_detections")] == [0, 20]
+
+
+@pytest.mark.parametrize(("kind", "saver"), [(DefaultTrainer, PeriodicCheckpointer), (Trainer, PeriodicSaver)])
+def test_the_hooks_come_before_checkpoints_and_evaluation_once(kind, saver, training):
+    trainer = kind(training(iterations=1))
+    add_distillation_hooks(trainer)
+    add_distillation_hooks(trainer)
+    kinds = [type(hook) for hook in trainer._hooks]
+    assert kinds.count(LossWatch) == kinds.count(SaveOnSigterm) == 1
+    places = [kinds.index(hook) for hook in (LRScheduler, LossWatch, SaveOnSigterm, saver, EvalHook, PeriodicWriter)]
+    assert places == sorted(places)
+    assert all(hook.trainer.max_iter == 1 for hook in trainer._hooks)
+
+
+def test_a_plain_detector_gets_no_watch(training):
+    trainer = DefaultTrainer(detector_config(training(iterations=1)))
+    add_distillation_hooks(trainer)
+    kinds = [type(hook) for hook in trainer._hooks]
+    assert SaveOnSigterm in kinds and LossWatch not in kinds
+
+
+@pytest.mark.parametrize("kind", [DefaultTrainer, Trainer])
+@pytest.mark.parametrize(("last", "name"), [(1, "model_0000001.pth"), (4, "model_final.pth")])
+def test_sigterm_saves_a_state_that_is_resumed(kind, last, name, training):
+    cfg = training(iterations=5)
+    trainer = kind(cfg)
+    add_distillation_hooks(trainer)
+
+    def end(trainer):
+        if trainer.iter == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.register_hooks([CallbackHook(before_step=end)])
+    with pytest.raises(SystemExit) as error:
+        trainer.train()
+    assert error.value.code == 128 + signal.SIGTERM
+    assert sorted(path.name for path in Path(cfg.OUTPUT_DIR).glob("*.pth")) == [name]
+    resumed = kind(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == last + 1
+    assert all(
+        torch.equal(value, resumed.model.state_dict()[name]) for name, value in trainer.model.state_dict().items()
+    )
+
+
+def test_a_dead_level_stops_a_plain_trainer(training):
+    cfg = training(iterations=5)
+    cfg.GKD.FEATURES, cfg.INPUT.MAX_SIZE_TRAIN = ["p4", "p7"], 100
+    cfg.GKD.WATCH_PATIENCE, cfg.SOLVER.CHECKPOINT_PERIOD = 2, 1
+    trainer = DefaultTrainer(cfg)
+    add_distillation_hooks(trainer)
+    with pytest.raises(DeadLossError, match="A resumed run continues from the last checkpoint"):
+        trainer.train()
+    resumed = DefaultTrainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 1
+
+
+def test_the_distiller_learns_the_scale_of_amp(training):
+    """AMPTrainer itself runs on a GPU alone."""
+    trainer = DefaultTrainer(training(iterations=1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer._trainer = AMPTrainer(trainer.model, trainer.data_loader, trainer.optimizer, grad_scaler=scaler)
+    add_distillation_hooks(trainer)
+    scaler.scale(torch.ones(()))
+    next(hook for hook in trainer._hooks if isinstance(hook, GradientScale)).before_step()
+    assert trainer.model.gradient_scale == 1024
+
+
+# --- without the hooks
+
+
+def test_a_distiller_that_nobody_watches_says_so_once(training, caplog):
+    DefaultTrainer(training(iterations=3)).train()
+    (warning,) = [record.getMessage() for record in caplog.records if NOT_WATCHED in record.getMessage()]
+    assert (
+        "    from gkd_d2.engine.hooks import add_distillation_hooks\n    add_distillation_hooks(trainer)\n" in warning
+    )
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_parts_of_a_batch_are_refused(add, training):
+    cfg = training(iterations=1)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS = 4, 2
+    trainer = DefaultTrainer(cfg)
+    if add:
+        add_distillation_hooks(trainer)
+    with pytest.raises(ValueError, match="ACCUMULATE_STEPS is 2, but this trainer computes the whole batch of .* 4 at"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "autocast", "refused"),
+    [
+        ("bfloat16", torch.float16, True),
+        ("bfloat16", torch.bfloat16, False),
+        ("bfloat16", None, False),
+        ("float16", torch.bfloat16, False),
+        ("float16", torch.float16, False),
+    ],
+)
+def test_float16_where_bfloat16_was_asked_for_is_refused(wanted, autocast, refused, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, wanted
+    distiller = build_model(cfg).train()
+    with EventStorage(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        if refused:
+            with pytest.raises(ValueError, match="SOLVER.AMP.DTYPE is bfloat16, but this trainer computes in float16"):
+                distiller(training_batch())
+        else:
+            assert "loss_bmfi_box" in distiller(training_batch())
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_what_is_no_whole_batch_is_not_refused(images, distiller_config):
+    """Parts of it, and a loader of the user's own."""
+    cfg = distiller_config("retinanet")
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE_STEPS = 4, 4
+    distiller = build_model(cfg).train()
+    batch = training_batch([(90, 120)] * images)
+    with EventStorage():
+        if images == 4:
+            with pytest.raises(ValueError, match="ACCUMULATE_STEPS"):
+                distiller(batch)
+        else:
+            distiller(batch)
