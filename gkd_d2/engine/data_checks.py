@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import detector_config
+from gkd_d2.config import DISTILLER
 from gkd_d2.data.builtin import check_datasets
 from gkd_d2.data.classes import class_names, known_class_names, largest_category
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
@@ -43,7 +43,9 @@ def dataset_problems(cfg: CfgNode, *, eval_only: bool) -> list[str]:
         for name in dict.fromkeys(cfg.DATASETS.TEST)
         if (reason := _unusable_for_tests(cfg, name))
     ]
-    problems += _other_classes(detector_config(cfg), used)
+    distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
+    architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
+    problems += _other_classes(cfg, architecture, used)
     return problems or _other_order(cfg)
 
 
@@ -59,12 +61,12 @@ def teacher_class_problems(cfg: CfgNode, teacher: CfgNode) -> list[str]:
     Returns:
         A sentence for each problem.
     """
-    file = cfg.GKD.TEACHER.CONFIG_FILE
-    own = [name for name in dict.fromkeys(teacher.DATASETS.TRAIN) if known_class_names(name)]
+    architecture, file = teacher.MODEL.META_ARCHITECTURE, cfg.GKD.TEACHER.CONFIG_FILE
     ours = [name for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]) if known_class_names(name)]
+    own = [name for name in dict.fromkeys(teacher.DATASETS.TRAIN) if known_class_names(name) and name not in ours]
     problems = [
-        *_other_classes(teacher, ours, file, "take a teacher that was trained on the student's classes"),
-        *_other_classes(teacher, [name for name in own if name not in ours], file, "both must be as it was trained"),
+        *_other_classes(teacher, architecture, ours, file, "take a teacher that was trained on the student's classes"),
+        *_other_classes(teacher, architecture, own, file, "both must be as in the teacher's training"),
     ]
     if problems:
         return problems
@@ -108,9 +110,11 @@ def _unusable_for_tests(cfg: CfgNode, name: str) -> str:
     return ""
 
 
-def _other_classes(cfg: CfgNode, names: Iterable[str], file: str = "", remedy: str = "") -> Iterator[str]:
+def _other_classes(
+    cfg: CfgNode, architecture: str, names: Iterable[str], file: str = "", remedy: str = ""
+) -> Iterator[str]:
     """A sentence for each dataset that has not as many classes as a detector; ``file`` is of its config."""
-    node = _CLASS_NODES.get(cfg.MODEL.META_ARCHITECTURE)
+    node = _CLASS_NODES.get(architecture)
     if node is None:
         return
     number = cfg.MODEL[node].NUM_CLASSES

@@ -35,14 +35,11 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int 
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
-    try:
-        detector_config(cfg)
-    except ValueError as error:
-        raise PreflightError(f"This run can't start:\n- {error}") from error
     problems = [
         *_device(cfg),
         *([] if eval_only else _batch(cfg, processes)),
         *dataset_problems(cfg, eval_only=eval_only),
+        *_detector(cfg),
         *_weights(cfg, eval_only, resume),
     ]
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
@@ -67,6 +64,14 @@ def _device(cfg: CfgNode) -> list[str]:
 def _batch(cfg: CfgNode, processes: int) -> list[str]:
     try:
         check_batch(cfg, processes)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _detector(cfg: CfgNode) -> list[str]:
+    try:
+        detector_config(cfg)
     except ValueError as error:
         return [str(error)]
     return []

@@ -148,7 +148,10 @@ def test_a_teacher_trained_on_other_datasets(coco_dataset, problems, pair):
     (line,) = problems(pair(train=["checks_b", "checks_c"]), ["checks_a", "checks_b"], [])
     assert "the student's dataset checks_a has the classes car, dog, the teacher's checks_c has cat, dog" in line
     (line,) = problems(pair(train=["checks_d"]), ["checks_a"], [])
-    assert "NUM_CLASSES of" in line and "is 2, but dataset checks_d has 1 class (dog): both must be as it was" in line
+    assert (
+        "NUM_CLASSES of" in line
+        and "is 2, but dataset checks_d has 1 class (dog): both must be as in the teacher's training" in line
+    )
 
 
 def test_a_teacher_from_elsewhere(coco_dataset, problems, pair):
