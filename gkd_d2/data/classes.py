@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -38,8 +39,7 @@ def class_names(dataset: str) -> list[str] | None:
         status = os.stat(path)
         names = _category_names(path, status.st_mtime_ns, status.st_size)
     elif names is None and dataset in DatasetCatalog:
-        DatasetCatalog.get(dataset)
-        names = metadata.get("thing_classes")
+        names = _names_after_loading(dataset, DatasetCatalog[dataset])
     return None if names is None else [str(name) for name in names]
 
 
@@ -58,7 +58,15 @@ def largest_category(dataset: str) -> int | None:
     return max((annotation["category_id"] for annotation in annotations), default=None)
 
 
+# Several checks ask, and loading may take long.
+@functools.lru_cache(maxsize=64)
+def _names_after_loading(dataset: str, load: Callable[[], list[dict]]) -> tuple[str, ...] | None:
+    load()
+    names = MetadataCatalog.get(dataset).get("thing_classes")
+    return None if names is None else tuple(names)
+
+
 @functools.lru_cache(maxsize=64)
 def _category_names(path: str, modified: int, size: int) -> tuple[str, ...]:
-    """Read once as long as the file does not change: several checks ask, and a file may be large."""
+    """Read anew only where the file has changed."""
     return tuple(category_names(path))

@@ -46,8 +46,9 @@ def test_after_loading_a_dataset_of_records(coco_dataset):
     DatasetCatalog.register("classes_records", load)
     assert class_names("classes_records") == ["a", "b"]
     records = [{"annotations": []}, {}, {"annotations": [{"category_id": 4}, {"category_id": 1}]}]
-    DatasetCatalog.register("classes_nameless", lambda: records)
-    assert class_names("classes_nameless") is None
+    loaded = []
+    DatasetCatalog.register("classes_nameless", lambda: loaded.append(1) or records)
+    assert class_names("classes_nameless") is class_names("classes_nameless") is None and loaded == [1]
     assert largest_category("classes_nameless") == 4
 
 
