@@ -16,7 +16,15 @@ class DamagedCheckpointError(RuntimeError):
 
 
 class StudentCheckpointer(DetectionCheckpointer):
-    """Refuses a checkpoint that sets nothing of the model; writes whole files or none, and can do without the last."""
+    """Refuses a checkpoint that sets nothing of the model; writes whole files or none, and can do without the last.
+
+    Attributes:
+        source: path of the checkpoint that is being loaded, or was loaded last.
+        unset: names of the model's tensors that it did not set.
+    """
+
+    source = ""
+    unset: tuple[str, ...] = ()
 
     def save(self, name: str, *, resumable: bool = True, **kwargs) -> None:
         """Write a checkpoint under a temporary name and rename it: a final name always holds a whole one.
@@ -72,6 +80,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         )
 
     def load(self, path: str, *args, **kwargs) -> dict:
+        self.source = path
         try:
             return super().load(path, *args, **kwargs)
         finally:
@@ -101,6 +110,7 @@ class StudentCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
         names = _decisive(self.model.state_dict())
+        self.unset = tuple(sorted(_decisive(incompatible.missing_keys)))
         if names <= set(incompatible.missing_keys):
             raise ValueError(
                 f"the checkpoint sets none of the model's {len(names)} tensors: the model has {_some(names)}, the "

@@ -181,6 +181,18 @@ class GKDDistiller(nn.Module):
         """The student's device."""
         return self.student.device
 
+    def __getattr__(self, name: str):
+        # By the names of a checkpoint, which are the student's, fvcore looks up the modules of tensors that do not fit.
+        modules = self.__dict__.get("_modules", {})
+        if name not in modules and "student" in modules and name in modules["student"]._modules:
+            return modules["student"]._modules[name]
+        return super().__getattr__(name)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher, which is no submodule."""
+        return self._teacher.model
+
     def forward(self, batched_inputs: list[dict]):
         """
         Args:
@@ -188,17 +200,21 @@ class GKDDistiller(nn.Module):
 
         Returns:
             In training a dictionary of scalar losses: the student's own, and those of the method, already weighted.
-            Otherwise the student's detections. Without a weight above 0 the student's own training forward, untouched.
+            Otherwise the student's detections. Without a weight above 0, or where gradients are disabled, the student's
+            own training forward, untouched.
 
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
             ValueError: a loss of the method has the name of one of the student's, or the trainer ignores a key of the
                 config, see :class:`gkd_d2.trainer_keys.TrainerKeys`.
         """
-        if self.training and self._announce is not None:
+        # Without gradients there is nothing to imitate by: a validation loss and PreciseBN are the student's own.
+        if not (self.training and torch.is_grad_enabled()):
+            return self.student(batched_inputs)
+        if self._announce is not None:
             self._announce()
             self._announce = None
-        if not (self.training and self.method):
+        if not self.method:
             return self.student(batched_inputs)
         self._check_trainer(batched_inputs)
         picture_due = self._picture_due()

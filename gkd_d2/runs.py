@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +13,7 @@ from detectron2.config import CfgNode
 from fvcore.nn import parameter_count
 from torch import nn
 
-from gkd_d2.config import DISTILLER, detector_config, read_config, teacher_config
+from gkd_d2.config import DISTILLER, config_differences, detector_config, read_config, teacher_config
 from gkd_d2.student import build_student, load_student
 
 HEADLINE = "bbox/AP"
@@ -215,35 +214,8 @@ def training_differences(run: Run, baseline: Run) -> dict[str, tuple]:
     return config_differences(detector_config(run.config), detector_config(baseline.config), ignored)
 
 
-def config_differences(one: CfgNode, other: CfgNode, ignored: Sequence[str] = ()) -> dict[str, tuple]:
-    """Key -> value in two configs with the same keys, where they differ; nodes and keys in ``ignored`` are left out.
-
-    Numbers that differ by rounding are the same.
-    """
-    ours, theirs = dict(_flat(one)), dict(_flat(other))
-    keys = [key for key in ours if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
-    return {k: (ours[k], theirs.get(k)) for k in keys if not _same(ours[k], theirs.get(k))}
-
-
-def _same(one: object, other: object) -> bool:
-    # A weight that a study scaled, 0.2 * 0.1, against the one that is written, 0.02.
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-9)
-    # As JSON, for a tuple within a tuple is read back from a file as a list.
-    return json.dumps(one) == json.dumps(other)
-
-
 def _architecture(cfg: CfgNode) -> CfgNode:
     model = detector_config(cfg).MODEL.clone()
     for key in ("WEIGHTS", "DEVICE"):
         model.pop(key)
     return model
-
-
-def _flat(cfg: CfgNode, start: str = ""):
-    """Pairs of dotted key and value."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _flat(value, f"{start}{key}.")
-        else:
-            yield start + key, value

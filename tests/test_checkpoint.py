@@ -6,6 +6,7 @@ import resource
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from tiny import detector_config
 
@@ -36,6 +37,23 @@ def test_a_distillers_student_starts_from_backbone_weights(tmp_path, distiller_c
     StudentCheckpointer(distiller).load(str(tmp_path / "backbone.pth"))
     assert all((value == 2).all() for value in bottom_up.state_dict().values())
     assert not (distiller.student.head.cls_score.weight == 2).all()
+
+
+@pytest.mark.parametrize("checkpointer", [DetectionCheckpointer, StudentCheckpointer])
+def test_a_distillers_student_starts_from_a_detector_of_other_classes(checkpointer, tmp_path, distiller_config, caplog):
+    """What does not fit is left as it is, with Detectron2's warning."""
+    cfg = detector_config("retinanet")
+    cfg.MODEL.RETINANET.NUM_CLASSES = 8
+    other = build_model(cfg)
+    distiller = build_model(distiller_config("retinanet"))
+    before = distiller.student.head.cls_score.weight.clone()
+    with caplog.at_level("WARNING"):
+        checkpointer(distiller).load(save(tmp_path / "other.pth", other.state_dict()))
+    assert torch.equal(distiller.student.head.cls_score.weight, before)
+    assert torch.equal(distiller.student.head.bbox_pred.weight, other.head.bbox_pred.weight)
+    assert "head.cls_score.weight' to the model due to incompatible shapes" in caplog.text
+    with pytest.raises(AttributeError, match="no attribute 'loss_normalizer'"):
+        distiller.loss_normalizer  # noqa: B018
 
 
 def test_a_partial_checkpoint_is_refused_where_all_is_needed(tmp_path):

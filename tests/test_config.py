@@ -8,8 +8,14 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
-from gkd_d2.config import add_gkd_config, detector_config, read_config, resolve_teacher_config, teacher_config
-from gkd_d2.runs import config_differences
+from gkd_d2.config import (
+    add_gkd_config,
+    config_differences,
+    detector_config,
+    read_config,
+    resolve_teacher_config,
+    teacher_config,
+)
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
 

@@ -167,6 +167,28 @@ def test_the_student_starts_and_draws_the_same_with_distillation(kind, distiller
         assert torch.equal(distilled[name], value), name
 
 
+@pytest.mark.parametrize("method", ["gkd", "fitnet", "fgfi", "fgd", "pkd"])
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_losses_are_the_students_own(disabled, method, distiller_config):
+    """A validation loss is computed in training mode under no_grad, also where a measurement and a picture are due."""
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.GKD.METHOD, cfg.GKD.VIS_PERIOD = method, 1
+    distiller = build_model(cfg).train()
+    distiller.watch = True
+    batch = training_batch()
+    distiller.student.loss_normalizer = 100
+    with disabled(), EventStorage():
+        losses = distiller(batch)
+    distiller.student.loss_normalizer = 100
+    with EventStorage():
+        own = distiller.student(batch)
+        trained = distiller(batch)
+    assert losses.keys() == own.keys()
+    for name, value in own.items():
+        assert torch.equal(losses[name], value), name
+    assert trained.keys() > own.keys() and distiller.watched is not None
+
+
 def test_teacher_is_untouched_by_training(distiller_config):
     cfg = distiller_config("retinanet")
     distiller = build_model(cfg)

@@ -20,7 +20,7 @@ from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.engine.trainer import Trainer, settle_seed
+from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -34,11 +34,16 @@ def main(cfg: CfgNode, args: argparse.Namespace):
     default_setup(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        try:
+            trainer.resume_or_load(resume=args.resume)
+        except ResumeError as error:
+            sys.exit(str(error))
         return trainer.train()
     model = Trainer.build_model(cfg)
     CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

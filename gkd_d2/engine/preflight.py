@@ -8,12 +8,14 @@ import os
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import DISTILLER, detector_config, teacher_config
 from gkd_d2.data.loader import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
+from gkd_d2.evaluation import evaluator_type
 from gkd_d2.methods import build_method
 
 
@@ -39,6 +41,7 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int 
         *_device(cfg),
         *([] if eval_only else _batch(cfg, processes)),
         *dataset_problems(cfg, eval_only=eval_only),
+        *_evaluation(cfg),
         *_detector(cfg),
         *_weights(cfg, eval_only, resume),
     ]
@@ -75,6 +78,30 @@ def _detector(cfg: CfgNode) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _evaluation(cfg: CfgNode) -> list[str]:
+    """What Detectron2 would find out only when the training is done."""
+    problems = []
+    for name in cfg.DATASETS.TEST:
+        try:
+            evaluator_type(name)
+        except ValueError as error:
+            problems.append(str(error))
+    distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
+    architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
+    if cfg.TEST.AUG.ENABLED and architecture in META_ARCH_REGISTRY:
+        kind = META_ARCH_REGISTRY.get(architecture)
+        reason = ""
+        if not (isinstance(kind, type) and issubclass(kind, GeneralizedRCNN)):
+            reason = f"a GeneralizedRCNN, which {architecture} is not"
+        elif cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            reason = "detectors without MODEL.KEYPOINT_ON and MODEL.LOAD_PROPOSALS"
+        if reason:
+            problems.append(
+                f"TEST.AUG.ENABLED is True, but Detectron2 augments at test time only {reason}: set it to False"
+            )
+    return problems
 
 
 def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:

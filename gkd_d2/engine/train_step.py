@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -39,6 +40,7 @@ class TrainStep(TrainerBase):
         accumulate_steps: number of equal parts of a batch whose gradients are computed one after the other and
             averaged, as over so many processes.
         amp_dtype: of autocast, torch.float16 (with a gradient scaler) or torch.bfloat16; None: no autocast.
+        from_scratch: whether the model started without pretrained weights; the message of a fault depends on it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TrainStep(TrainerBase):
         seed: int,
         accumulate_steps: int = 1,
         amp_dtype: torch.dtype | None = None,
+        from_scratch: bool = False,
     ):
         super().__init__()
         model.train()
@@ -60,10 +63,13 @@ class TrainStep(TrainerBase):
         self._seed = seed
         self._accumulate_steps = accumulate_steps
         self._amp_dtype = amp_dtype
+        self._from_scratch = from_scratch
         self._device = self.module.device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp_dtype == torch.float16)
         self._batches = None
         self._skipped = 0
+        # The first image of the last batch whose losses were finite.
+        self._innocent: dict | None = None
 
     def start(self, iteration: int) -> None:
         """Start the loader's workers, at the batch of ``iteration``."""
@@ -74,8 +80,9 @@ class TrainStep(TrainerBase):
         """Compute the gradients of one batch and update the model.
 
         Raises:
-            FloatingPointError: a loss is infinite or NaN; the images are named. In float16 a step with such a loss or
-                gradient is left out instead, unless more than MAX_SKIPPED_STEPS of them come in a row.
+            FloatingPointError: a loss is infinite or NaN; the images that cause it are named, or what to change where
+                it is not the images' fault. In float16 a step with such a loss or gradient is left out instead, unless
+                more than MAX_SKIPPED_STEPS of them come in a row.
         """
         start = time.perf_counter()
         batch = next(self._batches)
@@ -91,6 +98,7 @@ class TrainStep(TrainerBase):
         fault = self._write_metrics(losses, data_time) or self._update()
         if not fault:
             self._skipped = 0
+            self._innocent = batch[0]
             return
         if not self._scaler.is_enabled() or self._skipped == MAX_SKIPPED_STEPS:
             raise FloatingPointError(f"Iteration {self.iter}: {fault}; {self._origin(losses, batch)}")
@@ -159,18 +167,42 @@ class TrainStep(TrainerBase):
         return self._blame(batch)
 
     def _blame(self, batch: list[dict]) -> str:
-        """Which images of a failed batch fail by themselves, where it is the images' fault."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.module.parameters()):
+        """The images that reproduce a fault by themselves, or what to change where the fault is the model's."""
+        if not _finite(self.module):
             return (
-                "the weights themselves are not finite, as the gradients of a step before were not: go on from an "
-                "earlier checkpoint with a lower SOLVER.BASE_LR, or with SOLVER.CLIP_GRADIENTS"
+                "the weights themselves are not finite, as the gradients of a step before were not: resume an earlier "
+                f"checkpoint, and {self._advice()}"
             )
+        if isinstance(self.module, GKDDistiller) and not _finite(self.module.teacher):
+            return "the teacher's weights are not finite: set GKD.TEACHER.WEIGHTS to a sound checkpoint"
         names = [str(x.get("file_name", "an image without file_name")) for x in batch]
-        whole = f"the batch was {', '.join(names)}"
-        if len(batch) == 1 or any(isinstance(m, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) for m in self.module.modules()):
-            return whole
+        if any(isinstance(m, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) for m in self.module.modules()):
+            return (
+                "with synchronised norms the images can't be tried one by one. Look at those of the batch, "
+                f"{', '.join(names)}; if they are sound, {self._advice()}"
+            )
         guilty = [name for name, x in zip(names, batch) if self._fails(x)]
-        return f"{whole}; by themselves fail: {', '.join(guilty) or 'none of them'}"
+        if not guilty:
+            return f"no image of the batch causes it by itself: {self._advice()}"
+        others = [self._innocent] if self._innocent is not None else []
+        if len(guilty) < len(batch) or (others and not any(map(self._fails, others))):
+            return f"of the {len(batch)} images of the batch, these cause it by themselves: {', '.join(guilty)}"
+        if len(batch) == 1 and not others:
+            return f"{guilty[0]}, the only image of the batch, causes it by itself; if it is sound, {self._advice()}"
+        return f"every image causes it, so it is not the images' fault: {self._advice()}"
+
+    def _advice(self) -> str:
+        """What to change where a model diverges."""
+        advice = "lower SOLVER.BASE_LR, or clip the gradients by SOLVER.CLIP_GRADIENTS"
+        if isinstance(self.module, GKDDistiller) and self.module.method:
+            advice += ", or lower the weights of the distillation losses whose gkd_ratio/* in metrics.json is above 1"
+        frozen = any(isinstance(module, FrozenBatchNorm2d) for module in self.module.modules())
+        if self._from_scratch and (frozen or not all(p.requires_grad for p in self.module.parameters())):
+            advice += (
+                ". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: to train from scratch, set "
+                "MODEL.RESNETS.NORM to BN, or GN for small batches, and MODEL.BACKBONE.FREEZE_AT to 0"
+            )
+        return advice
 
     def _fails(self, image: dict) -> bool:
         try:
@@ -180,14 +212,35 @@ class TrainStep(TrainerBase):
             return True
 
     def state_dict(self) -> dict:
-        """The optimizer's and the gradient scaler's state: tensors and numbers."""
-        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler.state_dict()}
+        """The optimizer's and the gradient scaler's state, and the parameters' names: tensors, numbers and strings."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "parameters": self.parameter_names(),
+            "grad_scaler": self._scaler.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
+        The optimizer keeps its own parameter groups and hyper-parameters, and takes over what it knows about each
+        parameter, such as its momentum.
+
         Args:
-            state_dict: from :meth:`state_dict`; without a scaler's state the scale is sought anew.
+            state_dict: from :meth:`state_dict`, of the same parameters in any order and any groups; without a scaler's
+                state the scale is sought anew.
         """
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        saved = state_dict["optimizer"]["state"]
+        number = {name: index for index, name in enumerate(state_dict["parameters"])}
+        numbers = [number[name] for name in self.parameter_names()]
+        state = {index: saved[other] for index, other in enumerate(numbers) if other in saved}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if state_dict.get("grad_scaler"):
             self._scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def parameter_names(self) -> list[str]:
+        """Names, as in a checkpoint of the model, of the parameters that the optimizer trains, in its order."""
+        names = {id(tensor): name for name, tensor in self.module.state_dict(keep_vars=True).items()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -13,11 +13,14 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.config import config_differences
 from gkd_d2.data.loader import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
@@ -25,9 +28,29 @@ from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
 from gkd_d2.engine.train_step import TrainStep
-from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator
+from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# Keys that may change at a resume without changing what is trained.
+_IRRELEVANT_TO_RESUME = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.TEST",
+    "TEST",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "VIS_PERIOD",
+    "GKD.VIS_PERIOD",
+    "GKD.WATCH_PERIOD",
+    "GKD.WATCH_PATIENCE",
+    "GKD.WATCH_MAX_RATIO",
+    "GKD.KITTI_RESULTS",
+)
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint can't be resumed with the config of the run."""
 
 
 def settle_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
@@ -78,6 +101,7 @@ class Trainer(DefaultTrainer):
             seed=cfg.SEED,
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
             amp_dtype=_AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None,
+            from_scratch=not cfg.MODEL.WEIGHTS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = StudentCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -88,18 +112,56 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
         add_distillation_hooks(self)
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's; it also scales GKD.WARMUP_ITERS, GKD.WATCH_PERIOD and GKD.VIS_PERIOD as it does its own counts.
+
+        A period above 0 stays at 1 or more.
+        """
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if reference in (0, num_workers):
+            return scaled
+        scale = num_workers / reference
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        for key, least in (("WARMUP_ITERS", 0), ("WATCH_PERIOD", 1), ("VIS_PERIOD", 1)):
+            if cfg.GKD[key] > 0:
+                scaled.GKD[key] = max(least, round(cfg.GKD[key] / scale))
+        if frozen:
+            scaled.freeze()
+        return scaled
+
     def build_hooks(self) -> list[hooks.HookBase]:
         """Detectron2's, with a checkpointer for all processes; those of a distillation are added to them."""
-        built = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
-        # A checkpoint comes before an evaluation, which takes long and may fail.
-        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        return [*built[:place], PeriodicSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD), *built[place:]]
+        built = [h for h in super().build_hooks() if h is not None and not isinstance(h, hooks.PeriodicCheckpointer)]
+        saver = PeriodicSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        # A checkpoint comes before what takes long and may fail, and again after PreciseBN, which changes the model.
+        slow = next(i for i, hook in enumerate(built) if isinstance(hook, (hooks.PreciseBN, hooks.EvalHook)))
+        evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        again = [saver] if evaluation > slow else []
+        # Before the writers, which close at the end.
+        augmented = [hooks.EvalHook(0, self._test_with_augmentation)] if self.cfg.TEST.AUG.ENABLED else []
+        return [
+            *built[:slow],
+            saver,
+            *built[slow:evaluation],
+            *again,
+            built[evaluation],
+            *augmented,
+            *built[evaluation + 1 :],
+        ]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; it also checks that all processes start at one iteration.
 
+        Where the config differs from that of the resumed run, a warning names the keys. The learning rate and its
+        schedule, momentum, weight decay and all else of the config apply from the first resumed iteration.
+
         Raises:
-            RuntimeError: they don't, as where OUTPUT_DIR is a folder of each machine's own.
+            ResumeError: the checkpoint does not hold the whole model, or is of other trainable parameters.
+            RuntimeError: the processes start at different iterations, as where OUTPUT_DIR is a folder of each machine's
+                own.
         """
         if not (resume and self.checkpointer.has_checkpoint()):
             warn_of_frozen_random_weights(self.cfg, self._student())
@@ -131,35 +193,72 @@ class Trainer(DefaultTrainer):
         self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
 
     def state_dict(self) -> dict:
-        """Detectron2's, and what else a resume needs: the moving averages of each process, and what it depends on."""
+        """Detectron2's, and what else a resume needs: the moving averages of each process, and the run's config."""
         return {
             **super().state_dict(),
             # With the optimizer, which Detectron2 0.5 leaves out.
             "_trainer": self._trainer.state_dict(),
             "running_states": self._running_states,
-            "run": self._identity(),
+            "run": {"config": self.cfg.dump(), **self._identity()},
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Warns where the resumed run can't continue exactly."""
+        """Detectron2's; a warning names what differs from the run that wrote the checkpoint.
+
+        Raises:
+            ResumeError: see :meth:`resume_or_load`.
+        """
+        source = self.checkpointer.source
+        start_anew = (
+            f"to start from its weights, set MODEL.WEIGHTS {source}, without --resume and in another OUTPUT_DIR"
+        )
+        if "run" not in state_dict:
+            raise ResumeError(f"{source} was not written by this trainer and can't be resumed: {start_anew}")
+        changed = self._differences(state_dict["run"])
+        there, here = state_dict["_trainer"]["parameters"], self._trainer.parameter_names()
+        if self.checkpointer.unset or set(there) != set(here):
+            of_model = [text for key, text in changed.items() if key.startswith(("MODEL.", "GKD."))]
+            raise ResumeError(
+                f"{source} can't be resumed, because the model or its trainable parameters have changed: "
+                f"{', '.join(of_model) or 'its code has changed'}; {start_anew}"
+            )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
-        was, now = state_dict.get("run", {}), self._identity()
-        changed = [f"{key} was {was.get(key)} and is {value}" for key, value in now.items() if was.get(key) != value]
+        self._set_learning_rates()
         if changed:
             logging.getLogger(__name__).warning(
-                "The resumed run does not continue exactly where it was left: %s", ", ".join(changed)
+                "From iteration %d the resumed run differs from the one before: %s",
+                self.iter + 1,
+                ", ".join(changed.values()),
             )
         states = state_dict.get("running_states", [])
         if states:
             load_running_state(self._student(), states[comm.get_rank() % len(states)])
 
+    def _set_learning_rates(self) -> None:
+        """Set those of the iteration that comes next; the optimizer is as new, the scheduler has been loaded."""
+        groups = self.optimizer.param_groups
+        if isinstance(self.scheduler, LRMultiplier):
+            # A function of the iteration alone, unlike some of PyTorch's schedulers.
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            rates = self.scheduler.get_lr()
+        else:
+            rates = self.scheduler.get_last_lr()
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate
+
+    def _differences(self, run: dict) -> dict[str, str]:
+        """Key -> what the config, or the identity, of the run that wrote a checkpoint has and this one has instead."""
+        was, now = (CfgNode.load_cfg(text) for text in (run["config"], self.cfg.dump()))
+        differences = config_differences(was, now, _IRRELEVANT_TO_RESUME)
+        for key, value in self._identity().items():
+            if run[key] != value:
+                differences[key] = run[key], value
+        return {key: f"{key} was {was} and is {now}" for key, (was, now) in differences.items()}
+
     def _identity(self) -> dict[str, int]:
-        """What the order of images and the random draws depend on."""
+        """What the order of images depends on beside the config."""
         return {
-            "SEED": self.cfg.SEED,
-            "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
-            "SOLVER.ACCUMULATE_STEPS": self.cfg.SOLVER.ACCUMULATE_STEPS,
             "number of processes": comm.get_world_size(),
             "number of images": len(self._trainer.data_loader.dataset),
         }
@@ -167,6 +266,9 @@ class Trainer(DefaultTrainer):
     def _student(self) -> nn.Module:
         model = self._trainer.module
         return model.student if isinstance(model, GKDDistiller) else model
+
+    def _test_with_augmentation(self) -> dict:
+        return self.test_with_TTA(self.cfg, self._student())
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -183,12 +285,10 @@ class Trainer(DefaultTrainer):
         """COCO-style average precision; for datasets of KITTI's form the official one too, ahead of it.
 
         Raises:
-            NotImplementedError: the dataset's ``evaluator_type`` is another.
+            ValueError: the dataset's ``evaluator_type`` is another.
         """
         metadata = MetadataCatalog.get(dataset_name)
-        kind = metadata.get("evaluator_type", "coco")
-        if kind not in ("coco", "kitti"):
-            raise NotImplementedError(f"dataset {dataset_name} asks for the evaluator {kind!r}, known are coco, kitti")
+        kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         if not metadata.get("kitti_labelled", True):
             return KITTIEvaluator(dataset_name, folder, write_results=True)
@@ -197,6 +297,23 @@ class Trainer(DefaultTrainer):
         if kind == "coco":
             return coco
         return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=cfg.GKD.KITTI_RESULTS), coco])
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluate with test-time augmentation, as Detectron2's tools/train_net.py does.
+
+        Args:
+            cfg: of the run.
+            model: a GeneralizedRCNN.
+
+        Returns:
+            As :meth:`test` does, "_TTA" appended to each of the outer keys.
+        """
+        logging.getLogger(__name__).info("Running inference with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
 
 def _convert_to_coco(dataset_name: str, folder: str) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from gkd_d2.config import DISTILLER, read_config
+from gkd_d2.config import DISTILLER, config_differences, read_config
 from gkd_d2.methods import build_method
-from gkd_d2.runs import HEADLINE, Run, config_differences
+from gkd_d2.runs import HEADLINE, Run
 
 # A training's place and hardware, and how it is stopped and resumed, do not change what it teaches. What the teacher's
 # config file says is compared in the teacher's own training.

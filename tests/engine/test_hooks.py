@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
+from detectron2.engine.hooks import PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from tiny import TOY_SCENES
@@ -125,6 +127,54 @@ def test_periods_below_1_are_refused(key, training):
     cfg.merge_from_list([key, 0])
     with pytest.raises(ValueError, match=f"{key} is 0, but must be >= 1"):
         Trainer(cfg)
+
+
+def train_from_one_start(cfg):
+    torch.manual_seed(5)
+    return train(cfg)
+
+
+def precise(cfg):
+    cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
+    return cfg
+
+
+def test_a_distilled_run_ends_with_precise_statistics(training, tmp_path):
+    final = tmp_path / "output" / "model_final.pth"
+    cfg = training(iterations=3)
+    train_from_one_start(cfg)
+    plain = torch.load(final)
+    trainer = train_from_one_start(precise(cfg))
+    saved = torch.load(final)
+    assert saved["iteration"] == 2
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(saved["model"][name], value), name
+    for name, value in plain["model"].items():
+        moved = name.endswith(("running_mean", "running_var"))
+        assert moved or "num_batches" in name or torch.equal(saved["model"][name], value), name
+        assert not (moved and torch.equal(saved["model"][name], value)), name
+
+
+def test_precise_statistics_that_fail_leave_the_trained_model(training, tmp_path, monkeypatch):
+    cfg = training(iterations=3)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    train_from_one_start(cfg)
+    whole = torch.load(tmp_path / "output" / "model_final.pth")
+    shutil.rmtree(tmp_path / "output")
+    (tmp_path / "output").mkdir()
+
+    def fail(hook):
+        raise OSError("an image can't be read")
+
+    monkeypatch.setattr(PreciseBN, "update_stats", fail)
+    with pytest.raises(OSError, match="an image can't be read"):
+        train_from_one_start(precise(cfg))
+    assert checkpoints(tmp_path) == {"model_0000001.pth", "model_final.pth"}
+    left = torch.load(tmp_path / "output" / "model_final.pth")
+    assert left["iteration"] == 2
+    assert all(torch.equal(left["model"][name], value) for name, value in whole["model"].items())
+    states = [checkpoint["trainer"]["_trainer"]["optimizer"]["state"] for checkpoint in (left, whole)]
+    assert states[0].keys() == states[1].keys() != set()
 
 
 # --- the watch

@@ -122,6 +122,32 @@ def test_unknown_method(ready, distiller_config):
     assert "\n- GKD.METHOD is 'fkd', but must be one of" in problems(cfg)
 
 
+def test_an_unknown_evaluator(ready):
+    DatasetCatalog.register("preflight_lvis", list)
+    MetadataCatalog.get("preflight_lvis").evaluator_type = "lvis"
+    ready.DATASETS.TEST = ("toy_kitti_val", "preflight_lvis")
+    for eval_only in (False, True):
+        text = problems(ready, eval_only=eval_only)
+        assert "- the dataset preflight_lvis has the evaluator_type 'lvis'" in text
+        assert text.count("\n- ") == 1
+
+
+def test_detectors_without_test_time_augmentation(ready, distiller_config):
+    ready.TEST.AUG.ENABLED = True
+    for eval_only in (False, True):
+        text = problems(ready, eval_only=eval_only)
+        assert (
+            "TEST.AUG.ENABLED is True" in text and "a GeneralizedRCNN, which RetinaNet is not: set it to False" in text
+        )
+    for kind, fits in (("retinanet", False), ("faster", True)):
+        cfg = distiller_config(kind)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.TEST.AUG.ENABLED = ready.DATASETS.TRAIN, (), True
+        if fits:
+            check_inputs(cfg, eval_only=False, resume=False)
+            cfg.MODEL.KEYPOINT_ON = True
+        assert "TEST.AUG.ENABLED is True" in problems(cfg)
+
+
 def test_device(ready, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ready.MODEL.DEVICE = "cuda"

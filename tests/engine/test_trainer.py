@@ -1,10 +1,17 @@
 """What a run's seed is, and what a resume takes over and notices."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from gkd_d2.engine.trainer import Trainer, settle_seed
+from gkd_d2.config import config_differences, detector_config
+from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 
 
 def test_a_given_seed_stays_and_a_drawn_one_is_kept_at_a_resume(training, tmp_path):
@@ -24,29 +31,172 @@ def resume(cfg):
     return trainer
 
 
-def test_a_resume_takes_over_the_average_and_says_what_changed(training, caplog):
+def test_a_resume_takes_over_the_averages_and_says_what_changed(training, caplog, tmp_path):
     cfg = training("retinanet", iterations=2)
     trainer = Trainer(cfg)
     trainer.train()
     average = trainer.model.student.loss_normalizer
-    assert average != Trainer(cfg).model.student.loss_normalizer
+    # Detectron2's HEAD sets it in the first iteration.
+    assert average != getattr(Trainer(cfg).model.student, "loss_normalizer", None)
 
-    cfg.SOLVER.MAX_ITER = 4
+    cfg.OUTPUT_DIR, output = str(tmp_path / "elsewhere"), cfg.OUTPUT_DIR
+    shutil.copytree(output, cfg.OUTPUT_DIR)
+    cfg.DATALOADER.NUM_WORKERS, cfg.GKD.WATCH_PERIOD, cfg.TEST.EVAL_PERIOD = 1, 7, 9
     again = resume(cfg)
     assert again.start_iter == 2
     assert again.model.student.loss_normalizer == average
-    assert "does not continue exactly" not in caplog.text
-    momentum = [state["momentum_buffer"] for state in again.optimizer.state_dict()["state"].values()]
-    assert all(
-        torch.equal(ours, theirs["momentum_buffer"])
-        for ours, theirs in zip(momentum, trainer.optimizer.state_dict()["state"].values())
+    assert "the resumed run differs" not in caplog.text
+    ours, theirs = again.optimizer.state_dict(), trainer.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert len(ours["state"]) == len(theirs["state"]) > 50
+    for index, state in ours["state"].items():
+        assert torch.equal(state["momentum_buffer"], theirs["state"][index]["momentum_buffer"])
+
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.GKD.LOSS_WEIGHTS.BOX = 2, 8, 0.5
+    cfg.DATASETS.TRAIN = ("toy_kitti_train", "toy_kitti_val")
+    resume(cfg)
+    (record,) = [record for record in caplog.records if "the resumed run differs" in record.message]
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "From iteration 2 the resumed run differs from the one before: DATASETS.TRAIN was ['toy_kitti_train'] and is "
+        "['toy_kitti_train', 'toy_kitti_val'], GKD.LOSS_WEIGHTS.BOX was 0.001 and is 0.5, SEED was 7 and is 8, "
+        "SOLVER.IMS_PER_BATCH was 1 and is 2, number of images was 6 and is 7"
     )
 
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 2, 8
-    resume(cfg)
-    assert "does not continue exactly where it was left: SEED was 7 and is 8, SOLVER.IMS_PER_BATCH was 1 and is 2" in (
-        caplog.text
+
+SCHEDULES = {
+    "rate": {"BASE_LR": 0.004},
+    "steps": {"STEPS": (2,), "GAMMA": 0.5},
+    "longer": {"MAX_ITER": 8, "LR_SCHEDULER_NAME": "WarmupCosineLR"},
+    "warm-up": {"WARMUP_ITERS": 5, "WARMUP_FACTOR": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_resume_follows_the_schedule_of_its_config(changes, training, caplog):
+    """From its first iteration, as a run that had this config from the start would."""
+    cfg = detector_config(training(iterations=5))
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 0.01, (4,), 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    Trainer(cfg).train()
+    (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000002.pth")
+    before = cfg.SOLVER.clone()
+    for key, value in changes.items():
+        cfg.SOLVER[key] = value
+
+    reference = Trainer(cfg)
+    rates = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(reference.optimizer.param_groups[0]["lr"])
+        reference.optimizer.step()
+        reference.scheduler.step()
+    again = resume(cfg)
+    again.train()
+    used = {iteration: rate for rate, iteration in again.storage.history("lr").values()}
+    assert used == dict(enumerate(rates[3:], start=3))
+    for key, value in changes.items():
+        assert f"SOLVER.{key} was {as_text(before[key])} and is {as_text(value)}" in caplog.text
+
+
+def as_text(value):
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def test_a_resume_takes_momentum_and_weight_decay_from_its_config(training, caplog):
+    cfg = training(iterations=1)
+    Trainer(cfg).train()
+    cfg.merge_from_list(["SOLVER.MOMENTUM", 0.5, "SOLVER.WEIGHT_DECAY", 0.25, "SOLVER.WEIGHT_DECAY_NORM", 0.125])
+    cfg.SOLVER.NESTEROV = True
+    again = resume(cfg)
+    groups = again.optimizer.param_groups
+    assert all(group["momentum"] == 0.5 and group["nesterov"] for group in groups)
+    decays = [group["weight_decay"] for group in groups]
+    assert decays == [group["weight_decay"] for group in Trainer(cfg).optimizer.param_groups]
+    assert {0.25, 0.125} <= set(decays)
+    assert "SOLVER.MOMENTUM was 0.9 and is 0.5" in caplog.text
+
+
+FROZEN = ["MODEL.BACKBONE.FREEZE_AT", 2]
+CHANGES = {
+    "another stage frozen": (FROZEN, "MODEL.BACKBONE.FREEZE_AT was 0 and is 2"),
+    "other shapes": (["MODEL.FPN.OUT_CHANNELS", 8], "MODEL.FPN.OUT_CHANNELS was 16 and is 8"),
+    "a level with an align convolution": (["GKD.FEATURES", ["p3"]], "GKD.FEATURES was ['p3', 'p4'] and is ['p3']"),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), CHANGES.values(), ids=CHANGES)
+def test_a_resume_with_other_parameters_is_refused(options, named, training, distiller_config, monkeypatch):
+    cfg = training(iterations=1)
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    distiller_config("retinanet", teacher_channels=24)
+    Trainer(cfg).train()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, *options])
+    with pytest.raises(ResumeError) as error:
+        resume(cfg)
+    final = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    assert str(error.value) == (
+        f"{final} can't be resumed, because the model or its trainable parameters have changed: {named}; to start from "
+        f"its weights, set MODEL.WEIGHTS {final}, without --resume and in another OUTPUT_DIR"
     )
+    # What the sentence advises.
+    cfg.MODEL.WEIGHTS = final
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.start_iter == 0
+
+
+def test_a_frozen_part_that_the_checkpoint_does_not_hold(training):
+    """The trainable parameters are the same."""
+    cfg = training(iterations=1)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 5
+    Trainer(cfg).train()
+    cfg.MODEL.RESNETS.DEPTH = 101
+    with pytest.raises(ResumeError, match="have changed: MODEL.RESNETS.DEPTH was 50 and is 101; to start from"):
+        resume(cfg)
+
+
+def test_a_checkpoint_of_another_trainer_is_not_resumed(training):
+    cfg = training(iterations=1)
+    Trainer(cfg).train()
+    path = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["trainer"]["run"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ResumeError, match="was not written by this trainer and can't be resumed: to start from its we"):
+        resume(cfg)
+
+
+def test_a_checkpoint_holds_the_config_as_text(training):
+    cfg = training(iterations=1)
+    Trainer(cfg).train()
+    run = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", weights_only=True)["trainer"]["run"]
+    assert not config_differences(CfgNode.load_cfg(run["config"]), cfg)
+    # It is as long as config.yaml.
+    assert len(run["config"]) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"), [(8, (12, 5, 1)), (2, (50, 20, 2)), (1, (100, 40, 4)), (64, (2, 1, 1))]
+)
+def test_the_counts_of_gkd_are_scaled_with_the_processes(processes, expected, training):
+    cfg = training(iterations=100)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH = 2, 2
+    cfg.SOLVER.WARMUP_ITERS, cfg.GKD.WARMUP_ITERS, cfg.GKD.WATCH_PERIOD, cfg.GKD.VIS_PERIOD = 50, 50, 20, 2
+    cfg.freeze()
+    scaled = Trainer.auto_scale_workers(cfg, processes)
+    assert (scaled.GKD.WARMUP_ITERS, scaled.GKD.WATCH_PERIOD, scaled.GKD.VIS_PERIOD) == expected
+    assert scaled.SOLVER.WARMUP_ITERS == scaled.GKD.WARMUP_ITERS
+    assert scaled.is_frozen() and cfg.GKD.WARMUP_ITERS == 50
+    cfg.defrost()
+    cfg.GKD.VIS_PERIOD = 0
+    assert Trainer.auto_scale_workers(cfg, processes).GKD.VIS_PERIOD == 0
+
+
+def test_the_trainer_uses_the_scaled_counts(training):
+    cfg = training(iterations=100)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.GKD.WARMUP_ITERS = 2, 2, 50
+    assert Trainer(cfg).model.warmup_iters == 100
 
 
 def test_machines_must_share_the_output_folder(training, monkeypatch):
@@ -58,3 +208,51 @@ def test_machines_must_share_the_output_folder(training, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
     with pytest.raises(RuntimeError, match="would start at iterations 1, 0: OUTPUT_DIR .* must be one folder"):
         trainer.resume_or_load(resume=True)
+
+
+@pytest.fixture
+def other_evaluator():
+    """The name of a dataset whose evaluator is Detectron2's of LVIS."""
+    name = "trainer_lvis_val"
+    DatasetCatalog.register(name, lambda: [{"file_name": "0.png", "image_id": 0}])
+    MetadataCatalog.get(name).evaluator_type = "lvis"
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_an_unknown_evaluator_is_an_error(other_evaluator, training):
+    """Detectron2 would print a hint and return no result."""
+    cfg = training(iterations=1)
+    cfg.DATASETS.TEST = (other_evaluator,)
+    with pytest.raises(
+        ValueError, match="trainer_lvis_val has the evaluator_type 'lvis', but there are evaluators for"
+    ):
+        Trainer.test(cfg, torch.nn.Identity(), None)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_run_ends_with_test_time_augmentation(distilled, training):
+    cfg = training("faster", iterations=2)
+    if not distilled:
+        cfg = detector_config(cfg)
+        cfg.defrost()
+    cfg.DATASETS.TEST = ("toy_kitti_val",)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = True, (64, 96), 240
+    trainer = Trainer(cfg)
+    trainer.train()
+    rows = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    for name in ("bbox", "bbox_TTA"):
+        assert f"{name}/AP50" in names
+    for name in ("kitti", "kitti_TTA"):
+        assert f"{name}/AP_moderate" in names
+    plain, augmented = (
+        json.loads((Path(cfg.OUTPUT_DIR) / folder / "toy_kitti_val" / "coco_instances_results.json").read_text())
+        for folder in ("inference", "inference_TTA")
+    )
+    assert plain and augmented and plain != augmented
+    # The student trains on after an evaluation.
+    assert trainer.model.training

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gkd_d2.config import read_config
-from gkd_d2.runs import config_differences
+from gkd_d2.config import config_differences, read_config
 from gkd_d2.study.plan import read_study
 
 # Of each method, what a scale multiplies.

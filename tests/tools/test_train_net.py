@@ -79,17 +79,29 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     train_net(*student, "--resume", *short("student", 6), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights)
     assert torch.load(tmp_path / "student" / "model_final.pth")["iteration"] == 5
 
+    if name == "retinanet":
+        options = [*short("student", 8), *ATTENTION, "GKD.TEACHER.WEIGHTS", weights, "MODEL.BACKBONE.FREEZE_AT", 3]
+        output = train_net(*student, "--resume", *options, fails=True)
+        assert "MODEL.BACKBONE.FREEZE_AT was 0 and is 3" in output.splitlines()[-1]
+        assert "Traceback" not in output
+
     # The student is evaluated as what it is: no teacher is needed any more.
     weights.unlink()
     final = tmp_path / "student" / "model_final.pth"
-    output = train_net(*student, "--eval-only", "MODEL.WEIGHTS", final, "OUTPUT_DIR", "evaluation")
+    evaluation = ["--eval-only", "MODEL.WEIGHTS", final, "OUTPUT_DIR", "evaluation"]
+    augmented = name == "frcnn"
+    if augmented:
+        evaluation += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.MAX_SIZE", "208"]
+    output = train_net(*student, *evaluation)
     assert "copypaste: AP,AP50" in output
+    assert (tmp_path / "evaluation" / "inference_TTA").exists() == augmented
     # A plain Detectron2 config of the same detector loads the same checkpoint whole.
     again = train_net(f"toy/baselines/{name}.yaml", datasets, "--eval-only", "MODEL.WEIGHTS", final)
     lines = [
         [line.split("copypaste: ")[1] for line in o.splitlines() if "copypaste: " in line] for o in (output, again)
     ]
-    assert lines[0] == lines[1]
+    assert lines[0][: len(lines[1])] == lines[1]
+    assert len(lines[0]) == (1 + augmented) * len(lines[1])
 
 
 def test_evaluation_refuses_weights_that_are_not_the_whole_detector(train_net, datasets, tmp_path):
