@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from gkd_d2.config_merge import merge_file, merge_pairs
 from gkd_d2.imports import import_modules
 
 DISTILLER = "GKDDistiller"
@@ -150,13 +151,11 @@ def read_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) 
         imports: modules that are added to GKD.IMPORTS, as by --import.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: ``config_file``, or a file that it is based on, does not exist.
         ValueError: ``opts`` are no pairs, a key does not exist, a value does not fit its key, or a module in
             GKD.IMPORTS is not found.
         ImportError: a module in GKD.IMPORTS raises an error.
     """
-    if len(opts) % 2:
-        raise ValueError(f"the arguments {' '.join(opts)} must be pairs KEY VALUE; options go before them")
     cfg = _merged(config_file, opts, imports)
     if cfg.MODEL.DEVICE == "auto":
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,15 +193,9 @@ def _merged(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNod
     # Made after the imports, for a module may add keys to Detectron2's defaults.
     cfg = get_cfg()
     add_gkd_config(cfg)
-    try:
-        cfg.merge_from_file(config_file)
-        cfg.GKD.TEACHER.update({k: v for k, v in _node(written, "GKD", "TEACHER").items() if k in _TEACHER_PATHS})
-        cfg.merge_from_list(opts)
-    except (AssertionError, KeyError, ValueError) as error:
-        source = f"{config_file} with its arguments KEY VALUE" if opts else config_file
-        # Python and yacs put the text of a KeyError into quotes.
-        reason = str(error).strip("\"'")
-        raise ValueError(f"{source}: {reason}") from error
+    merge_file(cfg, config_file)
+    cfg.GKD.TEACHER.update({k: v for k, v in _node(written, "GKD", "TEACHER").items() if k in _TEACHER_PATHS})
+    merge_pairs(cfg, opts)
     # What the arguments name.
     _place_teacher(cfg.GKD.TEACHER, config_file)
     cfg.GKD.IMPORTS = list(dict.fromkeys(modules))

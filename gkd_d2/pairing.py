@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+import itertools
 
+from detectron2.config import CfgNode
+
+from gkd_d2.data.classes import known_class_names
 from gkd_d2.detector import SplitDetector
+from gkd_d2.text import counted, listed
 
 # Key of MODEL -> the ground truth that its head learns from, beside boxes.
 _LABELLED = {"MASK_ON": "masks", "KEYPOINT_ON": "keypoints"}
@@ -43,8 +46,8 @@ def pair_levels(
     teacher_levels = list(teacher_levels or student_levels)
     if len(teacher_levels) != len(student_levels):
         raise ValueError(
-            f"GKD.FEATURES has {len(student_levels)} levels, {', '.join(student_levels)}, but GKD.TEACHER.FEATURES "
-            f"has {len(teacher_levels)}, {', '.join(teacher_levels)}"
+            f"GKD.FEATURES has {counted(len(student_levels), 'level')}, {', '.join(student_levels)}, but "
+            f"GKD.TEACHER.FEATURES has {len(teacher_levels)}, {', '.join(teacher_levels)}"
         )
     for key, detector, levels in (
         ("GKD.FEATURES", student, student_levels),
@@ -99,12 +102,12 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
         ValueError: classes, channel order, channels of the image or padding differ, or the teacher's losses need what
             the student's batches do not hold.
     """
-    classes = _class_names(cfg), _class_names(teacher_cfg)
-    if student.num_classes != teacher.num_classes or (None not in classes and classes[0] != classes[1]):
+    if student.num_classes != teacher.num_classes:
         raise ValueError(
-            f"the student detects {student.num_classes} classes ({_listed(classes[0])}), the teacher "
-            f"{teacher.num_classes} ({_listed(classes[1])}): a teacher must be trained on the student's classes"
+            f"the student detects {counted(student.num_classes, 'class', 'classes')}, the teacher "
+            f"{teacher.num_classes}: a teacher must be trained on the student's classes"
         )
+    check_class_names(cfg, teacher_cfg)
     if teacher_cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is True for the teacher and False for the student, so that the teacher would get no "
@@ -128,6 +131,32 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
             raise ValueError(f"{what} is {ours} for the student and {theirs} for the teacher, but they see one batch")
 
 
+def check_class_names(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Refuse a teacher that was trained on other classes, as far as the names of both are known.
+
+    Names may differ in case. Datasets that are not registered or whose files are not there are left out: a teacher may
+    come from elsewhere.
+
+    Args:
+        cfg: the student's config.
+        teacher_cfg: the teacher's config.
+
+    Raises:
+        ValueError: of DATASETS.TRAIN of both, two datasets have different classes or another order of them.
+    """
+    ours, theirs = (
+        {dataset: names for dataset in config.DATASETS.TRAIN if (names := known_class_names(dataset))}
+        for config in (cfg, teacher_cfg)
+    )
+    for (dataset, names), (other, other_names) in itertools.product(ours.items(), theirs.items()):
+        if [name.casefold() for name in names] != [name.casefold() for name in other_names]:
+            raise ValueError(
+                f"the student's dataset {dataset} has the classes {listed(names, 100)}, the teacher's {other} has "
+                f"{listed(other_names, 100)}: a teacher must be trained on the student's classes, in their order. "
+                "Where they are the same classes under other names, set DATASETS.TRAIN to () in the teacher's config"
+            )
+
+
 def _padding(detector: SplitDetector) -> dict:
     """Constraints beyond size_divisibility, which Detectron2 0.5 does not have."""
     return getattr(detector.model.backbone, "padding_constraints", {})
@@ -135,13 +164,3 @@ def _padding(detector: SplitDetector) -> dict:
 
 def _names(detector: SplitDetector) -> str:
     return ", ".join(sorted(detector.head_features()))
-
-
-def _class_names(cfg: CfgNode) -> list[str] | None:
-    """Class names of the training set, where it is registered with them."""
-    names = [n for n in cfg.DATASETS.TRAIN if n in MetadataCatalog.list()]
-    return getattr(MetadataCatalog.get(names[0]), "thing_classes", None) if names else None
-
-
-def _listed(names: list[str] | None) -> str:
-    return ", ".join(names) if names else "names not known"

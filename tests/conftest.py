@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_json import write_coco
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
@@ -59,6 +60,30 @@ def demo(project, tmp_path_factory) -> tuple[Path, str]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder, done.stdout
+
+
+@pytest.fixture
+def coco_dataset(tmp_path):
+    """:func:`coco_json.write_coco` in a folder of its own; what is registered is removed at the end."""
+    registered = set(DatasetCatalog.list()), set(MetadataCatalog.list())
+    (tmp_path / "coco_json").mkdir()
+    yield functools.partial(write_coco, tmp_path / "coco_json")
+    for catalog, before in zip((DatasetCatalog, MetadataCatalog), registered):
+        for name in set(catalog.list()) - before:
+            catalog.remove(name)
+
+
+@pytest.fixture
+def main_of_tool(project, monkeypatch):
+    """Run a file of tools/ within this process, up to the sentence that it ends with."""
+
+    def run(name: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(project / "tools" / name), run_name="__main__")
+        return end.value.code
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The configs in the project and how a config becomes a student's and a teacher's."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -196,6 +197,65 @@ def test_a_distilled_student_can_be_a_teacher(distiller_config, tmp_path):
     teacher = teacher_config(cfg)
     assert teacher.MODEL.META_ARCHITECTURE == "RetinaNet"
     assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASE_LR"], "the config key SOLVER.BASE_LR has no value"),
+        (["MODEL.WEIGHTS", "SOLVER.MAX_ITER", "3"], "the config key MODEL.WEIGHTS has no value"),
+        (["SOLVER.BASELR", "1"], "there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?"),
+        (["solver.base_lr", "1"], "there is no config key 'solver.base_lr', did you mean SOLVER.BASE_LR?"),
+        (["BASE_LR", "1"], "there is no config key 'BASE_LR', did you mean SOLVER.BASE_LR?"),
+        (["SOLVER.BASE_LR=1"], "there is no config key 'SOLVER.BASE_LR=1', did you mean SOLVER.BASE_LR?"),
+        (["QQQQ", "1"], "there is no config key 'QQQQ'. The command line ends with pairs KEY VALUE"),
+        (["SOLVER.BASE_LR", "low"], "SOLVER.BASE_LR is 'low', but must be of the type float, such as 0.04"),
+        (["SOLVER.STEPS", "30"], "SOLVER.STEPS is '30', but must be of the type tuple, such as (160,)"),
+        (["SOLVER", "30"], "SOLVER is '30', but must be a group of keys"),
+        (["SEED", "1", "--resume"], "the option --resume comes after KEY VALUE pairs"),
+        (["SEED", "1", "--num-gpus", "2"], "the option --num-gpus comes after KEY VALUE pairs"),
+    ],
+)
+def test_mistakes_in_pairs(project, opts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(project / "configs" / "toy" / "gkd_frcnn.yaml", *opts)
+
+
+def test_pairs(project):
+    cfg = read(project / "configs/toy/gkd_frcnn.yaml", "MODEL.WEIGHTS", "", "SEED", "-1", "SOLVER.STEPS", "(3, 4)")
+    assert (cfg.MODEL.WEIGHTS, cfg.SEED, cfg.SOLVER.STEPS) == ("", -1, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER:\n  BASELR: 1\n", "mine.yaml: there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?"),
+        (
+            "SOLVER:\n  BASE_LR: low\n",
+            "mine.yaml: SOLVER.BASE_LR has a value that does not fit: it must be of the type",
+        ),
+        ("SOLVER: [\n", "mine.yaml: while parsing a flow node"),
+        ("", "mine.yaml: it must hold config keys and their values in YAML"),
+        ("SOLVER\n", "mine.yaml: it must hold config keys and their values in YAML"),
+    ],
+)
+def test_mistakes_in_files(distiller_config, tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path / "mine.yaml")
+    # A teacher's file is read in the same way.
+    cfg = distiller_config("retinanet")
+    cfg.GKD.TEACHER.CONFIG_FILE = str(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        teacher_config(cfg)
+
+
+def test_files_that_do_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no config file .*nowhere.yaml"):
+        read(tmp_path / "nowhere.yaml")
+    (tmp_path / "mine.yaml").write_text("_BASE_: nowhere.yaml\n")
+    with pytest.raises(FileNotFoundError, match="mine.yaml: its _BASE_ .*nowhere.yaml does not exist"):
+        read(tmp_path / "mine.yaml")
 
 
 def test_an_unknown_device_is_named(project):

@@ -58,7 +58,7 @@ def test_no_common_level(faster):
 def test_other_number_of_classes(faster):
     cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
     teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
-    with pytest.raises(ValueError, match="student detects 3 classes .* the teacher 4"):
+    with pytest.raises(ValueError, match="student detects 3 classes, the teacher 4"):
         check_pair(faster, split_detector(build_model(teacher_cfg)), cfg, teacher_cfg)
 
 
@@ -72,6 +72,18 @@ def test_same_number_of_other_classes(faster):
     # Without registered names the number decides.
     teacher_cfg.DATASETS.TRAIN = ("pairing_not_registered",)
     check_pair(faster, faster, cfg, teacher_cfg)
+
+
+def test_classes_of_annotation_files_that_are_not_loaded_yet(faster, coco_dataset):
+    for name, classes in (("a", ("car", "dog", "bus")), ("b", ("Car", "Dog", "Bus")), ("c", ("dog", "car", "bus"))):
+        coco_dataset(f"pairing_{name}", classes=classes)
+    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
+    cfg.DATASETS.TRAIN = ("pairing_a",)
+    teacher_cfg.DATASETS.TRAIN = ("pairing_b",)
+    check_pair(faster, faster, cfg, teacher_cfg)
+    teacher_cfg.DATASETS.TRAIN = ("pairing_b", "pairing_c")
+    with pytest.raises(ValueError, match="pairing_a has the classes car, dog, bus, .* pairing_c has dog, car, bus: "):
+        check_pair(faster, faster, cfg, teacher_cfg)
 
 
 def test_other_input(faster):

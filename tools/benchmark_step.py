@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.imports import add_import_option
@@ -474,7 +475,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the phases there")
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
-    args = parser.parse_args()
+    args = parse_options_first(parser)
     # A first step makes the optimizer's state, which is no part of a step's cost.
     for name in ("batch", "boxes", "rounds", "warm_up"):
         if getattr(args, name) < 1:

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
 from gkd_d2.imports import add_import_option
@@ -56,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config, as the run was started with"
     )
-    return parser.parse_args()
+    return parse_options_first(parser)
 
 
 def run_config(args: argparse.Namespace) -> CfgNode:

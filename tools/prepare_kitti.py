@@ -14,6 +14,7 @@ from gkd_d2.data.builtin import resolve_root
 from gkd_d2.data.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
 from gkd_d2.data.prepare_kitti import check_images, count_objects, export_coco, unpack, write_split
 from gkd_d2.progress import track
+from gkd_d2.text import counted
 
 from tabulate import tabulate
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for, with the counts on the standard output."""
     root = args.root or resolve_root("$DETECTRON2_DATASETS/kitti")
     for archive in args.archives:
-        print(f"{archive}: {unpack(archive, root, force=args.force)} files written to {root}", flush=True)
+        print(f"{archive}: {counted(unpack(archive, root, force=args.force), 'file')} written to {root}", flush=True)
     check_kitti_root(root)
     written = write_split(root)
     print(f"split: {'written to' if written else 'as it stands in'} {root / 'ImageSets'}")
@@ -49,10 +50,12 @@ def run(args: argparse.Namespace) -> None:
                 # Pillow clips 16-bit values to 255 where it makes them 8-bit: such images turn white.
                 note = ", whose values above 255 are clipped" if mode.startswith(("I", "F")) else ""
                 if mode != "RGB":
-                    print(f"{split}: {number} images of mode {mode}, converted by Detectron2{note}")
+                    print(f"{split}: {counted(number, 'image')} of mode {mode}, converted by Detectron2{note}")
         counts = count_objects(records)
         rows = [[kind, *(found.get(column) for column in ("all", *DIFFICULTIES))] for kind, found in counts.items()]
-        print(f"\n{split}: {len(records)} images\n{tabulate(rows, headers=['objects', 'all', *DIFFICULTIES])}")
+        print(
+            f"\n{split}: {counted(len(records), 'image')}\n{tabulate(rows, headers=['objects', 'all', *DIFFICULTIES])}"
+        )
     if args.coco is not None:
         print("\n" + "\n".join(str(path) for path in export_coco(root, args.coco, force=args.force)))
 

@@ -17,6 +17,7 @@ import itertools
 import sys
 
 from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
@@ -49,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
-    args = parser.parse_args()
+    args = parse_options_first(parser)
     if args.batches < 1:
         parser.error(f"--batches is {args.batches}, but must be at least 1")
     return args

@@ -16,8 +16,9 @@ import argparse
 import sys
 
 from gkd_d2.checkpoint import CheckpointError, CompleteCheckpointer
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
-from gkd_d2.engine.launch import launch
+from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 from gkd_d2.imports import add_import_option, import_modules
@@ -56,7 +57,7 @@ def main(cfg: CfgNode, args: argparse.Namespace):
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     add_import_option(parser)
-    args = parser.parse_args()
+    args = parse_options_first(parser)
     if not args.config_file:
         parser.error("--config-file is missing: name one of configs/")
     try:
@@ -65,7 +66,8 @@ if __name__ == "__main__":
             # The student is evaluated as the plain detector it is: no teacher is built.
             cfg = detector_config(cfg)
         cfg.freeze()
-        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume)
-    except (PreflightError, ValueError, OSError) as error:
+        processes = count_processes(args, device=cfg.MODEL.DEVICE)
+        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes)
+    except (PreflightError, OSError, ValueError) as error:
         sys.exit(str(error))
     launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

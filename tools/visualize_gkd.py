@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize below OUTPUT_DIR")
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
-    args = parser.parse_args()
+    args = parse_options_first(parser)
     if args.count < 1:
         parser.error(f"--count is {args.count}, but must be at least 1")
     if not Path(args.config_file).is_file():

@@ -1,6 +1,7 @@
 """Annotation files of COCO's instances form, read as a stream and checked on the way.
 
-What the file must hold: an object with the arrays ``images``, ``annotations`` and ``categories``, none of them empty.
+What :class:`CocoFile` requires of a file: an object with the arrays ``images``, ``annotations`` and ``categories``, all
+with something in them.
 
 * an image: ``id`` (integer, unique), ``width`` and ``height`` (positive integers), ``file_name`` (text);
 * a category: ``id`` (integer, unique), ``name`` (text);
@@ -103,6 +104,41 @@ class CocoFile:
         return _items(self.path, "annotations", check)
 
 
+def elements(path: str | os.PathLike, key: str) -> Iterator[Any]:
+    """The elements of a top-level array of a JSON file, unchecked, one after the other.
+
+    Args:
+        path: the file.
+        key: of the array; without such an array there are no elements.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no valid JSON; the message begins with the file.
+    """
+    with _json_errors_named(path), open(path, "rb") as file:
+        yield from ijson.items(file, f"{key}.item", use_float=True, buf_size=_BUFFER)
+
+
+def category_names(path: str | os.PathLike) -> list[str]:
+    """Names of a file's categories in the order of their ids, which is the order of Detectron2's contiguous ids.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no valid JSON, or a category has no id or no name; the message begins with the file.
+    """
+    names = {}
+    for index, category in enumerate(elements(path, "categories")):
+        if not (isinstance(category, dict) and category.keys() >= {"id", "name"}):
+            raise ValueError(
+                f"{path}: categories[{index}] is {_shown(category)}; it must be an object with id and name"
+            )
+        names[category["id"]] = str(category["name"])
+    try:
+        return [names[number] for number in sorted(names)]
+    except TypeError:
+        raise ValueError(f"{path}: the ids of its categories are of several types: {_shown(list(names))}") from None
+
+
 def overhang(bbox: list[float], size: tuple[int, int]) -> float:
     """How far a box x, y, width, height sticks out of an image width, height, as a share of the image's side."""
     (x, y, width, height), (image_width, image_height) = bbox, size
@@ -137,20 +173,19 @@ def _check_depth(path: str | os.PathLike) -> None:
 def _items(path: str | os.PathLike, key: str, check: Callable[[dict], None]) -> Iterator[dict[str, Any]]:
     """Yield the checked elements of a top-level array, whose ids are unique."""
     seen: set[int] = set()
-    with _json_errors_named(path), open(path, "rb") as file:
-        for index, item in enumerate(ijson.items(file, f"{key}.item", use_float=True, buf_size=_BUFFER)):
-            where = f"{path}: {key}[{index}]"
-            if not isinstance(item, dict):
-                raise ValueError(f"{where} is {_shown(item)}, not an object")
-            try:
-                check(item)
-            except ValueError as error:
-                number = f" (id {item['id']})" if _is_integer(item.get("id")) else ""
-                raise ValueError(f"{where}{number}: {error}") from None
-            if item["id"] in seen:
-                raise ValueError(f"{where}: id {item['id']} stands twice among the {key}")
-            seen.add(item["id"])
-            yield item
+    for index, item in enumerate(elements(path, key)):
+        where = f"{path}: {key}[{index}]"
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} is {_shown(item)}, not an object")
+        try:
+            check(item)
+        except ValueError as error:
+            number = f" (id {item['id']})" if _is_integer(item.get("id")) else ""
+            raise ValueError(f"{where}{number}: {error}") from None
+        if item["id"] in seen:
+            raise ValueError(f"{where}: id {item['id']} stands twice among the {key}")
+        seen.add(item["id"])
+        yield item
     if not seen:
         raise ValueError(f"{path}: it has no array {key!r} at its top with something in it")
 

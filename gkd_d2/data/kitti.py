@@ -2,10 +2,10 @@
 
 The folder is read as KITTI ships it (A. Geiger, P. Lenz, R. Urtasun, CVPR 2012)::
 
-    ROOT/training/image_2/ID.png (or .jpg)   left colour images
+    ROOT/training/image_2/ID.png             left colour images: .png, .jpg or .jpeg, in letters of any case
     ROOT/training/label_2/ID.txt             one object a line, 15 fields
     ROOT/ImageSets/train.txt, val.txt        one ID a line; both or neither
-    ROOT/testing/image_2/ID.png (or .jpg)    images without labels, for the benchmark's server; optional
+    ROOT/testing/image_2/ID.png              images without labels, for the benchmark's server; optional
 
 Without lists the ids are split 8:2 by a hash of the id, the same on every machine.
 """
@@ -27,13 +27,17 @@ import numpy as np
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from gkd_d2.text import counted
+
 logger = logging.getLogger(__name__)
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 IGNORED_TYPES = ("Van", "Truck", "Person_sitting", "Tram", "Misc", "DontCare")
 SPLITS = ("train", "val")
 
-_IMAGE_SUFFIXES = (".png", ".jpg")
+# In letters of any case.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_OF_IMAGES = ", ".join(IMAGE_SUFFIXES[:-1]) + f" or {IMAGE_SUFFIXES[-1]}"
 _TESTING = Path("testing", "image_2")
 _FIELDS = (
     "type", "truncated", "occluded", "alpha", "left", "top", "right", "bottom",
@@ -151,9 +155,9 @@ def check_kitti_testing(root: str | os.PathLike) -> None:
         FileNotFoundError: the folder is missing or empty.
     """
     folder = Path(root) / _TESTING
-    if not folder.is_dir() or not any(name.endswith(_IMAGE_SUFFIXES) for name in _names_in(folder)):
+    if not folder.is_dir() or not any(name.lower().endswith(IMAGE_SUFFIXES) for name in _names_in(folder)):
         raise FileNotFoundError(
-            f"{folder} holds no {' or '.join(_IMAGE_SUFFIXES)} file: put there the testing images of KITTI's archive "
+            f"{folder} holds no {_OF_IMAGES} file: put there the testing images of KITTI's archive "
             "of left colour images (docs/datasets.md)"
         )
 
@@ -171,11 +175,13 @@ def check_kitti_root(root: str | os.PathLike) -> None:
     root = Path(root)
     if not root.is_dir():
         raise _no_dataset(root, "the folder does not exist")
-    for folder, suffixes in (("training/image_2", _IMAGE_SUFFIXES), ("training/label_2", (".txt",))):
+    for folder in ("training/image_2", "training/label_2"):
         if not (root / folder).is_dir():
             raise _no_dataset(root, f"its folder {folder} does not exist")
-        if not any(name.endswith(suffixes) for name in _names_in(root / folder)):
-            raise _no_dataset(root, f"its folder {folder} holds no {' or '.join(suffixes)} file")
+    if not any(name.lower().endswith(IMAGE_SUFFIXES) for name in _names_in(root / "training/image_2")):
+        raise _no_dataset(root, f"its folder training/image_2 holds no {_OF_IMAGES} file")
+    if not any(name.endswith(".txt") for name in _names_in(root / "training/label_2")):
+        raise _no_dataset(root, "its folder training/label_2 holds no .txt file")
     missing = [path for path in _list_paths(root).values() if not path.is_file()]
     if len(missing) == 1:
         raise FileNotFoundError(
@@ -231,7 +237,7 @@ def parse_label_line(
     fields = line.split()
     if len(fields) != len(_FIELDS):
         hint = "; 16 fields are a detection result with its score, no label" if len(fields) == 16 else ""
-        raise ValueError(f"{where}: {len(fields)} fields, a KITTI label has {len(_FIELDS)}{hint}: {line!r}")
+        raise ValueError(f"{where}: {counted(len(fields), 'field')}, a KITTI label has {len(_FIELDS)}{hint}: {line!r}")
     kind = parse_type(fields[0], where, any_case=any_case)
     numbers = dict(zip(_FIELDS[1:], (parse_number(text, name, where) for name, text in zip(_FIELDS[1:], fields[1:]))))
 
@@ -285,7 +291,7 @@ def _no_dataset(root: Path, problem: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"no KITTI dataset at {root}: {problem}.\n"
         "Put there the left colour images and the training labels of the KITTI object detection benchmark "
-        "(docs/datasets.md): training/image_2/*.png or .jpg, training/label_2/*.txt and, optionally, "
+        "(docs/datasets.md): training/image_2/*.png, .jpg or .jpeg, training/label_2/*.txt and, optionally, "
         "ImageSets/train.txt and val.txt.\n"
         f"The built-in datasets are looked for below the environment variable DETECTRON2_DATASETS; {now}.\n"
         "To start without a download, make toy data: python tools/make_toy_kitti.py, "
@@ -306,7 +312,7 @@ def _images_by_id(folder: Path) -> dict[str, list[Path]]:
     images: dict[str, list[Path]] = {}
     for name in sorted(_names_in(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix in _IMAGE_SUFFIXES:
+        if suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(stem, []).append(folder / name)
     return images
 
@@ -385,8 +391,8 @@ def _read_record(root: Path, entry: _ListedId, images: dict[str, list[Path]]) ->
     files = images.get(image_id, [])
     label_path = root / "training" / "label_2" / f"{image_id}.txt"
     if not files:
-        missing = root / "training" / "image_2" / f"{image_id}.png"
-        raise FileNotFoundError(f"{prefix}id {image_id!r} has no image: neither {missing} nor its .jpg exists")
+        missing = root / "training" / "image_2" / image_id
+        raise FileNotFoundError(f"{prefix}id {image_id!r} has no image: there is no {missing} with {_OF_IMAGES}")
     if len(files) > 1:
         raise ValueError(f"{prefix}id {image_id!r} has two images, keep one: {', '.join(map(str, files))}")
     if not label_path.is_file():

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gkd_d2.streams import mix_seed, separate_data_stream
+from gkd_d2.text import counted
 
 
 class SeededDataset(Dataset):
@@ -95,14 +96,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
     """
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}, but the order of the images needs a seed >= 0")
-    if cfg.SOLVER.ACCUMULATE_STEPS < 1:
-        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}, but must be >= 1")
-    shares = comm.get_world_size() * cfg.SOLVER.ACCUMULATE_STEPS
-    if cfg.SOLVER.IMS_PER_BATCH <= 0 or cfg.SOLVER.IMS_PER_BATCH % shares:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {comm.get_world_size()} processes x "
-            f"SOLVER.ACCUMULATE_STEPS {cfg.SOLVER.ACCUMULATE_STEPS} can't share evenly: make it a multiple of {shares}"
-        )
+    check_batch(cfg, comm.get_world_size())
     model = cfg.MODEL
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -118,6 +112,33 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
         worker_init_fn=_outlive_sigterm,
+    )
+
+
+def check_batch(cfg: CfgNode, processes: int) -> None:
+    """Check that the processes of a run can share its batch evenly.
+
+    Args:
+        cfg: with a SOLVER.REFERENCE_WORLD_SIZE above 0 the batch belongs to that number of processes, and Detectron2
+            scales it to ``processes``.
+        processes: their number.
+
+    Raises:
+        ValueError: they can't; the message gives the nearest batches that work.
+    """
+    batch, parts, reference = (cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "ACCUMULATE_STEPS", "REFERENCE_WORLD_SIZE"))
+    if parts < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {parts}, but must be >= 1")
+    shares = (reference or processes) * parts
+    if batch > 0 and batch % shares == 0:
+        return
+    below, above = batch // shares * shares, (max(batch, 0) // shares + 1) * shares
+    found = counted(reference or processes, "process", "processes")
+    found += " of SOLVER.REFERENCE_WORLD_SIZE" if reference else ""
+    of_parts = f" in {parts} parts each, as SOLVER.ACCUMULATE_STEPS says" if parts > 1 else ""
+    raise ValueError(
+        f"SOLVER.IMS_PER_BATCH is {batch}, which can't be shared evenly by {found}{of_parts}: set it to "
+        f"{f'{below} or ' if below > 0 else ''}{above}"
     )
 
 

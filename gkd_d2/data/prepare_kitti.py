@@ -20,10 +20,11 @@ from PIL import Image
 
 from gkd_d2.progress import track
 
-from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, SPLITS, load_kitti, split_by_hash
+from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, IMAGE_SUFFIXES, SPLITS, load_kitti, split_by_hash
 
 # All that the official archives of images and labels hold.
-_ENTRY = re.compile(r"(training|testing)/(image_2|label_2)/[A-Za-z0-9_-]+\.(png|jpg|txt)", re.ASCII)
+_SUFFIXES = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+_ENTRY = re.compile(rf"(training|testing)/(image_2|label_2)/[A-Za-z0-9_-]+\.((?i:{_SUFFIXES})|txt)", re.ASCII)
 _FOLDER = re.compile(r"(training|testing)/((image_2|label_2)/)?", re.ASCII)
 _ENCRYPTED = 0x1
 

@@ -18,6 +18,8 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, spawn
 
+from gkd_d2.text import counted
+
 # Of the ports that no service is registered for; jobs that share a machine get different ones.
 _PORTS = range(20000, 40000)
 
@@ -61,20 +63,15 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device
         SystemExit: a process that was started here ended with an exit status other than 0 without an exception, as one
             stopped by a signal does; with its status.
     """
+    processes = count_processes(args, device=device)
     args = _machines_of_slurm(args, os.environ)
     place = place_from_environment(args, os.environ)
     if place is not None:
         _run(main, main_args, place, device)
         return
-    if args.num_machines > 1 and args.num_gpus < 1:
-        raise ValueError(
-            f"--num-gpus is {args.num_gpus}, with --num-machines {args.num_machines}: each machine would train by "
-            "itself; give the number of processes on a machine, on a CPU too"
-        )
-    if args.num_gpus * args.num_machines <= 1:
+    if processes == 1:
         main(*main_args)
         return
-    _check_gpus(args.num_gpus, device)
     previous = signal.signal(signal.SIGTERM, _pass_on)
     try:
         if device == "cpu":
@@ -89,6 +86,33 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device
         raise SystemExit(status) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def count_processes(args: argparse.Namespace, *, device: str) -> int:
+    """The number of all processes that :func:`launch` will run ``main`` in, found before any of them works.
+
+    Args:
+        args: of Detectron2's default_argument_parser.
+        device: MODEL.DEVICE.
+
+    Raises:
+        ValueError: as :func:`launch`.
+    """
+    args = _machines_of_slurm(args, os.environ)
+    place = place_from_environment(args, os.environ)
+    if place is not None:
+        if device != "cpu":
+            _gpu(place, device)
+        return place.world_size
+    if args.num_machines > 1 and args.num_gpus < 1:
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, with --num-machines {args.num_machines}: each machine would train by "
+            "itself; give the number of processes on a machine, on a CPU too"
+        )
+    if args.num_gpus * args.num_machines <= 1:
+        return 1
+    _check_gpus(args.num_gpus, device)
+    return args.num_gpus * args.num_machines
 
 
 def place_from_environment(args: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
@@ -150,14 +174,7 @@ def _url_of_slurm(environment: Mapping[str, str]) -> str:
 def _run(main: Callable, main_args: tuple, place: Place, device: str) -> None:
     """Join the other processes, run ``main``, and leave together with them."""
     if device != "cpu":
-        _check_gpus(1, device)
-        # With one GPU visible to each process, as by --gpus-per-task, every process's own is number 0.
-        visible = torch.cuda.device_count()
-        if place.local_rank >= visible > 1:
-            raise ValueError(
-                f"process {place.local_rank} of machine {place.machine} has no GPU of its own: {visible} are visible"
-            )
-        torch.cuda.set_device(place.local_rank % visible)
+        torch.cuda.set_device(_gpu(place, device))
     distributed.init_process_group(
         "gloo" if device == "cpu" else "nccl", init_method=place.url, rank=place.rank, world_size=place.world_size
     )
@@ -185,11 +202,24 @@ def _form_local_groups(machine: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def _gpu(place: Place, device: str) -> int:
+    """The number of the GPU that a process works on."""
+    _check_gpus(1, device)
+    # With one GPU visible to each process, as by --gpus-per-task, every process's own is number 0.
+    visible = torch.cuda.device_count()
+    if place.local_rank >= visible > 1:
+        raise ValueError(
+            f"process {place.local_rank} of machine {place.machine} has no GPU of its own: {visible} are visible"
+        )
+    return place.local_rank % visible
+
+
 def _check_gpus(wanted: int, device: str) -> None:
     if device != "cpu" and torch.cuda.device_count() < wanted:
         raise ValueError(
-            f"this run needs {wanted} GPUs on this machine, but torch finds {torch.cuda.device_count()}: lower "
-            "--num-gpus, or add MODEL.DEVICE cpu to run as many processes on the CPU"
+            f"this run needs {counted(wanted, 'GPU')} on this machine, but torch finds {torch.cuda.device_count()}: "
+            "lower --num-gpus, or put `MODEL.DEVICE cpu` at the end of the command line, after all options, to run as "
+            "many processes on the CPU"
         )
 
 

@@ -8,13 +8,14 @@ import os
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.checkpoint import find_damage
 from gkd_d2.config import DISTILLER, architecture_key, detector_config, teacher_config
-from gkd_d2.data.builtin import check_datasets
+from gkd_d2.data.loader import check_batch
+from gkd_d2.engine import from_scratch
+from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.evaluation import evaluator_type
 from gkd_d2.methods import build_method
 from gkd_d2.registries import find_unregistered
@@ -24,8 +25,8 @@ class PreflightError(Exception):
     """A run can't start; the text says for every missing thing what to put where."""
 
 
-def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Look for the device, the data, the weights, the method and the teacher that ``cfg`` names.
+def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int = 1) -> None:
+    """Look for the device, the batch, the data, the weights, the method and the teacher that ``cfg`` names.
 
     Weights at a URL are fetched into Detectron2's cache.
 
@@ -33,12 +34,19 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         cfg: the config of the run.
         eval_only: whether it only evaluates.
         resume: whether it starts from the last checkpoint in OUTPUT_DIR, where there is one.
+        processes: that share a batch.
 
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
-    problems = [*_device(cfg), *_datasets(cfg, eval_only), *_detector(cfg), *_evaluation(cfg)]
-    problems += _weights(cfg, eval_only, resume)
+    problems = [
+        *_device(cfg),
+        *([] if eval_only else _batch(cfg, processes)),
+        *dataset_problems(cfg, eval_only=eval_only),
+        *_evaluation(cfg),
+        *_detector(cfg),
+        *_weights(cfg, eval_only, resume),
+    ]
     if cfg.MODEL.META_ARCHITECTURE == DISTILLER:
         problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
@@ -48,8 +56,8 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 def _device(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         return [
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: add the arguments "
-            "`--num-gpus 0 MODEL.DEVICE cpu` to run on the CPU"
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but torch {torch.__version__} finds no GPU: to run on "
+            "the CPU, put `MODEL.DEVICE cpu` at the end of the command line, after all options"
         ]
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         return [f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: set it to float16 or bfloat16"]
@@ -58,27 +66,12 @@ def _device(cfg: CfgNode) -> list[str]:
     return []
 
 
-def _datasets(cfg: CfgNode, eval_only: bool) -> list[str]:
-    problems = []
-    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    if not names or not (eval_only or cfg.DATASETS.TRAIN):
-        problems.append(f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use")
-    broken: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        try:
-            check_datasets([name])
-        except (KeyError, OSError) as error:
-            # Training and test set often lie in one folder, whose absence is said once.
-            reason = error.args[0] if isinstance(error, KeyError) else str(error)
-            broken.setdefault(reason, []).append(name)
-            continue
-        # Datasets in COCO's form that Detectron2 or the user registered.
-        metadata = MetadataCatalog.get(name)
-        for key in ("json_file", "image_root"):
-            path = metadata.get(key)
-            if path and not PathManager.exists(path):
-                problems.append(f"DATASETS names {name}, whose {key} {path} does not exist: put it there")
-    return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
+def _batch(cfg: CfgNode, processes: int) -> list[str]:
+    try:
+        check_batch(cfg, processes)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _detector(cfg: CfgNode) -> list[str]:
@@ -121,7 +114,7 @@ def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
     if reason:
         return [
             f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. Set MODEL.WEIGHTS to a file that holds these weights, "
-            "fetched on another machine if need be; or to '' to train from scratch"
+            f"fetched on another machine if need be; or, {from_scratch.ADVICE}"
         ]
     return []
 
@@ -140,6 +133,7 @@ def _teacher(cfg: CfgNode) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     problems = find_unregistered(teacher, place=f" of {cfg.GKD.TEACHER.CONFIG_FILE}")
+    problems += teacher_class_problems(cfg, teacher)
     reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS, ", nor in the folder of the config file that sets the key")
     if reason:
         problems.append(

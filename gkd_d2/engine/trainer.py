@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -26,9 +26,10 @@ from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.first_lines import FirstLines
+from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
 from gkd_d2.engine.train_step import TrainStep
-from gkd_d2.evaluation import KITTIEvaluator, evaluator_type
+from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Keys that may change at a resume without changing what is trained.
@@ -165,6 +166,8 @@ class Trainer(DefaultTrainer):
             RuntimeError: the processes start at different iterations, as where OUTPUT_DIR is a folder of each machine's
                 own.
         """
+        if not (resume and self.checkpointer.has_checkpoint()):
+            warn_of_frozen_random_weights(self.cfg, self._student())
         super().resume_or_load(resume)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -293,7 +296,7 @@ class Trainer(DefaultTrainer):
         if not metadata.get("kitti_labelled", True):
             return KITTIEvaluator(dataset_name, folder, write_results=True)
         _convert_to_coco(dataset_name, folder)
-        coco = COCOEvaluator(dataset_name, output_dir=folder)
+        coco = CompletingCOCOEvaluator(dataset_name, output_dir=folder)
         if kind == "coco":
             return coco
         return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=cfg.GKD.KITTI_RESULTS), coco])

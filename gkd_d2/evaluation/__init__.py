@@ -2,9 +2,10 @@
 
 from detectron2.data import MetadataCatalog
 
+from .coco_evaluation import CompletingCOCOEvaluator
 from .kitti_evaluation import KITTIEvaluator
 
-__all__ = ["KITTIEvaluator", "evaluator_type"]
+__all__ = ["CompletingCOCOEvaluator", "KITTIEvaluator", "evaluator_type"]
 
 _KNOWN = ("coco", "kitti")
 

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from gkd_d2.data.kitti import CLASSES, DIFFICULTIES
+from gkd_d2.text import counted
 
 from .kitti_metric import Detections, GroundTruth, average_precision
 from .kitti_results import write_results
@@ -129,7 +130,7 @@ class KITTIEvaluator(DatasetEvaluator):
             [self._ground_truth[image_id] for image_id in image_ids], [detections[image_id] for image_id in image_ids]
         )
         metrics = flat_metrics(result)
-        logger.info("KITTI average precision in percent, %d images:\n%s", len(image_ids), table(result))
+        logger.info("KITTI average precision in percent, %s:\n%s", counted(len(image_ids), "image"), table(result))
         return OrderedDict(kitti=metrics)
 
     def _write(self, detections: dict[str, Detections]) -> None:
@@ -137,7 +138,9 @@ class KITTIEvaluator(DatasetEvaluator):
         for image_id, found in detections.items():
             write_results(self._results_dir / f"{image_id}.txt", found)
         logger.info(
-            "Wrote the detections of %d images in KITTI's result format to %s", len(detections), self._results_dir
+            "Wrote the detections of %s in KITTI's result format to %s",
+            counted(len(detections), "image"),
+            self._results_dir,
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from gkd_d2.data.kitti import parse_number, parse_type, read_labels, read_lines
+from gkd_d2.text import counted
 
 from .kitti_metric import Detections, GroundTruth, average_precision
 
@@ -41,7 +43,9 @@ def read_results(path: Path) -> Detections:
             continue
         if len(fields) != len(_FIELDS):
             hint = "; 15 fields are a label without a score" if len(fields) == 15 else ""
-            raise ValueError(f"{where}: {len(fields)} fields, a KITTI result has {len(_FIELDS)}{hint}: {line!r}")
+            raise ValueError(
+                f"{where}: {counted(len(fields), 'field')}, a KITTI result has {len(_FIELDS)}{hint}: {line!r}"
+            )
         types.append(parse_type(fields[0], where, any_case=True))
         numbers = {name: parse_number(text, name, where) for name, text in zip(_FIELDS[1:], fields[1:])}
         box = [numbers[side] for side in ("left", "top", "right", "bottom")]
@@ -76,33 +80,59 @@ def write_results(path: Path, detections: Detections) -> None:
 
 
 def evaluate_folders(
-    labels: str | os.PathLike, results: str | os.PathLike
+    labels: str | os.PathLike,
+    results: str | os.PathLike,
+    *,
+    image_ids: Iterable[str] | None = None,
+    missing_as_empty: bool = False,
 ) -> tuple[dict[str, dict[str, dict[str, float]]], int]:
-    """KITTI's official metric of a folder of result files. Only images with a result file count.
+    """KITTI's official metric of a folder of result files.
 
     Args:
         labels: folder of KITTI's label_2 form, one ID.txt an image.
         results: folder of result files, one ID.txt an image; files of other suffixes are left alone.
+        image_ids: of the images to evaluate (default: all that have a file in one of the folders).
+        missing_as_empty: count images without a result file as images without detections; else they do not count.
 
     Returns:
         What :func:`average_precision` returns, and the number of images that counted.
 
     Raises:
-        FileNotFoundError: a folder, or the label file of a result file, is missing, or there is no result file.
+        FileNotFoundError: a folder, or the label file of an image, is missing, or there is no result file.
         ValueError: a file's content is wrong; the message begins with the file and the line.
     """
     labels, results = Path(labels), Path(results)
-    for what, folder in (("label", labels), ("result", results)):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder of {what} files at {folder}")
-    paths = sorted(path for path in results.iterdir() if path.suffix == ".txt")
-    if not paths:
-        raise FileNotFoundError(f"{results} holds no result file, ID.txt of an image each")
+    missing = images_without_result(labels, results, image_ids)
+    wanted = _image_ids(results) | missing if image_ids is None else set(image_ids)
+    if wanted == missing:
+        raise FileNotFoundError(f"{results} holds no result file, ID.txt of an image each, of the images to evaluate")
+    counting = sorted(wanted if missing_as_empty else wanted - missing)
     ground_truth, detections = [], []
-    for path in paths:
-        label_path = labels / path.name
+    for image_id in counting:
+        path, label_path = (folder / f"{image_id}.txt" for folder in (results, labels))
         if not label_path.is_file():
             raise FileNotFoundError(f"{path}: its image has no labels, {label_path} does not exist")
-        detections.append(read_results(path))
+        detections.append(Detections([], np.zeros((0, 4)), np.zeros(0)) if image_id in missing else read_results(path))
         ground_truth.append(GroundTruth.from_objects(read_labels(label_path, any_case=True)))
-    return average_precision(ground_truth, detections), len(paths)
+    return average_precision(ground_truth, detections), len(counting)
+
+
+def images_without_result(
+    labels: str | os.PathLike, results: str | os.PathLike, image_ids: Iterable[str] | None = None
+) -> set[str]:
+    """Ids of the images that have no result file, among those asked for or, by default, those with a label file.
+
+    Args:
+        labels, results, image_ids: as of :func:`evaluate_folders`.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+    """
+    for what, folder in (("label", labels), ("result", results)):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"there is no folder of {what} files at {folder}")
+    return (_image_ids(labels) if image_ids is None else set(image_ids)) - _image_ids(results)
+
+
+def _image_ids(folder: str | os.PathLike) -> set[str]:
+    return {path.stem for path in Path(folder).iterdir() if path.suffix == ".txt"}

@@ -15,7 +15,15 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from gkd_d2.data import register_kitti
-from gkd_d2.data.kitti import CLASSES, check_kitti_root, load_kitti, parse_label_line, split_by_hash
+from gkd_d2.data.kitti import (
+    CLASSES,
+    check_kitti_root,
+    check_kitti_testing,
+    load_kitti,
+    load_kitti_testing,
+    parse_label_line,
+    split_by_hash,
+)
 
 SIZE = (200, 100)  # width, height
 TAIL = "1.5 1.6 3.9 1.0 1.5 20.0 -1.57"  # the 7 fields of a 3D box
@@ -168,6 +176,21 @@ def test_an_image_without_labels(root: Path) -> None:
         load_kitti(root, "train")
 
 
+@pytest.mark.parametrize("suffix", [".PNG", ".JPG", ".jpeg", ".Jpg"])
+def test_images_of_any_usual_suffix(root: Path, suffix: str) -> None:
+    (root / "training/image_2/000003.png").unlink()
+    Image.new("RGB", SIZE).save(root / f"training/image_2/000003{suffix}")
+    assert load_kitti(root, "train")[1]["file_name"] == str(root / f"training/image_2/000003{suffix}")
+    (root / "testing/image_2").mkdir(parents=True)
+    for image_id in ("000000", "000001"):
+        Image.new("RGB", SIZE).save(root / f"testing/image_2/{image_id}{suffix}")
+    check_kitti_testing(root)
+    assert [record["image_id"] for record in load_kitti_testing(root)] == ["000000", "000001"]
+    Image.new("RGB", SIZE).save(root / "testing/image_2/000001.png")
+    with pytest.raises(ValueError, match="its id has two images, keep one"):
+        load_kitti_testing(root)
+
+
 def test_two_images_of_one_id(root: Path) -> None:
     Image.new("RGB", SIZE).save(root / "training/image_2/000003.jpg")
     with pytest.raises(ValueError, match=r"train.txt:2: id '000003' has two images.*000003.jpg.*000003.png"):
@@ -201,7 +224,7 @@ def test_a_missing_folder_says_what_to_do(root: Path, monkeypatch, remove: str, 
 def test_an_empty_folder_is_no_dataset(root: Path) -> None:
     for path in (root / "training/image_2").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"training/image_2 holds no .png or .jpg file"):
+    with pytest.raises(FileNotFoundError, match=r"training/image_2 holds no .png, .jpg or .jpeg file"):
         check_kitti_root(root)
 
 

@@ -192,10 +192,20 @@ def test_options_that_contradict_are_refused(cfg, records, monkeypatch):
     refused("SAMPLER_TRAIN is 'Shuffle', but must be 'TrainingSampler'", DATALOADER__SAMPLER_TRAIN="Shuffle")
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     refused(
-        "IMS_PER_BATCH is 6, which 2 processes x SOLVER.ACCUMULATE_STEPS 2 can't share evenly: .* multiple of 4",
+        "IMS_PER_BATCH is 6, .* by 2 processes in 2 parts each, as SOLVER.ACCUMULATE_STEPS says: set it to 4 or 8",
         SOLVER__IMS_PER_BATCH=6,
         SOLVER__ACCUMULATE_STEPS=2,
     )
+    refused("IMS_PER_BATCH is 3, .* by 2 processes: set it to 2 or 4", SOLVER__IMS_PER_BATCH=3)
+    refused("IMS_PER_BATCH is 1, .* by 2 processes: set it to 2$", SOLVER__IMS_PER_BATCH=1)
+    refused(
+        "IMS_PER_BATCH is 8, .* by 3 processes of SOLVER.REFERENCE_WORLD_SIZE: set it to 6 or 9",
+        SOLVER__IMS_PER_BATCH=8,
+        SOLVER__REFERENCE_WORLD_SIZE=3,
+    )
+    monkeypatch.setattr(comm, "get_world_size", lambda: 1)
+    refused("IMS_PER_BATCH is 3, .* by 1 process in 2 parts each", SOLVER__IMS_PER_BATCH=3, SOLVER__ACCUMULATE_STEPS=2)
+    monkeypatch.undo()
     del records[3]["height"]
     refused(f"{records[3]['file_name']} has no 'width' and 'height'.*ASPECT_RATIO_GROUPING")
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False

@@ -73,6 +73,13 @@ def test_unpack(tmp_path):
     assert not list(root.rglob("*.tmp"))
 
 
+def test_archives_of_images_of_any_usual_suffix(root, tmp_path):
+    names = [f"training/image_2/00000{i}.{suffix}" for i, suffix in enumerate(("PNG", "jpg", "JPEG"))]
+    assert unpack(archive(tmp_path / "a.zip", [(name, "picture") for name in names]), root) == 3
+    with pytest.raises(ValueError, match="its entry 'training/label_2/000001.TXT' is none of KITTI's"):
+        unpack(archive(tmp_path / "b.zip", [("training/label_2/000001.TXT", car())]), root)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -212,7 +219,7 @@ def test_labels_beyond_a_turned_picture_are_refused(root):
 
 
 def test_testing_images(root):
-    with pytest.raises(FileNotFoundError, match="testing/image_2 holds no .png or .jpg file"):
+    with pytest.raises(FileNotFoundError, match="testing/image_2 holds no .png, .jpg or .jpeg file"):
         check_kitti_testing(root)
     for name in ("000001.png", "000000.jpg"):
         png(root / "testing/image_2" / name)
@@ -239,10 +246,10 @@ def test_the_command(project, root, tmp_path):
     assert done.returncode == 1 and "--force" in done.stderr
     done = run("--force", "--coco", tmp_path / "coco")
     assert done.returncode == 0, done.stderr
-    assert f"{labels}: 1 files written" in done.stdout and "split: written to" in done.stdout
+    assert f"{labels}: 1 file written" in done.stdout and "split: written to" in done.stdout
     table = done.stdout.split("val: 2 images")[1].split()
     assert table[table.index("Car") :][:5] == ["Car", "3", "2", "2", "2"]
-    assert "val: 1 images of mode L, converted by Detectron2\n" in done.stdout
+    assert "val: 1 image of mode L, converted by Detectron2\n" in done.stdout
     assert len(json.loads((tmp_path / "coco/kitti_val.json").read_text())["images"]) == 2
 
 

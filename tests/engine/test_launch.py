@@ -12,7 +12,7 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from gkd_d2.engine import launch as module
-from gkd_d2.engine.launch import Place, launch, place_from_environment
+from gkd_d2.engine.launch import Place, count_processes, launch, place_from_environment
 
 STEP = {
     "SLURM_JOB_ID": "123456",
@@ -122,7 +122,28 @@ def test_contradictions_are_refused(environment, monkeypatch):
 
     refused("--num-gpus is 0, with --num-machines 2", "--num-gpus", "0", "--num-machines", "2")
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 1)
-    refused("needs 2 GPUs .* torch finds 1: .* MODEL.DEVICE cpu", "--num-gpus", "2", device="cuda")
+    refused("needs 2 GPUs .* torch finds 1: .* `MODEL.DEVICE cpu` at the end of", "--num-gpus", "2", device="cuda")
+
+
+def test_processes_are_counted_before_they_start(environment, monkeypatch):
+    def count(*options, device="cpu", **variables):
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            return count_processes(arguments(*options), device=device)
+
+    assert count() == count("--num-gpus", "0") == 1
+    assert count("--num-gpus", "3") == 3
+    assert count("--num-gpus", "3", "--num-machines", "2") == 6
+    assert count("--num-gpus", "3", **OF_TORCHRUN) == 4
+    assert count(**STEP) == 8
+    assert count("--num-gpus", "2", **STEP) == 16
+    with pytest.raises(ValueError, match="--num-gpus is 0, with --num-machines 2"):
+        count("--num-gpus", "0", "--num-machines", "2")
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 0)
+    for variables in ({}, OF_TORCHRUN):
+        with pytest.raises(ValueError, match="this run needs . GPUs? on this machine, but torch finds 0"):
+            count("--num-gpus", "2", device="cuda", **variables)
 
 
 @pytest.mark.parametrize("options", [(), ("--num-gpus", "0")])

@@ -71,20 +71,20 @@ def test_missing_coco_traffic_says_what_to_run(ready, tmp_path):
     assert "`python tools/prepare_coco_traffic.py`" in text
     assert "`python tools/prepare_coco_traffic.py --classes nine`" in text
     assert text.count("\n- ") == 2
-    for name in ("coco_traffic/annotations/instances_train.json", "coco_traffic9/annotations/instances_val.json"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    check_inputs(ready, eval_only=False, resume=False)
 
 
 def test_missing_testing_images(ready, tmp_path):
     ready.DATASETS.TEST = ("kitti_test",)
-    assert f"{tmp_path}/kitti/testing/image_2 holds no .png or .jpg file" in problems(ready)
+    assert f"{tmp_path}/kitti/testing/image_2 holds no .png, .jpg or .jpeg file" in problems(ready)
 
 
 def test_missing_weights(ready, tmp_path):
     ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
-    assert "none.pth: there is no such file" in problems(ready)
+    text = problems(ready)
+    assert "none.pth: there is no such file" in text
+    # All that a training from scratch needs.
+    for key in ("MODEL.WEIGHTS to ''", "MODEL.BACKBONE.FREEZE_AT to 0", "MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN"):
+        assert key in text
     # A run that resumes does not read them.
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "last_checkpoint").write_text("model.pth")
@@ -151,7 +151,7 @@ def test_detectors_without_test_time_augmentation(ready, distiller_config):
 def test_device(ready, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ready.MODEL.DEVICE = "cuda"
-    assert "--num-gpus 0 MODEL.DEVICE cpu" in problems(ready)
+    assert "put `MODEL.DEVICE cpu` at the end of the command line, after all options" in problems(ready)
     ready.MODEL.DEVICE = "cpu"
     ready.SOLVER.AMP.ENABLED = True
     assert "set SOLVER.AMP.DTYPE to bfloat16" in problems(ready)

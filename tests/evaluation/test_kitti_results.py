@@ -107,7 +107,38 @@ def test_the_command(folders, project, tmp_path):
     (results / "000002.txt").write_text(LINE + "\nCar\n")
     done = run(project, "--labels", labels, "--results", results)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {results}/000002.txt:2: 1 fields")
+    assert done.stderr.startswith(f"error: {results}/000002.txt:2: 1 field, a")
+
+
+def test_images_without_a_result_file(main_of_tool, capsys, tmp_path):
+    """A detector that writes no file for an image where it found nothing: half of the cars are found."""
+    labels, results, ids = tmp_path / "label_2", tmp_path / "results", tmp_path / "list.txt"
+    labels.mkdir()
+    results.mkdir()
+    for i in range(200):
+        (labels / f"{i:06d}.txt").write_text(LABEL)
+    for i in range(100):
+        (results / f"{i:06d}.txt").write_text(LINE.replace(" 50 ", " 70 ") + "\n")
+    ids.write_text("".join(f"{i:06d}\n" for i in range(90, 110)))
+
+    def evaluate(*options):
+        path = tmp_path / "ap.json"
+        assert not main_of_tool("evaluate_kitti.py", "--labels", labels, "--results", results, "--json", path, *options)
+        return json.loads(path.read_text())["Car"]["easy"]["R40"], *capsys.readouterr()
+
+    found, said, warned = evaluate()
+    assert found == pytest.approx(100) and "100 images:" in said
+    assert warned.startswith("warning: 100 images without a result file left out") and "--missing-as-empty" in warned
+    found, said, warned = evaluate("--missing-as-empty")
+    assert found == pytest.approx(50) and "200 images:" in said and warned == ""
+    # Only the images of a list.
+    _, said, warned = evaluate("--list", ids)
+    assert "10 images:" in said and warned.startswith("warning: 10 images without a result file")
+    _, said, warned = evaluate("--list", ids, "--missing-as-empty")
+    assert "20 images:" in said and warned == ""
+    ids.write_text("000150\n")
+    assert main_of_tool("evaluate_kitti.py", "--labels", labels, "--results", results, "--list", ids) == 1
+    assert "holds no result file" in capsys.readouterr().err
 
 
 def test_missing_folders_and_labels(folders, tmp_path):

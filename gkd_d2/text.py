@@ -1,0 +1,22 @@
+"""Small pieces of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """A number with its noun: "1 image", "2 images".
+
+    Args:
+        number: how many.
+        singular: the noun for one.
+        plural: for any other number (default: ``singular`` with an s).
+    """
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Names with commas between them, the first ``limit`` of them where there are more."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,62 @@
+"""A training whose frozen parts would stay random says so before it starts."""
+
+import logging
+
+import pytest
+from detectron2.modeling import build_model
+from tiny import detector_config
+
+from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
+from gkd_d2.engine.trainer import Trainer
+
+
+def warnings(cfg, caplog):
+    with caplog.at_level(logging.WARNING, logger="gkd_d2"):
+        warn_of_frozen_random_weights(cfg, build_model(cfg))
+    return [record.getMessage() for record in caplog.records if record.name == "gkd_d2.engine.from_scratch"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ()),
+        ({"MODEL.BACKBONE.FREEZE_AT": 2}, ("MODEL.BACKBONE.FREEZE_AT is 2",)),
+        ({"MODEL.RESNETS.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM is 'FrozenBN' and MODEL.FPN.NORM ''",)),
+        ({"MODEL.FPN.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM is 'BN' and MODEL.FPN.NORM 'FrozenBN'",)),
+        (
+            {"MODEL.BACKBONE.FREEZE_AT": 1, "MODEL.RESNETS.NORM": "FrozenBN"},
+            ("MODEL.BACKBONE.FREEZE_AT is 1", "MODEL.RESNETS.NORM is 'FrozenBN'"),
+        ),
+    ],
+)
+def test_what_is_frozen_is_named(caplog, changes, names):
+    cfg = detector_config("retinanet")
+    cfg.merge_from_list([x for change in changes.items() for x in change])
+    said = warnings(cfg, caplog)
+    assert len(said) == bool(names)
+    for name in names:
+        assert name in said[0]
+        for advice in ("MODEL.BACKBONE.FREEZE_AT to 0", "MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN"):
+            assert advice in said[0]
+
+
+def test_weights_to_start_from(caplog):
+    cfg = detector_config("retinanet")
+    cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = 2, "FrozenBN"
+    cfg.MODEL.WEIGHTS = "R-50.pkl"
+    assert warnings(cfg, caplog) == []
+
+
+def test_a_distilled_training_says_it_once(training, caplog):
+    """At its start, not where it is resumed."""
+    cfg = training("retinanet", iterations=1)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    said = []
+    for resume in (False, True):
+        caplog.clear()
+        trainer = Trainer(cfg)
+        with caplog.at_level(logging.WARNING, logger="gkd_d2"):
+            trainer.resume_or_load(resume=resume)
+        said.append([r for r in caplog.records if r.name == "gkd_d2.engine.from_scratch"])
+        trainer.train()
+    assert [len(records) for records in said] == [1, 0]
