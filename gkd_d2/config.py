@@ -8,11 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config_merge import merge_file, merge_pairs
+from gkd_d2.config_merge import errors_named, merge_file, merge_pairs
 from gkd_d2.imports import import_modules
 
 DISTILLER = "GKDDistiller"
@@ -182,12 +180,8 @@ class _ConfigFile(CfgNode):
 
 def _merged(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
     """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
-    if not PathManager.isfile(config_file):
-        raise FileNotFoundError(f"there is no config file {config_file}")
-    try:
+    with errors_named(config_file):
         written = _ConfigFile.load_yaml_with_base(config_file, allow_unsafe=True)
-    except (AssertionError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{config_file} is not a config file: {error}") from error
     modules = [*_listed_modules(config_file, written, opts), *imports]
     import_modules(modules, f"GKD.IMPORTS of {config_file}, or --import,")
     # Made after the imports, for a module may add keys to Detectron2's defaults.

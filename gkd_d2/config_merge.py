@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
-
-_FORM = "The command line ends with pairs KEY VALUE, such as SOLVER.BASE_LR 0.01"
 
 
 def check_no_options(opts: Sequence[str]) -> None:
@@ -41,9 +40,9 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
     keys = config_keys(cfg)
     for key, value in zip(opts[::2], [*opts[1::2], None]):
         if key not in keys:
-            raise ValueError(f"{_unknown(key, keys)} {_FORM}")
+            raise ValueError(_unknown(key, keys))
         if value is None or value in keys:
-            raise ValueError(f"the config key {key} has no value. {_FORM}")
+            raise ValueError(f"the config key {key} has no value: give pairs KEY VALUE, such as SOLVER.BASE_LR 0.01")
         try:
             cfg.merge_from_list([key, value])
         except ValueError as error:
@@ -58,25 +57,37 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         path: of the file, which may name others as its ``_BASE_``.
 
     Raises:
+        FileNotFoundError, ValueError: as of :func:`errors_named`.
+    """
+    with errors_named(path):
+        try:
+            cfg.merge_from_file(path)
+        except KeyError as error:
+            raise ValueError(_unknown(_named_key(error), config_keys(cfg))) from error
+        except ValueError as error:
+            if not str(error).startswith("Type mismatch"):
+                raise
+            key = _named_key(error)
+            raise ValueError(f"{key} has a value that does not fit: it {_wanted(cfg, key)}") from error
+
+
+@contextlib.contextmanager
+def errors_named(path: str) -> Iterator[None]:
+    """While a config file is read: errors that begin with the file.
+
+    Raises:
         FileNotFoundError: the file, or one that it is based on, does not exist.
-        ValueError: it is no valid YAML, a key does not exist, or a value does not fit its key.
+        ValueError: it is no valid YAML, or it does not hold what a config may.
     """
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"there is no config file {path}")
     try:
-        cfg.merge_from_file(path)
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: its _BASE_ {error.filename} does not exist") from error
-    except KeyError as error:
-        raise ValueError(f"{path}: {_unknown(_named_key(error), config_keys(cfg))}") from error
     except (AttributeError, TypeError) as error:
         raise ValueError(f"{path}: it must hold config keys and their values in YAML") from error
-    except ValueError as error:
-        if not str(error).startswith("Type mismatch"):
-            raise ValueError(f"{path}: {error}") from error
-        key = _named_key(error)
-        raise ValueError(f"{path}: {key} has a value that does not fit: it {_wanted(cfg, key)}") from error
-    except (AssertionError, yaml.YAMLError) as error:
+    except (AssertionError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -110,4 +121,4 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
     if not matches:
         by_lower_case = {other.lower(): other for other in keys}
         matches = [by_lower_case[name] for name in difflib.get_close_matches(key.lower(), by_lower_case, n=1)]
-    return f"there is no config key {key!r}" + (f", did you mean {' or '.join(matches)}?" if matches else ".")
+    return f"there is no config key {key!r}" + (f", did you mean {' or '.join(matches)}?" if matches else "")

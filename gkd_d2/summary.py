@@ -10,6 +10,7 @@ from detectron2.utils.events import get_event_storage
 from gkd_d2.detector import SplitDetector
 from gkd_d2.initialize import differing_heads
 from gkd_d2.methods import Method
+from gkd_d2.text import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _method(cfg: CfgNode, method: Method) -> str:
         return f"{cfg.GKD.METHOD}, without a loss of a weight above 0: the student learns from the ground truth alone"
     weights = ", ".join(f"{term.name} {term.weight:g}" for term in method.terms.values() if term.weight > 0)
     off = ", ".join(term.name for term in method.terms.values() if term.weight == 0)
-    ramp = f"; weights ramp up over {cfg.GKD.WARMUP_ITERS} iterations" if cfg.GKD.WARMUP_ITERS else ""
+    ramp = f"; weights ramp up over {counted(cfg.GKD.WARMUP_ITERS, 'iteration')}" if cfg.GKD.WARMUP_ITERS else ""
     return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{ramp}"
 
 

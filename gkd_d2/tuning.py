@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.methods import build_method
 from gkd_d2.streams import mix_seed, seed_everything
+from gkd_d2.text import counted
 from gkd_d2.watch import TermReport, weight_for_ratio
 
 # What a ratio is measured with: its gradient is proportional to a loss's weight.
@@ -90,8 +91,9 @@ def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed:
         whole = _values(rows, f"gkd_ratio/{term}")
         if not (len(whole) and np.isfinite(whole).all() and np.median(whole) > 0):
             raise ValueError(
-                f"in {len(rows)} batches the {term} loss had no gradient at the student's features, or one that is not "
-                "finite, so that no weight can be proposed: look at the data, the teacher and the student's weights"
+                f"in {counted(len(rows), 'batch', 'batches')} the {term} loss had no gradient at the student's "
+                "features, or one that is not finite, so that no weight can be proposed: look at the data, the teacher "
+                "and the student's weights"
             )
         levels = {level: _values(rows, f"gkd_ratio/{term}/{level}") for level in distiller.student_features}
         ratios[term] = Ratio(

@@ -167,23 +167,6 @@ def test_a_teacher_that_is_nowhere_is_looked_for_in_both_folders(tmp_path, monke
     assert cfg.GKD.TEACHER.WEIGHTS == "teacher.pth"
 
 
-@pytest.mark.parametrize(
-    ("text", "opts", "message"),
-    [
-        ("GKD: {NO_SUCH_KEY: 1}", (), "student.yaml: Non-existent config key: GKD.NO_SUCH_KEY"),
-        ("VERSION: 2", ("GKD.METHODS", "gkd"), "student.yaml with its arguments KEY VALUE: .*GKD.METHODS"),
-        ("SOLVER: {MAX_ITER: many}", (), "student.yaml: .*SOLVER.MAX_ITER"),
-        ("", (), "student.yaml is not a config file"),
-        ("a: b: c", (), "student.yaml is not a config file"),
-        ("GKD: 3", (), "(?s)student.yaml: .*key: GKD"),
-        ("_BASE_: none.yaml", (), "none.yaml"),
-    ],
-)
-def test_a_config_that_is_wrong_is_named(text, opts, message, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read(write(tmp_path / "student.yaml", text), *opts)
-
-
 def test_a_config_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"there is no config file {tmp_path}/none.yaml"):
         read(tmp_path / "none.yaml")
@@ -208,7 +191,7 @@ def test_a_distilled_student_can_be_a_teacher(distiller_config, tmp_path):
         (["solver.base_lr", "1"], "there is no config key 'solver.base_lr', did you mean SOLVER.BASE_LR?"),
         (["BASE_LR", "1"], "there is no config key 'BASE_LR', did you mean SOLVER.BASE_LR?"),
         (["SOLVER.BASE_LR=1"], "there is no config key 'SOLVER.BASE_LR=1', did you mean SOLVER.BASE_LR?"),
-        (["QQQQ", "1"], "there is no config key 'QQQQ'. The command line ends with pairs KEY VALUE"),
+        (["QQQQ", "1"], "there is no config key 'QQQQ'"),
         (["SOLVER.BASE_LR", "low"], "SOLVER.BASE_LR is 'low', but must be of the type float, such as 0.04"),
         (["SOLVER.STEPS", "30"], "SOLVER.STEPS is '30', but must be of the type tuple, such as (160,)"),
         (["SOLVER", "30"], "SOLVER is '30', but must be a group of keys"),
@@ -234,7 +217,9 @@ def test_pairs(project):
             "SOLVER:\n  BASE_LR: low\n",
             "mine.yaml: SOLVER.BASE_LR has a value that does not fit: it must be of the type",
         ),
+        ("SOLVER: 3\n", "mine.yaml: SOLVER has a value that does not fit: it must be a group of keys"),
         ("SOLVER: [\n", "mine.yaml: while parsing a flow node"),
+        ("a: b: c\n", "mine.yaml: mapping values are not allowed here"),
         ("", "mine.yaml: it must hold config keys and their values in YAML"),
         ("SOLVER\n", "mine.yaml: it must hold config keys and their values in YAML"),
     ],
@@ -250,9 +235,7 @@ def test_mistakes_in_files(distiller_config, tmp_path, text, message):
         teacher_config(cfg)
 
 
-def test_files_that_do_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no config file .*nowhere.yaml"):
-        read(tmp_path / "nowhere.yaml")
+def test_a_base_that_does_not_exist_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("_BASE_: nowhere.yaml\n")
     with pytest.raises(FileNotFoundError, match="mine.yaml: its _BASE_ .*nowhere.yaml does not exist"):
         read(tmp_path / "mine.yaml")

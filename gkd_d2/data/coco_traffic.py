@@ -16,6 +16,8 @@ from typing import Any
 
 from detectron2.data.datasets import load_coco_json
 
+from gkd_d2.text import counted
+
 from .coco import CocoFile, overhang
 
 # COCO's ids and names; the new ids count from 1 in this order.
@@ -54,7 +56,10 @@ class Summary:
         """The counts, a line a class."""
         lines = [
             f"images: {self.num_images} of {self.num_source_images}",
-            *(f"  {name}: {self.objects[name]} objects in {self.images[name]} images" for name in self.objects),
+            *(
+                f"  {name}: {counted(self.objects[name], 'object')} in {counted(self.images[name], 'image')}"
+                for name in self.objects
+            ),
             f"objects: {self.objects.total()}, of which {self.num_crowds} are crowd regions",
             f"boxes without area, left out of training by Detectron2: {self.num_without_area}",
             f"boxes that stick out of their image, clipped by Detectron2: {self.num_clipped}",

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.methods import Term
+from gkd_d2.text import counted
 from gkd_d2.watch import TermReport, weight_for_ratio
 
 # What a shell reports of a process that SIGTERM ended.
@@ -253,7 +254,7 @@ class LossWatch(HookBase):
         else:
             saved = "A resumed run continues from the last checkpoint"
         where = f"at the student's {level}" if level else "at all levels of the student"
-        last = f"{self._patience} iterations{' with objects' if finite else ''}"
+        last = f"{counted(self._patience, 'iteration')}{' with objects' if finite else ''}"
         raise DeadLossError(
             f"the gradient of the {name} loss ({self._terms[name].key}) {where} was "
             f"{'exactly 0' if finite else 'not finite'} in the last {last}, up to iteration {self.trainer.iter}: it "

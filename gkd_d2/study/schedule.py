@@ -25,6 +25,7 @@ import torch
 from gkd_d2.progress import duration
 from gkd_d2.runs import HEADLINE
 from gkd_d2.study.plan import Job, Study
+from gkd_d2.text import counted
 
 TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
 # What the operating system knows of a training, beside its own metrics.
@@ -111,7 +112,7 @@ class Scheduler:
         missing = {job.folder: job for job in jobs if not job.finished()}
         if not missing or self.stopped:
             return {}
-        logger.info("%d trainings to go, %d at once", len(missing), self._at_once)
+        logger.info("%s to go, %d at once", counted(len(missing), "training"), self._at_once)
         with ThreadPoolExecutor(self._at_once) as pool:
             reasons = list(pool.map(lambda job: self._train_one(study, job, progress), missing.values()))
         return {folder: reason for folder, reason in zip(missing, reasons) if reason}

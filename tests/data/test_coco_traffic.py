@@ -91,7 +91,7 @@ def test_what_is_kept(tmp_path):
     assert (summary.num_crowds, summary.num_without_area, summary.num_clipped) == (1, 1, 1)
     assert list(summary.objects) == class_names("thirteen")
     assert summary.objects["car"] == summary.images["person"] == 1 and summary.objects["truck"] == 0
-    assert "  stop sign: 1 objects in 1 images" in summary.text()
+    assert "  stop sign: 1 object in 1 image" in summary.text()
     assert "images: 3 of 6" in summary.text()
 
 

@@ -1,6 +1,7 @@
 """Datasets whose classes are not the model's, or whose evaluation would fail, are refused before a run starts."""
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tiny import detector_config
 
@@ -14,7 +15,7 @@ BOTH = pytest.mark.parametrize(
 @pytest.fixture
 def problems(tmp_path):
     """A function that returns the lines of the problems of a run on given datasets."""
-    (tmp_path / "weights.pth").touch()
+    torch.save({"model": {}}, tmp_path / "weights.pth")
 
     def check(cfg, train, test, *, eval_only=False):
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)

@@ -203,7 +203,7 @@ def test_a_damaged_line_of_metrics_is_named(make_study, finish):
             {"settings": {"alone": ALONE | {"tune": True}}},
             "settings.alone of retinanet: the method none has no weights",
         ),
-        ({"options": {"SOLVER.EPOCHS": 1}}, "settings.alone of retinanet: .* Non-existent key: SOLVER.EPOCHS"),
+        ({"options": {"SOLVER.EPOCHS": 1}}, "settings.alone of retinanet: there is no config key 'SOLVER.EPOCHS'"),
         ({"options": {"SOLVER.MAX_ITER": "many"}}, "settings.alone of retinanet: .*SOLVER.MAX_ITER"),
         ({"options": {"GKD.METHOD": "gdk"}}, "settings.gkd of retinanet: GKD.METHOD is 'gdk', which is not registered"),
         ({"options": {"SEED": 1}}, "options: SEED is given to each training by the study itself"),

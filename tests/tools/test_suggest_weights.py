@@ -90,7 +90,7 @@ def test_progress_is_shown(suggest, monkeypatch, capsys):
     [
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "is no config of a GKDDistiller"),
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
-        (["DATALOADER.NUM_WORKERS"], "must be pairs KEY VALUE"),
+        (["DATALOADER.NUM_WORKERS"], "the config key DATALOADER.NUM_WORKERS has no value: give pairs KEY VALUE"),
         (["--term", "fgd=1"], "--term names fgd, but the method's losses are gradient, box, attention, image"),
         (["GKD.METHOD", "none"], "GKD.METHOD is none, which has no loss to weigh"),
     ],
