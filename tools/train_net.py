@@ -6,7 +6,7 @@ The arguments are Detectron2's own, KEY VALUE pairs at the end override the conf
     python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --num-gpus 4 --resume
     python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml --eval-only \\
         MODEL.WEIGHTS output/gkd_frcnn_kitti/model_final.pth
-    python tools/train_net.py --config-file configs/toy/gkd_retinanet.yaml --num-gpus 0 MODEL.DEVICE cpu
+    python tools/train_net.py --config-file configs/toy/gkd_retinanet.yaml --num-gpus 2 MODEL.DEVICE cpu
     torchrun --nproc-per-node 4 tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml
     srun --ntasks-per-node 4 --gpus-per-node 4 python tools/train_net.py --config-file configs/gkd_frcnn_kitti.yaml
 On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves its state and ends with status 143.
