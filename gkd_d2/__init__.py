@@ -46,6 +46,8 @@ import logging
 import warnings
 
 try:
+    import detectron2
+
     with warnings.catch_warnings():
         # Detectron2 and fvcore script functions when they are imported, and torch warns of each.
         warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)

@@ -19,7 +19,7 @@ from gkd_d2.align import AlignConv
 from gkd_d2.config import architecture_key, detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
 from gkd_d2.imports import import_modules
-from gkd_d2.initialize import copy_heads
+from gkd_d2.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.methods import Level, Method, build_method
 from gkd_d2.one_pass import one_pass_losses
 from gkd_d2.pairing import check_pair, pair_levels, without_unlabelled_heads
@@ -166,6 +166,8 @@ class GKDDistiller(nn.Module):
             split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
         )
         inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
+        if inherited:
+            warn_of_other_heads(student_cfg, teacher_cfg)
         pairs = list(zip(student_features, teacher_features))
         return {
             "student": student,

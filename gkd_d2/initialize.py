@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
+from gkd_d2.config import config_differences
 from gkd_d2.detector import SplitDetector
 
 _logger = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
     left = "; ".join(f"{name}: {difference}" for name, difference in differences.items() if difference)
     if not copied:
         raise ValueError(
-            f"GKD.STUDENT.INIT_FROM_TEACHER is True, but no head of the teacher fits the student ({left}). Give the "
-            "student the teacher's heads and FPN.OUT_CHANNELS, or set GKD.STUDENT.INIT_FROM_TEACHER to False"
+            f"GKD.STUDENT.INIT_FROM_TEACHER is True, but no head of the teacher fits the student ({left}). Configure "
+            "the student's heads and FPN as the teacher's, choose another teacher, or set "
+            "GKD.STUDENT.INIT_FROM_TEACHER to False"
         )
     for name in copied:
         for key, tensor in target[name].items():
@@ -48,10 +51,35 @@ def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
     return copied
 
 
+def warn_of_other_heads(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+    """Warn where inherited heads have the student's shapes, but were trained for other anchors, levels or boxes.
+
+    Args:
+        cfg: the student's config.
+        teacher_cfg: the teacher's config.
+    """
+    differences = config_differences(cfg.MODEL, teacher_cfg.MODEL, ignored=("FPN",))
+    found = [
+        f"MODEL.{key} is {ours}, the teacher's {theirs}"
+        for key, (ours, theirs) in differences.items()
+        if key.startswith("ANCHOR_GENERATOR.") or key.endswith(("IN_FEATURES", "BBOX_REG_WEIGHTS"))
+    ]
+    if found:
+        _logger.warning(
+            "The student's heads start with the teacher's weights, which were trained with other settings: %s. Unless "
+            "that is meant, give both the same",
+            "; ".join(found),
+        )
+
+
 def differing_heads(teacher: SplitDetector, student: SplitDetector, names: list[str]) -> list[str]:
     """Those of some heads, of equal shapes in both networks, whose tensors differ."""
     source, target = _heads(teacher), _heads(student)
-    return [n for n in names if any(not torch.equal(source[n][key], tensor) for key, tensor in target[n].items())]
+    return [n for n in names if any(not _same(source[n][key], tensor) for key, tensor in target[n].items())]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _heads(detector: SplitDetector) -> dict[str, dict[str, Tensor]]:

@@ -33,6 +33,7 @@ def test_all_heads_are_copied(distiller_config, caplog):
     backbones = [m.backbone.state_dict()["fpn_output3.weight"] for m in (distiller.student, distiller._teacher.model)]
     assert not torch.equal(*backbones)
     # A copy, not the teacher's own tensors.
+    distiller.watch = False
     before = teacher[PREDICTOR].clone()
     train(distiller, cfg, training_batch(), 1)
     student, teacher = tensors(distiller)
@@ -64,6 +65,21 @@ def test_partly_fitting_head_is_not_copied(key, value, reason, distiller_config,
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "do not start with the teacher's weights. roi_heads.box: " in warning
     assert re.search(reason, warning)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[10], [20], [40], [80], [160]]),
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4"]),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", (2.0, 2.0, 2.0, 2.0)),
+    ],
+)
+def test_heads_that_were_trained_for_others_are_named(key, value, distiller_config, caplog):
+    """All shapes fit, but the weights mean something else."""
+    build_model(inheriting(distiller_config, teacher_options=(key, value)))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"{key} is " in warning and f", the teacher's {value}. Unless" in warning
 
 
 def test_mask_head_of_the_student_alone(distiller_config, caplog):

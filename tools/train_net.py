@@ -14,8 +14,9 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 
 import argparse
 import sys
+import traceback
 
-from gkd_d2.checkpoint import CheckpointError, CompleteCheckpointer
+from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
@@ -27,6 +28,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+
+
+def raised_by_gkd_d2(error: Exception) -> bool:
+    """Whether the statement that raised an error is one of this project's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("gkd_d2.")
 
 
 def main(cfg: CfgNode, args: argparse.Namespace):
@@ -42,7 +49,10 @@ def main(cfg: CfgNode, args: argparse.Namespace):
         else:
             model = Trainer.build_model(cfg)
             CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    except (CheckpointError, ResumeError) as error:
+    except (ResumeError, ValueError) as error:
+        # What gkd_d2 refuses it says in a sentence; of any other fault the traceback says more.
+        if not raised_by_gkd_d2(error):
+            raise
         sys.exit(str(error))
     if not args.eval_only:
         return trainer.train()

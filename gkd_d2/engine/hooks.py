@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from detectron2.engine import AMPTrainer, DefaultTrainer
@@ -99,9 +100,15 @@ class SaveOnSigterm(HookBase):
         self._asked = False
         self._deadline = threading.Timer(GRACE_SECONDS, os._exit, (EXIT_BY_SIGTERM,))
         self._deadline.daemon = True
-        self._previous = signal.SIG_DFL
+        self._previous: Callable | int | None = None
 
     def before_train(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            logging.getLogger(__name__).warning(
+                "Training runs in another thread than the main one, where Python handles no signals: SIGTERM will end "
+                "the process without saving"
+            )
+            return
         self._previous = signal.signal(signal.SIGTERM, self._ask)
 
     def after_step(self) -> None:
@@ -123,7 +130,8 @@ class SaveOnSigterm(HookBase):
 
     def after_train(self) -> None:
         self._deadline.cancel()
-        signal.signal(signal.SIGTERM, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def _ask(self, number: int, frame) -> None:
         if not self._asked:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gkd_d2.distiller import GKDDistiller
+from gkd_d2.engine import from_scratch
 from gkd_d2.streams import mix_seed, seed_everything
 
 # In float16 steps whose loss or gradient overflows are left out while the scale is sought; more in a row are an error.
@@ -198,10 +199,7 @@ class TrainStep(TrainerBase):
             advice += ", or lower the weights of the distillation losses whose gkd_ratio/* in metrics.json is above 1"
         frozen = any(isinstance(module, FrozenBatchNorm2d) for module in self.module.modules())
         if self._from_scratch and (frozen or not all(p.requires_grad for p in self.module.parameters())):
-            advice += (
-                ". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: to train from scratch, set "
-                "MODEL.RESNETS.NORM to BN, or GN for small batches, and MODEL.BACKBONE.FREEZE_AT to 0"
-            )
+            advice += f". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: {from_scratch.ADVICE}"
         return advice
 
     def _fails(self, image: dict) -> bool:

@@ -202,7 +202,7 @@ class Trainer(DefaultTrainer):
             # With the optimizer, which Detectron2 0.5 leaves out.
             "_trainer": self._trainer.state_dict(),
             "running_states": self._running_states,
-            "run": {"config": self.cfg.dump(), **self._identity()},
+            "run": {"config": self.cfg.dump(), "optimizer": type(self.optimizer).__name__, **self._identity()},
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -215,8 +215,10 @@ class Trainer(DefaultTrainer):
         start_anew = (
             f"to start from its weights, set MODEL.WEIGHTS {source}, without --resume and in another OUTPUT_DIR"
         )
-        if "run" not in state_dict:
-            raise ResumeError(f"{source} was not written by this trainer and can't be resumed: {start_anew}")
+        if not {"config", "optimizer"} <= state_dict.get("run", {}).keys():
+            raise ResumeError(
+                f"{source} was not written by this version of the trainer and can't be resumed: {start_anew}"
+            )
         changed = self._differences(state_dict["run"])
         there, here = state_dict["_trainer"]["parameters"], self._trainer.parameter_names()
         if self.checkpointer.unset or set(there) != set(here):
@@ -224,6 +226,12 @@ class Trainer(DefaultTrainer):
             raise ResumeError(
                 f"{source} can't be resumed, because the model or its trainable parameters have changed: "
                 f"{', '.join(of_model) or 'its code has changed'}; {start_anew}"
+            )
+        optimizer, other = type(self.optimizer).__name__, state_dict["run"]["optimizer"]
+        if optimizer != other:
+            raise ResumeError(
+                f"{source} can't be resumed, because it was trained by the optimizer {other} and this trainer builds "
+                f"{optimizer}: {start_anew}"
             )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
@@ -241,6 +249,9 @@ class Trainer(DefaultTrainer):
     def _set_learning_rates(self) -> None:
         """Set those of the iteration that comes next; the optimizer is as new, the scheduler has been loaded."""
         groups = self.optimizer.param_groups
+        if self.iter + 1 > self.max_iter:
+            # Beyond the end of the schedule there is no rate, and no iteration to use one.
+            return
         if isinstance(self.scheduler, LRMultiplier):
             # A function of the iteration alone, unlike some of PyTorch's schedulers.
             self.scheduler.base_lrs = [group["initial_lr"] for group in groups]

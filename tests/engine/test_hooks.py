@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ hooks.SaveOnSigterm().before_train()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(600)
 """
+
+
+def test_training_in_another_thread(training, caplog):
+    """As job servers do; Python handles signals in the main thread alone."""
+    trainer = Trainer(training(iterations=1))
+    with ThreadPoolExecutor() as pool:
+        pool.submit(trainer.train).result()
+    assert "SIGTERM will end the process without saving" in caplog.text
+    assert trainer.iter == 1
 
 
 def test_sigterm_does_not_wait_for_ever():

@@ -158,14 +158,45 @@ def test_a_frozen_part_that_the_checkpoint_does_not_hold(training):
         resume(cfg)
 
 
-def test_a_checkpoint_of_another_trainer_is_not_resumed(training):
+def test_a_schedule_that_has_already_ended(training):
+    """A run of 4 iterations is resumed with MAX_ITER 2: there is nothing left to train."""
+    cfg = training(iterations=4)
+    Trainer(cfg).train()
+    cfg.SOLVER.MAX_ITER = 2
+    again = resume(cfg)
+    assert again.start_iter == 4
+    again.train()
+
+
+class AdamTrainer(Trainer):
+    """A trainer of the user's own with another optimizer."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return torch.optim.AdamW(model.parameters(), cfg.SOLVER.BASE_LR)
+
+
+def test_a_resume_with_another_optimizer_is_refused(training):
+    cfg = training(iterations=1)
+    Trainer(cfg).train()
+    with pytest.raises(ResumeError, match="was trained by the optimizer SGD\\w* and this trainer builds AdamW: to start"):
+        AdamTrainer(cfg).resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize("absent", [("run",), ("run", "config")])
+def test_a_checkpoint_of_another_trainer_is_not_resumed(absent, training):
     cfg = training(iterations=1)
     Trainer(cfg).train()
     path = Path(cfg.OUTPUT_DIR) / "model_final.pth"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["trainer"]["run"]
+    node = checkpoint["trainer"]
+    for name in absent[:-1]:
+        node = node[name]
+    del node[absent[-1]]
     torch.save(checkpoint, path)
-    with pytest.raises(ResumeError, match="was not written by this trainer and can't be resumed: to start from its we"):
+    with pytest.raises(
+        ResumeError, match="was not written by this version of the trainer and can't be resumed: to start from its we"
+    ):
         resume(cfg)
 
 

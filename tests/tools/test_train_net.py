@@ -111,6 +111,27 @@ def test_evaluation_refuses_weights_that_are_not_the_whole_detector(train_net, d
     assert "of the model's parameters unset: backbone.bottom_up" in output
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("GKD.STUDENT.INIT_FROM_TEACHER", True), "no head of the teacher fits the student"),
+        (("GKD.FEATURES", "('p2',)"), "GKD.FEATURES names p2, but the heads use"),
+        (("GKD.WATCH_PERIOD", 0), "GKD.WATCH_PERIOD is 0, but must be >= 1"),
+    ],
+)
+def test_what_is_refused_when_it_is_built_is_a_sentence(
+    options, message, distiller_config, run_here, datasets, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 2
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    status, said = run_here("train_net.py", "--config-file", "student.yaml", *options)
+    assert status == 1 and message in said and "Traceback" not in said
+
+
 def test_missing_things_come_first(train_net, tmp_path):
     output = train_net("gkd_frcnn_kitti.yaml", tmp_path, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "none.pkl", fails=True)
     lines = [line for line in output.splitlines() if line.strip()]
