@@ -24,6 +24,7 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.imports import add_import_option
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
+from gkd_d2.text import counted
 from gkd_d2.visualize import Picture, draw, write_page
 
 from detectron2.config import CfgNode
@@ -116,9 +117,16 @@ def main() -> None:
         seed = max(cfg.SEED, 0)
         seed_everything(seed)
         distiller = build_model(cfg)
-        StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
+        checkpointer = StudentCheckpointer(distiller)
+        checkpointer.load_weights(cfg.MODEL.WEIGHTS)
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
+    student = cfg.MODEL.WEIGHTS or "random weights: MODEL.WEIGHTS is empty"
+    # Pictures show features before their alignment.
+    random = [name for name in checkpointer.unset if not name.startswith("align.")]
+    if random:
+        student += f", which leaves {counted(len(random), 'tensor')} of the student random, such as {random[0]}"
+        print(f"MODEL.WEIGHTS is {student}", file=sys.stderr)
     # Seen as in evaluation; the heads of the student return losses in training mode only.
     hold_norms(distiller.train())
     mapper = FileNamingMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
@@ -139,7 +147,7 @@ def main() -> None:
         "config": args.config_file,
         "dataset": dataset,
         "teacher": cfg.GKD.TEACHER.WEIGHTS,
-        "student": cfg.MODEL.WEIGHTS or "random weights: MODEL.WEIGHTS is empty",
+        "student": student,
     }
     write_page(output / "index.html", "What teacher and student see", facts, captions)
     print(f"Page: {output / 'index.html'}")

@@ -179,7 +179,7 @@ class AdamTrainer(Trainer):
 def test_a_resume_with_another_optimizer_is_refused(training):
     cfg = training(iterations=1)
     Trainer(cfg).train()
-    with pytest.raises(ResumeError, match="was trained by the optimizer SGD\\w* and this trainer builds AdamW: to start"):
+    with pytest.raises(ResumeError, match="was trained by the optimizer SGD.* and this trainer builds AdamW"):
         AdamTrainer(cfg).resume_or_load(resume=True)
 
 

@@ -93,6 +93,16 @@ def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_p
     assert "MODEL.WEIGHTS is empty" in (tmp_path / "random" / "index.html").read_text()
 
 
+def test_a_student_that_is_partly_random_is_named(visualize, write_config, tmp_path, capsys):
+    config, student = write_config("retinanet")
+    state = torch.load(student)["model"]
+    heads = [name for name in state if name.startswith("head.")]
+    torch.save({"model": {name: tensor for name, tensor in state.items() if name not in heads}}, student)
+    visualize("--config-file", config, "--count", 1, "--output", "out", "MODEL.WEIGHTS", student)
+    text = f"{student}, which leaves {len(heads)} tensors of the student random, such as {sorted(heads)[0]}"
+    assert text in capsys.readouterr().err and text in (tmp_path / "out" / "index.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
