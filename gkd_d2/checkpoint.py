@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import IO
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
@@ -38,8 +37,11 @@ def find_damage(filename: str) -> str:
         return "is not a checkpoint but a Git LFS pointer, which `git lfs pull` replaces by the file itself"
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         return "is not a checkpoint but a web page, as saved where a link leads to a page and not to the file itself"
-    if start.startswith(b"PK") and not zipfile.is_zipfile(filename):
-        return "is damaged: it ends too early"
+    if start.startswith(b"PK"):
+        try:
+            return "" if zipfile.is_zipfile(filename) else "is damaged: it ends too early"
+        except zipfile.BadZipFile as error:
+            return f"is damaged: {error}"
     return ""
 
 
@@ -84,9 +86,29 @@ class _CheckpointReader(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file())
-        return self.load_weights(path)
+        """As Detectron2's.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole, or does not fit the model.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load_weights(path)
+        last = self.get_checkpoint_file()
+        advice = "name another checkpoint as MODEL.WEIGHTS, without --resume"
+        try:
+            return self._load_listed(last)
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"OUTPUT_DIR: {error}. Copy it again, or {advice}") from error
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"OUTPUT_DIR: {last} does not fit the detector that the config describes: {error}; {advice}"
+            ) from error
+
+    def _load_listed(self, path: str) -> dict:
+        """Load a checkpoint that last_checkpoint names, or one before it."""
+        if not os.path.isfile(path):
+            raise DamagedCheckpointError(f"last_checkpoint names {path}, which is no file")
+        return self.load(path)
 
     def _load_file(self, filename: str) -> dict:
         damage = find_damage(filename)
@@ -94,17 +116,21 @@ class _CheckpointReader(DetectionCheckpointer):
             raise DamagedCheckpointError(f"the checkpoint {filename} {damage}")
         try:
             loaded = super()._load_file(filename)
-        except (OSError, MemoryError):
+        except OSError:
             # The machine's fault, which may pass; the file may be whole.
             raise
         except Exception as error:  # zip, pickle and torch each have their own for a file that ends too early
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise OSError(
+                    f"the checkpoint {filename} can't be read: it needs more memory than there is, or is damaged"
+                ) from error
             raise DamagedCheckpointError(f"the checkpoint {filename} {_why_unreadable(error)}") from error
-        model = loaded["model"]
-        if not isinstance(model, dict) or not all(isinstance(v, (torch.Tensor, np.ndarray)) for v in model.values()):
-            held = ", ".join(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
+        model = loaded["model"] if isinstance(loaded, dict) else loaded
+        if not _is_state(model):
+            held = _some(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
             raise DamagedCheckpointError(
-                f"the checkpoint {filename} is not of Detectron2's form, with the model's tensors under 'model': it "
-                f"holds {held}"
+                f"the checkpoint {filename} is not of Detectron2's form, with the model's tensors by their names under "
+                f"'model': it holds {held}"
             )
         return loaded
 
@@ -164,9 +190,7 @@ class StudentCheckpointer(_CheckpointReader):
         last = self.get_checkpoint_file()
         for candidate in [last, *self._periodic_checkpoints(before=last)]:
             try:
-                if not os.path.isfile(candidate):
-                    raise DamagedCheckpointError(f"last_checkpoint names {candidate}, which is no file")
-                return self.load(candidate)
+                return self._load_listed(candidate)
             except DamagedCheckpointError as error:
                 self.logger.warning("%s. Falling back to the checkpoint before it", error)
         raise DamagedCheckpointError(
@@ -215,6 +239,16 @@ class CompleteCheckpointer(_CheckpointReader):
                 f"the checkpoint leaves {len(unset)} of the model's parameters unset: {', '.join(unset)}{shapes}"
             )
         return incompatible
+
+
+def _is_state(model: object) -> bool:
+    """Whether it is a dictionary of tensors, or of arrays that can be made tensors, by their names."""
+    if not (isinstance(model, dict) and all(isinstance(name, str) for name in model)):
+        return False
+    try:
+        return all(isinstance(v if torch.is_tensor(v) else torch.from_numpy(v), torch.Tensor) for v in model.values())
+    except (TypeError, ValueError):
+        return False
 
 
 def _why_unreadable(error: Exception) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 
 from gkd_d2.config_merge import check_no_options
 
-_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK", re.ASCII)
+
+class _Parsed(argparse.Namespace):
+    """Checks ``opts`` as soon as argparse has found them, which is before it looks for options that are required."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "opts" and value:
+            check_no_options(value)
+        super().__setattr__(name, value)
 
 
 def parse_options_first(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,10 +30,8 @@ def parse_options_first(parser: argparse.ArgumentParser, arguments: Sequence[str
     Raises:
         SystemExit: an option comes after a pair, with a sentence and status 1; or as of ``parser.parse_args``.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    first = next((number for number, argument in enumerate(arguments) if _KEY.fullmatch(argument)), len(arguments))
     try:
-        check_no_options(arguments[first:])
+        parsed = parser.parse_args(arguments, _Parsed())
     except ValueError as error:
         sys.exit(str(error))
-    return parser.parse_args(arguments)
+    return argparse.Namespace(**vars(parsed))

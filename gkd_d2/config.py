@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from gkd_d2.config_merge import errors_named, merge_file, merge_pairs
+from gkd_d2.config_merge import load_file, merge_loaded, merge_pairs
 from gkd_d2.imports import import_modules
 
 DISTILLER = "GKDDistiller"
@@ -167,31 +167,25 @@ def read_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) 
     return cfg
 
 
-class _ConfigFile(CfgNode):
-    """Reads a YAML file with its ``_BASE_``, in each of which the teacher's paths are relative to that file."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
-        # What a _BASE_ says was placed when that file was read.
-        _place_teacher(_node(loaded, "GKD", "TEACHER"), filename)
-        return loaded
+class _Placed(str):
+    """A teacher's path that was looked for beside the file that sets it."""
 
 
 def _merged(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
     """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
-    with errors_named(config_file):
-        written = _ConfigFile.load_yaml_with_base(config_file, allow_unsafe=True)
+    written = load_file(config_file, _place_own)
+    teacher = _node(written, "GKD", "TEACHER")
+    teacher.update({key: str(path) for key, path in teacher.items() if isinstance(path, _Placed)})
     modules = [*_listed_modules(config_file, written, opts), *imports]
     import_modules(modules, f"GKD.IMPORTS of {config_file}, or --import,")
     # Made after the imports, for a module may add keys to Detectron2's defaults.
     cfg = get_cfg()
     add_gkd_config(cfg)
-    merge_file(cfg, config_file)
-    cfg.GKD.TEACHER.update({k: v for k, v in _node(written, "GKD", "TEACHER").items() if k in _TEACHER_PATHS})
+    merge_loaded(cfg, written, config_file)
     merge_pairs(cfg, opts)
-    # What the arguments name.
-    _place_teacher(cfg.GKD.TEACHER, config_file)
+    for key in _TEACHER_PATHS:
+        if f"GKD.TEACHER.{key}" in opts[::2]:
+            cfg.GKD.TEACHER[key] = _placed(key, cfg.GKD.TEACHER[key], config_file)
     cfg.GKD.IMPORTS = list(dict.fromkeys(modules))
     return cfg
 
@@ -216,21 +210,35 @@ def _node(loaded: object, *names: str) -> dict:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _place_teacher(teacher: dict, config_file: str) -> None:
-    """Let the teacher's relative paths that are not found in the working folder be those beside a config file.
-
-    Args:
-        teacher: the node GKD.TEACHER, changed in place. A checkpoint that is found in neither folder stays as it is,
-            for it may be trained yet; a config file then becomes that beside ``config_file``, for the error.
-        config_file: that sets the paths.
-    """
+def _place_own(loaded: dict, config_file: str) -> None:
+    """Place the teacher's paths that a file sets itself, among the content of its ``_BASE_``, whose are placed."""
+    teacher = _node(loaded, "GKD", "TEACHER")
     for key in _TEACHER_PATHS:
-        path = teacher.get(key)
-        if not (path and isinstance(path, str)) or os.path.isabs(path) or "://" in path or os.path.exists(path):
-            continue
-        beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), path)
-        if key == "CONFIG_FILE" or os.path.exists(beside):
-            teacher[key] = beside
+        if isinstance(path := teacher.get(key), str) and not isinstance(path, _Placed):
+            teacher[key] = _Placed(_placed(key, path, config_file))
+
+
+def _placed(key: str, path: str, config_file: str) -> str:
+    """A path of the teacher; a relative one that is not found in the working folder is that beside a config file.
+
+    A checkpoint that is found in neither folder stays as it is, for it may be trained yet; a config file then becomes
+    that beside ``config_file``, for the error.
+    """
+    if not path or os.path.isabs(path) or "://" in path or os.path.exists(path):
+        return path
+    beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), path)
+    return beside if key == "CONFIG_FILE" or os.path.exists(beside) else path
+
+
+def with_absolute_teacher(cfg: CfgNode) -> CfgNode:
+    """A copy in which the teacher's paths do not depend on the working folder, nor on symbolic links."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in _TEACHER_PATHS:
+        path = cfg.GKD.TEACHER[key]
+        if path and "://" not in path:
+            cfg.GKD.TEACHER[key] = os.path.realpath(path)
+    return cfg
 
 
 def read_distiller_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) -> CfgNode:

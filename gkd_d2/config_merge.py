@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, downgrade_config, upgrade_config
+from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 
 
@@ -49,46 +50,76 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
             raise ValueError(f"{key} is {value!r}, but {_wanted(cfg, key)}") from error
 
 
-def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML file into a config; ``cfg.merge_from_file`` with errors that name the file and say what to do.
+def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
+    """What a YAML file holds, merged into what its ``_BASE_`` holds.
 
     Args:
-        cfg: changed in place.
         path: of the file, which may name others as its ``_BASE_``.
-
-    Raises:
-        FileNotFoundError, ValueError: as of :func:`errors_named`.
-    """
-    with errors_named(path):
-        try:
-            cfg.merge_from_file(path)
-        except KeyError as error:
-            raise ValueError(_unknown(_named_key(error), config_keys(cfg))) from error
-        except ValueError as error:
-            if not str(error).startswith("Type mismatch"):
-                raise
-            key = _named_key(error)
-            raise ValueError(f"{key} has a value that does not fit: it {_wanted(cfg, key)}") from error
-
-
-@contextlib.contextmanager
-def errors_named(path: str) -> Iterator[None]:
-    """While a config file is read: errors that begin with the file.
+        own_paths: called with the merged content and the path of each file of the chain, the deepest ``_BASE_`` first.
+            It may change the content.
 
     Raises:
         FileNotFoundError: the file, or one that it is based on, does not exist.
-        ValueError: it is no valid YAML, or it does not hold what a config may.
+        OSError: one of them can't be read.
+        ValueError: one of them is no valid YAML, holds something other than config keys, or is based on itself.
     """
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"there is no config file {path}")
+    # The chain of files that are being read; after an error it ends with the one at fault.
+    chain: list[str] = []
+
+    class Reader(CfgNode):
+        @classmethod
+        def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+            if os.path.realpath(filename) in map(os.path.realpath, chain):
+                raise ValueError(f"its _BASE_ {filename} is based on it in turn")
+            chain.append(filename)
+            loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+            if not isinstance(loaded, dict):
+                raise TypeError
+            own_paths(loaded, filename)
+            chain.pop()
+            return loaded
+
     try:
-        yield
+        return Reader.load_yaml_with_base(path, allow_unsafe=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: its _BASE_ {error.filename} does not exist") from error
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: it must hold config keys and their values in YAML") from error
-    except (AssertionError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise FileNotFoundError(f"{': its _BASE_ '.join(chain[-2:])} does not exist") from error
+    except OSError as error:
+        raise OSError(f"{': its _BASE_ '.join(chain[-2:])} can't be read ({error})") from error
+    except (AssertionError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{', the _BASE_ of '.join(chain[:-3:-1])}: {_fault(error)}") from error
+
+
+def merge_loaded(cfg: CfgNode, loaded: dict, path: str) -> None:
+    """Merge the content of a file into a config, as ``cfg.merge_from_file`` does, with errors that say what to do.
+
+    Args:
+        cfg: changed in place.
+        loaded: see :func:`load_file`.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: a key does not exist, a value does not fit its key, or the content is of an unknown VERSION.
+    """
+    try:
+        node = CfgNode(loaded)
+        version = node["VERSION"] if "VERSION" in node else guess_version(node, path)
+        if version not in range(1, cfg.VERSION + 1):
+            raise ValueError(f"VERSION is {version!r}, but Detectron2's configs have versions up to {cfg.VERSION}")
+        if version == cfg.VERSION:
+            cfg.merge_from_other_cfg(node)
+        else:
+            older = downgrade_config(cfg, to_version=version)
+            older.merge_from_other_cfg(node)
+            cfg.update(upgrade_config(older))
+    except KeyError as error:
+        raise ValueError(f"{path}: {_unknown(_named_key(error), config_keys(cfg))}") from error
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        if str(error).startswith("Type mismatch"):
+            key = _named_key(error)
+            raise ValueError(f"{path}: {key} has a value that does not fit: it {_wanted(cfg, key)}") from error
+        raise ValueError(f"{path}: {_fault(error)}") from error
 
 
 def config_keys(cfg: CfgNode) -> list[str]:
@@ -99,6 +130,13 @@ def config_keys(cfg: CfgNode) -> list[str]:
         if isinstance(value, CfgNode):
             keys += [f"{name}.{key}" for key in config_keys(value)]
     return keys
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a file, by the error of what reads it."""
+    if isinstance(error, (AttributeError, TypeError)):
+        return "it must hold config keys and their values in YAML"
+    return str(error)
 
 
 def _named_key(error: Exception) -> str:

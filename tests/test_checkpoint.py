@@ -3,9 +3,12 @@
 import argparse
 import contextlib
 import pickle
+import random
 import re
 import resource
+import struct
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -93,10 +96,19 @@ def make_file(path, kind, state):
         torch.save({**whole, "args": argparse.Namespace(lr=1)}, path)
     elif kind == "other form":
         torch.save({"state_dict": state, "meta": {"epoch": 1}}, path)
+    elif kind == "integers":
+        torch.save({"model": {0: torch.zeros(1)}}, path)
+    elif kind == "strings":
+        torch.save({"model": {"weight": "one"}}, path)
+    elif kind == "word":
+        torch.save("a model", path)
     elif kind == "list":
         torch.save([1, 2], path)
     else:
-        path.write_bytes({"empty": b"", "LFS": LFS_POINTER, "page": WEB_PAGE, "text": b"no checkpoint"}[kind])
+        # The number of disks stands in front of the record at a zip's end.
+        disks = b"PK\x03\x04PK\x06\x07" + struct.pack("<LQL", 0, 0, 2) + b"PK\x05\x06" + bytes(18)
+        contents = {"empty": b"", "LFS": LFS_POINTER, "page": WEB_PAGE, "text": b"no checkpoint", "many disks": disks}
+        path.write_bytes(contents[kind])
 
 
 FAULTS = {
@@ -108,8 +120,12 @@ FAULTS = {
     "page": "is not a checkpoint but a web page",
     "text": "is not a checkpoint: its content is of another form",
     "objects": r"holds Python objects beside tensors \(argparse.Namespace\), which torch does not load: write",
-    "other form": "is not of Detectron2's form, with .* under 'model': it holds state_dict, meta",
+    "other form": "is not of Detectron2's form, with .* under 'model': it holds meta, state_dict",
     "list": "is not of Detectron2's form, with .* under 'model': it holds a list",
+    "integers": "is not of Detectron2's form, with the model's tensors by their names .* it holds 0",
+    "strings": "is not of Detectron2's form, with .* under 'model': it holds weight",
+    "word": "is not of Detectron2's form, with .* under 'model': it holds a str",
+    "many disks": "is damaged: zipfiles that span multiple disks",
 }
 PKL_FAULTS = {"empty": FAULTS["empty"], "cut": "is damaged: ", "LFS": FAULTS["LFS"], "page": FAULTS["page"]}
 
@@ -136,6 +152,63 @@ def test_a_file_that_is_no_checkpoint_is_named_with_its_key(suffix, kind, messag
     assert "\n" not in text and len(text) < 400 + len(str(path))
     # Whole files are read after it.
     reader(model).load_weights(save(tmp_path / "whole.pth", model.state_dict()))
+
+
+def test_arrays_that_are_no_tensors_are_refused(tmp_path):
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(pickle.dumps({"model": {"weight": np.array(["one"])}, "__author__": "someone"}))
+    with pytest.raises(DamagedCheckpointError, match="is not of Detectron2's form"):
+        CompleteCheckpointer(torch.nn.Linear(3, 2)).load(str(path))
+
+
+def mutated(content, rng):
+    """A file's content that was cut off, or in which a few bytes changed, were lost or came in."""
+    content, place = bytearray(content), rng.randrange(len(content))
+    # The ends, which hold the file's structure, more often than the tensors.
+    place = rng.choice([place, place % 400, -1 - place % 400])
+    change = rng.choice(["cut", "lose", "insert", "change", "change"])
+    if change == "cut":
+        return content[:place]
+    if change == "lose":
+        del content[place : place + 20]
+    elif change == "insert":
+        content[place:place] = rng.randbytes(9)
+    else:
+        for _ in range(rng.choice([1, 2, 5])):
+            content[place] = rng.randrange(256)
+            place = rng.randrange(len(content))
+    return content
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["zip", "old", "zoo"])
+def test_mutated_files_load_or_are_refused(form, tmp_path):
+    """300 of each form; none ends in another error than those that the tools report."""
+    state = torch.nn.Linear(3, 2).state_dict()
+    path = tmp_path / ("whole.pkl" if form == "zoo" else "whole.pth")
+    if form == "zoo":
+        # Of tensors, for a mutated pickle of arrays can change NumPy's own types for the rest of the process.
+        path.write_bytes(pickle.dumps({"model": state, "__author__": "someone"}, protocol=2))
+    else:
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=form == "zip")
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            CompleteCheckpointer(torch.nn.Linear(3, 2)).load_weights(str(path))
+        except (CheckpointError, OSError) as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_memory_that_can_not_be_had_is_not_called_a_damaged_file(tmp_path):
+    """For a resume would fall back to the checkpoint before it."""
+    path = tmp_path / "large.pkl"
+    # The length of a string, 2**60 bytes.
+    path.write_bytes(b"\x80\x04\x8d" + (2**60).to_bytes(8, "little"))
+    with pytest.raises(OSError, match=f"{path} can't be read: it needs more memory than there is, or is damaged"):
+        StudentCheckpointer(torch.nn.Linear(3, 2)).load(str(path))
 
 
 def test_forms_of_checkpoints_that_detectron2_reads(tmp_path):
@@ -282,6 +355,23 @@ def test_a_resume_passes_over_a_missing_checkpoint(written, caplog):
     assert f"last_checkpoint names {written}/model_0000029.pth, which is no file" in caplog.text
     (written / "last_checkpoint").write_text("")
     assert resumed(written) == 19
+
+
+def test_an_evaluation_takes_the_last_checkpoint_of_a_run_or_none(written):
+    evaluated = CompleteCheckpointer(torch.nn.Linear(512, 512), str(written))
+    assert evaluated.resume_or_load("")["iteration"] == 29 and (evaluated.model.weight == 29).all()
+    advice = "name another checkpoint as MODEL.WEIGHTS, without --resume"
+    last = written / "model_0000029.pth"
+    torch.save({"model": {"other": torch.zeros(1)}}, last)
+    with pytest.raises(CheckpointError, match=f"OUTPUT_DIR: {last} does not fit the detector .* unset: .*; {advice}"):
+        evaluated.resume_or_load("")
+    last.write_bytes(b"")
+    message = f"OUTPUT_DIR: the checkpoint {last} is damaged: it is empty. Copy it again, or {advice}"
+    with pytest.raises(DamagedCheckpointError, match=message):
+        evaluated.resume_or_load("")
+    last.unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"OUTPUT_DIR: last_checkpoint names {last}, which is no file. C"):
+        evaluated.resume_or_load("")
 
 
 def test_a_fallback_takes_no_later_checkpoint(written):

@@ -167,6 +167,27 @@ def test_a_teacher_that_is_nowhere_is_looked_for_in_both_folders(tmp_path, monke
     assert cfg.GKD.TEACHER.WEIGHTS == "teacher.pth"
 
 
+def test_a_teacher_of_a_base_is_not_looked_for_beside_other_files(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    base = write(tmp_path / "base" / "base.yaml", PATHS)
+    student = write(tmp_path / "mine" / "student.yaml", "_BASE_: ../base/base.yaml")
+    for name in ("teacher.yaml", "teacher.pth"):
+        write(tmp_path / "mine" / name, "VERSION: 2")
+    for pairs in ([], ["SEED", "1"]):
+        teacher = read(student, *pairs).GKD.TEACHER
+        assert teacher.WEIGHTS == "teacher.pth"
+        assert teacher.CONFIG_FILE == f"{tmp_path}/base/teacher.yaml"
+    # What a file sets itself, be it the same name, and what the arguments set, is.
+    beside = f"{tmp_path}/mine/teacher.pth"
+    assert read(student, "GKD.TEACHER.WEIGHTS", "teacher.pth").GKD.TEACHER.WEIGHTS == beside
+    write(student, "_BASE_: ../base/base.yaml\nGKD: {TEACHER: {WEIGHTS: teacher.pth}}")
+    assert read(student).GKD.TEACHER.WEIGHTS == beside
+    write(base.with_name("teacher.pth"), "")
+    write(student, "_BASE_: ../base/base.yaml")
+    assert os.path.samefile(read(student).GKD.TEACHER.WEIGHTS, base.with_name("teacher.pth"))
+
+
 def test_a_config_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"there is no config file {tmp_path}/none.yaml"):
         read(tmp_path / "none.yaml")
@@ -235,10 +256,78 @@ def test_mistakes_in_files(distiller_config, tmp_path, text, message):
         teacher_config(cfg)
 
 
-def test_a_base_that_does_not_exist_is_named(tmp_path):
-    (tmp_path / "mine.yaml").write_text("_BASE_: nowhere.yaml\n")
-    with pytest.raises(FileNotFoundError, match="mine.yaml: its _BASE_ .*nowhere.yaml does not exist"):
-        read(tmp_path / "mine.yaml")
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"a": "_BASE_: none.yaml"}, FileNotFoundError, "a.yaml: its _BASE_ none.yaml does not exist"),
+        (
+            {"a": "_BASE_: sub/b.yaml", "sub/b": "_BASE_: none.yaml"},
+            FileNotFoundError,
+            "sub/b.yaml: its _BASE_ sub/none.yaml does not exist",
+        ),
+        ({"a": "_BASE_: ."}, OSError, "a.yaml: its _BASE_ . can't be read"),
+        ({"a": "_BASE_: a.yaml"}, ValueError, "a.yaml: its _BASE_ a.yaml is based on it in turn"),
+        (
+            {"a": "_BASE_: sub/b.yaml", "sub/b": "_BASE_: ../a.yaml"},
+            ValueError,
+            "sub/b.yaml, the _BASE_ of a.yaml: its _BASE_ sub/../a.yaml is based on it in turn",
+        ),
+        (
+            {"a": "_BASE_: b.yaml", "b": ""},
+            ValueError,
+            "b.yaml, the _BASE_ of a.yaml: it must hold config keys and their values in YAML",
+        ),
+        (
+            {"a": "_BASE_: b.yaml", "b": "SOLVER"},
+            ValueError,
+            "b.yaml, the _BASE_ of a.yaml: it must hold config keys and their values in YAML",
+        ),
+        (
+            {"a": "_BASE_: b.yaml", "b": "SOLVER: ["},
+            ValueError,
+            "b.yaml, the _BASE_ of a.yaml: while parsing a flow node",
+        ),
+        (
+            {"a": "_BASE_: b.yaml\nSOLVER: {SEED: 1}", "b": "SOLVER: 1"},
+            ValueError,
+            "a.yaml: Cannot inherit key 'SOLVER' from base!",
+        ),
+        ({"a": "_BASE_: 3"}, ValueError, "a.yaml: it must hold config keys and their values in YAML"),
+        ({"a": "VERSION: 3"}, ValueError, "a.yaml: VERSION is 3, but Detectron2's configs have versions up to 2"),
+    ],
+)
+def test_mistakes_in_chains_of_files(files, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        write(tmp_path / f"{name}.yaml", text)
+    with pytest.raises(error) as raised:
+        read("a.yaml")
+    assert str(raised.value).startswith(message)
+
+
+def test_two_files_can_have_one_base(tmp_path):
+    write(tmp_path / "base.yaml", "SEED: 3")
+    for name in "ab":
+        write(tmp_path / f"{name}.yaml", "_BASE_: base.yaml")
+    assert read(write(tmp_path / "both.yaml", "_BASE_: [a.yaml, b.yaml]\nVERSION: 2")).SEED == 3
+
+
+def test_each_file_is_read_once(tmp_path):
+    from detectron2.config import CfgNode
+
+    opened = []
+    write(tmp_path / "base.yaml", "SEED: 3")
+    path = write(tmp_path / "mine.yaml", "_BASE_: base.yaml")
+    open_cfg = CfgNode._open_cfg
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CfgNode, "_open_cfg", lambda name: opened.append(name) or open_cfg(name))
+        read(path)
+    assert opened == [str(path), str(tmp_path / "base.yaml")]
+
+
+def test_a_config_of_an_earlier_version_is_upgraded(tmp_path):
+    cfg = read(write(tmp_path / "old.yaml", "MODEL: {WEIGHT: old.pkl}\nGKD: {METHOD: pkd}"))
+    assert (cfg.VERSION, cfg.MODEL.WEIGHTS, cfg.GKD.METHOD) == (2, "old.pkl", "pkd")
 
 
 def test_an_unknown_device_is_named(project):

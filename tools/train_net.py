@@ -49,7 +49,7 @@ def main(cfg: CfgNode, args: argparse.Namespace):
         else:
             model = Trainer.build_model(cfg)
             CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    except (ResumeError, ValueError) as error:
+    except (OSError, ResumeError, ValueError) as error:
         # What gkd_d2 refuses it says in a sentence; of any other fault the traceback says more.
         if not raised_by_gkd_d2(error):
             raise

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config import config_differences
+from gkd_d2.config import config_differences, with_absolute_teacher
 from gkd_d2.data.loader import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
@@ -202,7 +202,11 @@ class Trainer(DefaultTrainer):
             # With the optimizer, which Detectron2 0.5 leaves out.
             "_trainer": self._trainer.state_dict(),
             "running_states": self._running_states,
-            "run": {"config": self.cfg.dump(), "optimizer": type(self.optimizer).__name__, **self._identity()},
+            "run": {
+                "config": with_absolute_teacher(self.cfg).dump(),
+                "optimizer": type(self.optimizer).__name__,
+                **self._identity(),
+            },
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -263,7 +267,7 @@ class Trainer(DefaultTrainer):
 
     def _differences(self, run: dict) -> dict[str, str]:
         """Key -> what the config, or the identity, of the run that wrote a checkpoint has and this one has instead."""
-        was, now = (CfgNode.load_cfg(text) for text in (run["config"], self.cfg.dump()))
+        was, now = (CfgNode.load_cfg(text) for text in (run["config"], with_absolute_teacher(self.cfg).dump()))
         differences = config_differences(was, now, _IRRELEVANT_TO_RESUME)
         for key, value in self._identity().items():
             if run[key] != value:

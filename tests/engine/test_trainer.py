@@ -66,6 +66,24 @@ def test_a_resume_takes_over_the_averages_and_says_what_changed(training, caplog
     )
 
 
+def test_a_resume_from_another_folder_has_the_same_teacher(training, caplog, tmp_path, monkeypatch):
+    cfg = training("retinanet", iterations=1)
+    monkeypatch.chdir(tmp_path)
+    cfg.GKD.TEACHER.CONFIG_FILE, cfg.GKD.TEACHER.WEIGHTS = "teacher.yaml", "teacher.pth"
+    Trainer(cfg).train()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cfg.GKD.TEACHER.CONFIG_FILE, cfg.GKD.TEACHER.WEIGHTS = "../teacher.yaml", str(tmp_path / "teacher.pth")
+    resume(cfg)
+    assert "the resumed run differs" not in caplog.text
+    # By the name that the run before had for another file.
+    shutil.copy("../teacher.pth", "teacher.pth")
+    cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
+    resume(cfg)
+    teachers = f"GKD.TEACHER.WEIGHTS was {tmp_path}/teacher.pth and is {tmp_path}/elsewhere/teacher.pth"
+    assert f"From iteration 1 the resumed run differs from the one before: {teachers}" in caplog.text
+
+
 SCHEDULES = {
     "rate": {"BASE_LR": 0.004},
     "steps": {"STEPS": (2,), "GAMMA": 0.5},

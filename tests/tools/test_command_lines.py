@@ -1,6 +1,10 @@
 """A mistake in a command line ends in a sentence, before anything is built."""
 
+import argparse
+
 import pytest
+
+from gkd_d2.command_line import parse_options_first
 
 OPTIONS = {
     "train_net.py": ("--config-file", "FILE"),
@@ -28,6 +32,39 @@ def test_options_after_pairs(tool, command, main_of_tool):
     assert said.endswith("put all options before the pairs")
     said = main_of_tool(tool, *options, "MODEL.DEVICE", "cpu", "--resume")
     assert said.startswith("the option --resume comes after KEY VALUE pairs")
+
+
+@pytest.mark.parametrize("tool", OPTIONS)
+def test_options_after_misspelt_pairs(tool, command, main_of_tool):
+    options = command(tool)
+    for first in ("solver.base_lr", "SOLVER.BASE_LR=1", "SED"):
+        said = main_of_tool(tool, first, "1", *options)
+        assert said.startswith(f"the option {options[0]} comes after KEY VALUE pairs ({first} 1 ...)")
+
+
+def test_values_of_options_that_look_like_keys():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--image", action="append")
+    parser.add_argument("--size", nargs=2)
+    parser.add_argument("--output")
+    parser.add_argument("opts", nargs=argparse.REMAINDER)
+    arguments = ["--image", "IMG_0001.JPG", "--image=SOLVER.BASE_LR", "--size", "A.B", "SEED"]
+    arguments += ["--config", "CONFIG.YAML"]
+    args = parse_options_first(parser, [*arguments, "--output", "OUTPUT_DIR", "SEED", "-1"])
+    assert args.image == ["IMG_0001.JPG", "SOLVER.BASE_LR"] and args.size == ["A.B", "SEED"]
+    assert (args.config_file, args.output, args.opts) == ("CONFIG.YAML", "OUTPUT_DIR", ["SEED", "-1"])
+    assert parse_options_first(parser, arguments).opts == []
+    with pytest.raises(SystemExit) as end:
+        parse_options_first(parser, [*arguments, "SEED", "-1", "--output", "out"])
+    assert str(end.value).startswith("the option --output comes after KEY VALUE pairs (SEED -1 ...)")
+
+
+def test_files_in_capitals(main_of_tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config-file", "CONFIG.YAML", "--num-gpus", "0", "SOLVER.BASELR", "1"]
+    (tmp_path / "CONFIG.YAML").write_text("VERSION: 2")
+    assert main_of_tool("train_net.py", *arguments).startswith("there is no config key 'SOLVER.BASELR'")
 
 
 @pytest.mark.parametrize(
