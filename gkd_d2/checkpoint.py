@@ -8,8 +8,10 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import IO
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -132,6 +134,11 @@ class _CheckpointReader(DetectionCheckpointer):
                 f"the checkpoint {filename} is not of Detectron2's form, with the model's tensors by their names under "
                 f"'model': it holds {held}"
             )
+        wrong = [name for name, values in model.items() if not _is_finite(values)]
+        if wrong:
+            raise DamagedCheckpointError(
+                f"the checkpoint {filename} holds numbers that are infinite or NaN, in {_some(wrong)}"
+            )
         return loaded
 
 
@@ -251,6 +258,11 @@ def _is_state(model: object) -> bool:
         return False
 
 
+def _is_finite(values: Tensor | np.ndarray) -> bool:
+    """Whether no value is infinite or NaN; integers never are."""
+    return bool(torch.as_tensor(values).isfinite().all())
+
+
 def _why_unreadable(error: Exception) -> str:
     """What an error of a reader says of the file, in a few words."""
     text = str(error)
@@ -262,7 +274,9 @@ def _why_unreadable(error: Exception) -> str:
         )
     if "Weights only load failed" in text:
         return "is not a checkpoint: its content is of another form"
-    return f"is damaged: {text.splitlines()[0] if text else type(error).__name__}"
+    # A text of a single word or number, as a KeyError's, says nothing by itself.
+    reason = text.splitlines()[0] if len(text.split()) > 1 else f"{type(error).__name__} {text}".strip()
+    return f"is damaged: {reason}"
 
 
 def _decisive(names: Iterable[str]) -> set[str]:

@@ -305,8 +305,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file. A relative path is looked for in the working "
-            f"folder, {os.getcwd()}, and then in the folder of the config file that sets the key: give the config the "
-            "teacher was trained with"
+            f"folder, {os.getcwd()}, and then, where gkd_d2.config.read_config reads the config, in the folder of the "
+            "file that sets the key: give the config the teacher was trained with"
         )
     teacher = detector_config(_merged(path, [], ()))
     teacher.defrost()

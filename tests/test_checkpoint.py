@@ -349,6 +349,27 @@ def test_a_resume_passes_over_a_damaged_checkpoint(part, written, caplog):
     assert resumed(written) == 19
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    state = {"weight": torch.tensor([[1.0, 2.0], [value, 3.0]]), "bias": torch.zeros(2)}
+    torch.save({"model": state}, tmp_path / "bad.pth")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({k: v.numpy() for k, v in state.items()}))
+    for kind, name in ((StudentCheckpointer, "bad.pth"), (CompleteCheckpointer, "bad.pkl")):
+        path = tmp_path / name
+        with pytest.raises(CheckpointError, match=f"{path} holds numbers that are infinite or NaN, in weight"):
+            kind(model).load_weights(str(path), "GKD.TEACHER.WEIGHTS")
+
+
+def test_a_resume_passes_over_weights_that_are_not_finite(written, caplog):
+    last = written / "model_0000029.pth"
+    checkpoint = torch.load(last, weights_only=True)
+    next(iter(checkpoint["model"].values())).fill_(float("nan"))
+    torch.save(checkpoint, last)
+    assert resumed(written) == 19
+    assert "holds numbers that are infinite or NaN" in caplog.text
+
+
 def test_a_resume_passes_over_a_missing_checkpoint(written, caplog):
     (written / "model_0000029.pth").unlink()
     assert resumed(written) == 19
