@@ -24,6 +24,7 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.imports import add_import_option
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
+from gkd_d2.text import counted
 from gkd_d2.visualize import Picture, draw, write_page
 
 from detectron2.config import CfgNode
@@ -79,7 +80,7 @@ def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dic
         chosen = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])][:count]
         if not chosen:
             raise ValueError(
-                f"none of the {len(records)} images of dataset {dataset} has an object: name one by --image"
+                f"no object in the {counted(len(records), 'image')} of dataset {dataset}: name an image by --image"
             )
         return chosen
     by_name: dict[str, dict] = {}
