@@ -13,6 +13,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
+from gkd_d2.text import counted
+
 
 class CheckpointError(ValueError):
     """A checkpoint can't be used; the text says why."""
@@ -224,9 +226,9 @@ class StudentCheckpointer(_CheckpointReader):
         self.unset = tuple(sorted(_decisive(incompatible.missing_keys)))
         if names <= set(incompatible.missing_keys):
             raise ValueError(
-                f"the checkpoint sets none of the model's {len(names)} tensors: the model has {_some(names)}, the "
-                f"checkpoint {_some(incompatible.unexpected_keys)}. MODEL.WEIGHTS must name a checkpoint of this "
-                "detector or of its backbone"
+                f"the checkpoint sets none of the model's {counted(len(names), 'tensor')}: the model has "
+                f"{_some(names)}, the checkpoint {_some(incompatible.unexpected_keys)}. MODEL.WEIGHTS must name a "
+                "checkpoint of this detector or of its backbone"
             )
         return incompatible
 

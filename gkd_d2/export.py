@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gkd_d2.config import detector_config
 from gkd_d2.student import find_checkpoint, load_student
+from gkd_d2.text import counted
 
 CHECKPOINT, CONFIG, SCRIPT = "model.pth", "config.yaml", "model.ts"
 
@@ -212,8 +213,8 @@ def _check_equal(expected: Instances, found: Instances) -> None:
         height, width = expected.image_size
         raise ExportError(
             f"the TorchScript differs from the model on an image of {height} x {width} pixels: "
-            f"{lost} of the model's {len(expected)} detections and {new} of the script's {len(found)} have no like in "
-            f"class, box (within {BOX_TOLERANCE} pixels) and score (within {SCORE_TOLERANCE})"
+            f"{lost} of the model's {counted(len(expected), 'detection')} and {new} of the script's {len(found)} have "
+            f"no like in class, box (within {BOX_TOLERANCE} pixels) and score (within {SCORE_TOLERANCE})"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gkd_d2.ops import fused, reference
+from gkd_d2.text import counted
 
 WEIGHTINGS = ("gradient", "attention", "uniform")
 RECTIFIERS = ("abs", "relu")
@@ -287,7 +288,7 @@ def _check_levels(
         if tensors is None:
             continue
         if len(tensors) != len(student):
-            raise ValueError(f"student has {len(student)} levels, but {name} has {len(tensors)}")
+            raise ValueError(f"student has {counted(len(student), 'level')}, but {name} has {len(tensors)}")
         for level, (s, other) in enumerate(zip(student, tensors)):
             is_mean = name != "teacher" and s.dim() == 4 and other.shape == _mean_shape(s)
             for what, wanted, got in (
@@ -309,4 +310,5 @@ def _check_levels(
                 f"but student[0] is {student[0].dtype} on {student[0].device}"
             )
         if s.shape[0] != num_images or num_images == 0:
-            raise ValueError(f"student[{level}] holds {s.shape[0]} images, but boxes are given for {num_images}")
+            held = counted(s.shape[0], "image")
+            raise ValueError(f"student[{level}] holds {held}, but boxes are given for {num_images}")

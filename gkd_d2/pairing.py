@@ -99,14 +99,23 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
         teacher_cfg: the teacher's config.
 
     Raises:
-        ValueError: classes, channel order, channels of the image or padding differ, or the teacher's losses need what
-            the student's batches do not hold.
+        ValueError: the number of classes differs between the two or from that of the student's datasets, as far as it
+            is known; the names of classes, channel order, channels of the image or padding differ; or the teacher's
+            losses need what the student's batches do not hold.
     """
     if student.num_classes != teacher.num_classes:
         raise ValueError(
             f"the student detects {counted(student.num_classes, 'class', 'classes')}, the teacher "
             f"{teacher.num_classes}: a teacher must be trained on the student's classes"
         )
+    for dataset in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        names = known_class_names(dataset)
+        if names is not None and len(names) != student.num_classes:
+            raise ValueError(
+                f"the student and the teacher detect {counted(student.num_classes, 'class', 'classes')}, but dataset "
+                f"{dataset} has {counted(len(names), 'class', 'classes')} ({listed(names)}): give both detectors its "
+                "classes, or take other datasets"
+            )
     check_class_names(cfg, teacher_cfg)
     if teacher_cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(

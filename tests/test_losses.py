@@ -346,7 +346,7 @@ def test_only_the_student_receives_a_gradient():
         ({"weighting": "foo"}, "weighting is 'foo', but must be one of 'gradient'"),
         ({"rectifier": "elu"}, "rectifier is 'elu'"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
-        ({"teacher": []}, "student has 1 levels, but teacher has 0"),
+        ({"teacher": []}, "student has 1 level, but teacher has 0"),
         ({"teacher": [torch.zeros(2, 5, 4, 7)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 4, 7\)"),
         ({"teacher": [torch.zeros(2, 5, 1, 1)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 1, 1\)"),
         ({"student_grad": [torch.zeros(2, 5, 1, 6)]}, r"has shape .* but student_grad\[0\] has \(2, 5, 1, 6\)"),

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.ops import fused, reference
+from gkd_d2.text import counted
 
 import torch
 from tabulate import tabulate
@@ -337,7 +338,9 @@ def measure(args: argparse.Namespace) -> dict:
     timer = Timer(args.device)
     results, floor, feature_bytes = compare(args, timer)
     result = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}",
         "torch": torch.__version__,
         "shapes": args.shapes,
         "batch": args.batch,
@@ -368,8 +371,9 @@ def report(result: dict) -> str:
         for name, line in lines.items()
     ]
     title = (
-        f"{result['shapes']}, batch {result['batch']}, {result['dtype']}, {result['layout']}, {result['boxes']} boxes "
-        f"an image, weights: {result['weights']}; {result['feature_megabytes']:.1f} MB of student features; "
+        f"{result['shapes']}, batch {result['batch']}, {result['dtype']}, {result['layout']}, "
+        f"{counted(result['boxes'], 'box', 'boxes')} an image, weights: {result['weights']}; "
+        f"{result['feature_megabytes']:.1f} MB of student features; "
         f"{result['device']}; torch {result['torch']}"
     )
     options = {"tablefmt": "pipe", "disable_numparse": True}

@@ -33,6 +33,7 @@ from gkd_d2.config import read_distiller_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.imports import add_import_option
 from gkd_d2.registries import build_detector
+from gkd_d2.text import counted
 
 import torch
 from detectron2.config import CfgNode
@@ -386,14 +387,15 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict:
 
 
 def cpu_name() -> str:
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def report(result: dict) -> str:
     """The tables as Markdown."""
     load = " and ".join(f"{value:.1f}" for value in result["load_before_and_after"])
     title = (
-        f"{result['config']}, {result['batch']} x {result['size'][0]}x{result['size'][1]}, {result['rounds']} rounds; "
+        f"{result['config']}, {result['batch']} x {result['size'][0]}x{result['size'][1]}, "
+        f"{counted(result['rounds'], 'round')}; "
         f"{result['device']}; load before and after {load}; torch {result['torch']}; "
         f"preloaded: {result['preloaded'] or 'nothing'}"
     )

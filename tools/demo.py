@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.text import counted
 
 import torch
 
@@ -76,7 +77,7 @@ def main() -> None:
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
     # Today's torch warns of much that Detectron2 does.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    print(f"== Toy data: {args.train} scenes to train on, {args.val} to evaluate on", flush=True)
+    print(f"== Toy data: {counted(args.train, 'scene')} to train on, {args.val} to evaluate on", flush=True)
     make_toy_kitti(output / "datasets" / "toy_kitti", args.train, args.val, force=True)
 
     names = ("teacher", "student_alone", "student_distilled")

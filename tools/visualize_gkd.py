@@ -80,7 +80,7 @@ def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dic
         chosen = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])][:count]
         if not chosen:
             raise ValueError(
-                f"none of the {len(records)} images of dataset {dataset} has an object: name one by --image"
+                f"no object in the {counted(len(records), 'image')} of dataset {dataset}: name an image by --image"
             )
         return chosen
     by_name: dict[str, dict] = {}

@@ -52,12 +52,6 @@ def known_class_names(dataset: str) -> list[str] | None:
         return None
 
 
-def largest_category(dataset: str) -> int | None:
-    """The largest ``category_id`` in the records of a registered dataset; None without annotations."""
-    annotations = (a for record in DatasetCatalog.get(dataset) for a in record.get("annotations", ()))
-    return max((annotation["category_id"] for annotation in annotations), default=None)
-
-
 # Several checks ask, and loading may take long.
 @functools.lru_cache(maxsize=64)
 def _names_after_loading(dataset: str, load: Callable[[], list[dict]]) -> tuple[str, ...] | None:

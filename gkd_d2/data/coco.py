@@ -119,6 +119,20 @@ def elements(path: str | os.PathLike, key: str) -> Iterator[Any]:
         yield from ijson.items(file, f"{key}.item", use_float=True, buf_size=_BUFFER)
 
 
+def sections(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """The keys of a JSON file's object and their values, unchecked, one after the other, in one pass.
+
+    Args:
+        path: the file; without an object at its top there are none.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no valid JSON; the message begins with the file.
+    """
+    with _json_errors_named(path), open(path, "rb") as file:
+        yield from ijson.kvitems(file, "", use_float=True, buf_size=_BUFFER)
+
+
 def category_names(path: str | os.PathLike) -> list[str]:
     """Names of a file's categories in the order of their ids, which is the order of Detectron2's contiguous ids.
 

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import DISTILLER
 from gkd_d2.data.builtin import check_datasets
-from gkd_d2.data.classes import class_names, known_class_names, largest_category
+from gkd_d2.data.classes import known_class_names
+from gkd_d2.data.contents import DatasetContents, read_contents
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
 from gkd_d2.pairing import check_class_names
 from gkd_d2.text import counted, listed
 
-# The node of MODEL that holds NUM_CLASSES; other meta-architectures are known once they are built.
-_CLASS_NODES = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+# Meta-architecture -> the node of MODEL that holds its NUM_CLASSES, and that of what derives from it.
+_CLASS_NODES = {GeneralizedRCNN: "ROI_HEADS", RetinaNet: "RETINANET"}
 
 
-def dataset_problems(cfg: CfgNode, *, eval_only: bool) -> list[str]:
-    """What is wrong with the datasets of a run: absent, of other classes than the model, impossible to evaluate.
-
-    Test sets are loaded once, so that a fault in them is not found after the training.
+def dataset_problems(cfg: CfgNode, *, eval_only: bool, read: bool = True) -> list[str]:
+    """What is wrong with the datasets of a run: absent, of other classes than the model, impossible to use.
 
     Args:
         cfg: the config of the run, a distiller's or a plain detector's.
         eval_only: whether it only evaluates.
+        read: whether to read annotations, for which see :func:`gkd_d2.data.contents.read_contents`. Otherwise only
+            whether the files are there is looked at.
 
     Returns:
         A sentence for each problem.
@@ -36,21 +39,29 @@ def dataset_problems(cfg: CfgNode, *, eval_only: bool) -> list[str]:
     if not used or not (eval_only or cfg.DATASETS.TRAIN):
         return [f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use"]
     problems = _absent(used)
-    if problems:
+    if problems or not read:
         return problems
-    problems = [
-        f"DATASETS.TEST names {name}: {reason}"
-        for name in dict.fromkeys(cfg.DATASETS.TEST)
-        if (reason := _unusable_for_tests(cfg, name))
-    ]
+    found: dict[str, DatasetContents] = {}
+    for name in used:
+        try:
+            found[name] = _contents(cfg, name)
+        except (OSError, ValueError) as error:
+            problems.append(f"DATASETS.{'TEST' if name in cfg.DATASETS.TEST else 'TRAIN'} names {name}: {error}")
+    problems += _absent_images(found)
+    different = _other_classes_among(found)
     distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
     architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
-    problems += _other_classes(cfg, architecture, used)
-    return problems or _other_order(cfg)
+    if eval_only:
+        problems += _other_classes(cfg, architecture, found, remedy="both must be as in the model's training")
+    elif different:
+        problems += different
+    else:
+        problems += _other_classes(cfg, architecture, found)
+    return problems or _other_order(cfg, found)
 
 
 def teacher_class_problems(cfg: CfgNode, teacher: CfgNode) -> list[str]:
-    """Where a teacher's classes are not those of the student's datasets or of its own.
+    """Where a teacher's classes are not those of the student's training sets or of its own.
 
     The teacher's own datasets need not be registered or there.
 
@@ -62,8 +73,14 @@ def teacher_class_problems(cfg: CfgNode, teacher: CfgNode) -> list[str]:
         A sentence for each problem.
     """
     architecture, file = teacher.MODEL.META_ARCHITECTURE, cfg.GKD.TEACHER.CONFIG_FILE
-    ours = [name for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]) if known_class_names(name)]
-    own = [name for name in dict.fromkeys(teacher.DATASETS.TRAIN) if known_class_names(name) and name not in ours]
+    ours, own = (
+        {name: DatasetContents(names) for name in config.DATASETS.TRAIN if (names := known_class_names(name))}
+        for config in (cfg, teacher)
+    )
+    # It can't have the classes of training sets that differ, which is reported as their own fault.
+    if _other_classes_among(ours):
+        return []
+    own = {name: contents for name, contents in own.items() if name not in ours}
     problems = [
         *_other_classes(teacher, architecture, ours, file, "take a teacher that was trained on the student's classes"),
         *_other_classes(teacher, architecture, own, file, "both must be as in the teacher's training"),
@@ -97,49 +114,88 @@ def _absent(names: Iterable[str]) -> list[str]:
     return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
 
 
-def _unusable_for_tests(cfg: CfgNode, name: str) -> str:
-    """Why a test set can't be loaded or evaluated, or nothing."""
-    metadata = MetadataCatalog.get(name)
-    try:
-        if metadata.get("evaluator_type", "coco") == "coco":
-            check_coco_ground_truth(name, masks=cfg.MODEL.MASK_ON, keypoints=cfg.MODEL.KEYPOINT_ON)
-        elif metadata.evaluator_type == "kitti":
-            DatasetCatalog.get(name)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
+def _contents(cfg: CfgNode, name: str) -> DatasetContents:
+    """What a dataset holds; raises OSError or ValueError where it can't be used."""
+    options = {"masks": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    tested = name in cfg.DATASETS.TEST
+    if tested and MetadataCatalog.get(name).get("evaluator_type", "coco") == "coco":
+        return check_coco_ground_truth(name, **options)
+    return read_contents(name, evaluate=tested, **options)
+
+
+def _absent_images(found: Mapping[str, DatasetContents]) -> Iterator[str]:
+    """A sentence for each dataset whose first or last image is absent; to look for all would take long."""
+    for name, contents in found.items():
+        # What has a scheme is no path of this machine.
+        absent = [path for path in contents.images if "://" not in path and not os.path.isfile(path)]
+        if absent:
+            folder = MetadataCatalog.get(name).get("image_root") or os.path.dirname(absent[0]) or "."
+            yield (
+                f"DATASETS names {name}, whose image {absent[0]} does not exist: put its images into the folder "
+                f"{folder}, or register the dataset with the folder that holds them"
+            )
+
+
+def _other_classes_among(found: Mapping[str, DatasetContents]) -> list[str]:
+    """A sentence for each dataset that has not as many classes as the first, which is a training set."""
+    named = [name for name, contents in found.items() if contents.class_names is not None]
+    if not named:
+        return []
+    number = len(found[named[0]].class_names)
+    return [
+        f"dataset {name} has {_described(contents)}, but dataset {named[0]} has {_described(found[named[0]])}: give "
+        "both the same classes in the same order, those without objects too"
+        for name, contents in found.items()
+        if (contents.class_names is not None and len(contents.class_names) != number)
+        or _least_number(contents) > number
+    ]
 
 
 def _other_classes(
-    cfg: CfgNode, architecture: str, names: Iterable[str], file: str = "", remedy: str = ""
+    cfg: CfgNode, architecture: str, found: Mapping[str, DatasetContents], file: str = "", remedy: str = ""
 ) -> Iterator[str]:
     """A sentence for each dataset that has not as many classes as a detector; ``file`` is of its config."""
-    node = _CLASS_NODES.get(architecture)
+    node = _class_node(architecture)
     if node is None:
         return
     number = cfg.MODEL[node].NUM_CLASSES
     setting = f"MODEL.{node}.NUM_CLASSES{f' of {file}' if file else ''} is {number}"
-    for name in names:
-        try:
-            classes = class_names(name)
-            highest = largest_category(name) if classes is None else None
-        # A loader of the user's own may raise anything.
-        except Exception as error:
-            yield f"DATASETS names {name}, whose classes can't be read: {type(error).__name__}: {error}"
-            continue
-        if classes is not None and len(classes) != number:
-            found = f"{counted(len(classes), 'class', 'classes')} ({listed(classes)})"
-            yield f"{setting}, but dataset {name} has {found}: {remedy or f'set it to {len(classes)}'}"
-        elif highest is not None and highest >= number:
-            found = f"annotations of category_id {highest}, counted from 0"
-            yield f"{setting}, but dataset {name} has {found}: {remedy or f'set it to at least {highest + 1}'}"
+    for name, contents in found.items():
+        least = _least_number(contents)
+        if contents.class_names is not None and least != number:
+            yield f"{setting}, but dataset {name} has {_described(contents)}: {remedy or f'set it to {least}'}"
+        elif least > number:
+            yield f"{setting}, but dataset {name} has {_described(contents)}: {remedy or f'set it to at least {least}'}"
 
 
-def _other_order(cfg: CfgNode) -> list[str]:
+def _class_node(architecture: str) -> str | None:
+    """The node of MODEL with a detector's NUM_CLASSES; None where that is known only once it is built."""
+    kind = META_ARCH_REGISTRY.get(architecture) if architecture in META_ARCH_REGISTRY else None
+    if not isinstance(kind, type):
+        return None
+    return next((node for base, node in _CLASS_NODES.items() if issubclass(kind, base)), None)
+
+
+def _least_number(contents: DatasetContents) -> int:
+    """Of the classes; their very number where the names are known."""
+    if contents.class_names is not None:
+        return len(contents.class_names)
+    return 0 if contents.largest_category is None else contents.largest_category + 1
+
+
+def _described(contents: DatasetContents) -> str:
+    if contents.class_names is None:
+        return f"annotations of category_id {contents.largest_category}, counted from 0"
+    return f"{counted(len(contents.class_names), 'class', 'classes')} ({listed(contents.class_names)})"
+
+
+def _other_order(cfg: CfgNode, found: Mapping[str, DatasetContents]) -> list[str]:
     """Where one class has different numbers in two datasets, of which the second is evaluated wrongly."""
     problems = []
     for trained, tested in itertools.product(dict.fromkeys(cfg.DATASETS.TRAIN), dict.fromkeys(cfg.DATASETS.TEST)):
-        ours, theirs = ([name.casefold() for name in known_class_names(d) or ()] for d in (trained, tested))
+        # What only was trained on is not read for an evaluation.
+        names = (found[d].class_names if d in found else known_class_names(d) for d in (trained, tested))
+        ours, theirs = ([name.casefold() for name in known or ()] for known in names)
         moved = [name for name in theirs if name in ours and ours.index(name) != theirs.index(name)]
         if moved:
             problems.append(

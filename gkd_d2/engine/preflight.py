@@ -28,7 +28,8 @@ class PreflightError(Exception):
 def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int = 1) -> None:
     """Look for the device, the batch, the data, the weights, the method and the teacher that ``cfg`` names.
 
-    Weights at a URL are fetched into Detectron2's cache.
+    Weights at a URL are fetched into Detectron2's cache. Of processes that torchrun starts, the first of each machine
+    reads the annotations of the datasets.
 
     Args:
         cfg: the config of the run.
@@ -42,7 +43,7 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int 
     problems = [
         *_device(cfg),
         *([] if eval_only else _batch(cfg, processes)),
-        *dataset_problems(cfg, eval_only=eval_only),
+        *dataset_problems(cfg, eval_only=eval_only, read=_reads_annotations()),
         *_evaluation(cfg),
         *_detector(cfg),
         *_weights(cfg, eval_only, resume),
@@ -51,6 +52,11 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int 
         problems += [*_method(cfg), *_teacher(cfg)]
     if problems:
         raise PreflightError("This run can't start:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def _reads_annotations() -> bool:
+    """Whether this process is the one of its machine that does; torchrun ends the others if it fails."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _device(cfg: CfgNode) -> list[str]:
@@ -133,7 +139,8 @@ def _teacher(cfg: CfgNode) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     problems = find_unregistered(teacher, place=f" of {cfg.GKD.TEACHER.CONFIG_FILE}")
-    problems += teacher_class_problems(cfg, teacher)
+    if _reads_annotations():
+        problems += teacher_class_problems(cfg, teacher)
     reason = _unreadable(cfg.GKD.TEACHER.WEIGHTS, ", nor in the folder of the config file that sets the key")
     if reason:
         problems.append(

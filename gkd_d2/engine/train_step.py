@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine import from_scratch
 from gkd_d2.streams import mix_seed, seed_everything
+from gkd_d2.text import counted
 
 # In float16 steps whose loss or gradient overflows are left out while the scale is sought; more in a row are an error.
 MAX_SKIPPED_STEPS = 20
@@ -187,7 +188,9 @@ class TrainStep(TrainerBase):
             return f"no image of the batch causes it by itself: {self._advice()}"
         others = [self._innocent] if self._innocent is not None else []
         if len(guilty) < len(batch) or (others and not any(map(self._fails, others))):
-            return f"of the {len(batch)} images of the batch, these cause it by themselves: {', '.join(guilty)}"
+            return (
+                f"of the {counted(len(batch), 'image')} of the batch, these cause it by themselves: {', '.join(guilty)}"
+            )
         if len(batch) == 1 and not others:
             return f"{guilty[0]}, the only image of the batch, causes it by itself; if it is sound, {self._advice()}"
         return f"every image causes it, so it is not the images' fault: {self._advice()}"

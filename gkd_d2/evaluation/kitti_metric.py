@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gkd_d2.data.kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, Difficulty
+from gkd_d2.text import counted
 
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}
@@ -111,7 +112,7 @@ class _Flat:
 
     def __init__(self, ground_truth: Sequence[GroundTruth], detections: Sequence[Detections]) -> None:
         if len(ground_truth) != len(detections):
-            raise ValueError(f"ground truth of {len(ground_truth)} images, detections of {len(detections)}")
+            raise ValueError(f"ground truth of {counted(len(ground_truth), 'image')}, detections of {len(detections)}")
         self.gt_types = _codes(ground_truth)
         self.gt_boxes = _joined([gt.boxes for gt in ground_truth], (0, 4), "a ground truth box")
         self.truncation = _joined([gt.truncation for gt in ground_truth], (0,), "a truncation")
@@ -166,8 +167,8 @@ class _Flat:
         matcher = _Matcher(self, gt_role, det_role, MIN_OVERLAP[name])
         thresholds = recall_thresholds(matcher.best_scores(), int((gt_role == _VALID).sum()))
         hits, free = matcher.matches(thresholds)
-        counted = (det_role == _VALID) & (self.dont_care <= MIN_OVERLAP[name])
-        misses = (free & counted & (self.scores >= thresholds[:, None])).sum(axis=1)
+        counting = (det_role == _VALID) & (self.dont_care <= MIN_OVERLAP[name])
+        misses = (free & counting & (self.scores >= thresholds[:, None])).sum(axis=1)
         precision = np.zeros(NUM_RECALLS)
         # All that is left at a threshold may be neutral: the kit divides 0 by 0 there, which is no precision.
         precision[: len(thresholds)] = hits / np.maximum(hits + misses, 1)

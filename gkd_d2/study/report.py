@@ -20,6 +20,7 @@ from gkd_d2.runs import HEADLINE
 from gkd_d2.student import build_student
 from gkd_d2.study.plan import Job, Study
 from gkd_d2.study.schedule import COST_FILE
+from gkd_d2.text import counted
 
 # 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -248,9 +249,10 @@ def _resnet(model: CfgNode) -> str:
 
 def _heads(cfg: CfgNode) -> str:
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        return f"{cfg.MODEL.RETINANET.NUM_CONVS} convolutions of the FPN's channels"
+        return f"{counted(cfg.MODEL.RETINANET.NUM_CONVS, 'convolution')} of the FPN's channels"
     head = cfg.MODEL.ROI_BOX_HEAD
-    return f"{head.NUM_FC} layers of {head.FC_DIM}, {cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE} proposals"
+    proposals = counted(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, "proposal")
+    return f"{counted(head.NUM_FC, 'layer')} of {head.FC_DIM}, {proposals}"
 
 
 def _table(study: Study, rows: dict[str, Row]) -> str:

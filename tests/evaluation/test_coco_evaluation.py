@@ -93,7 +93,7 @@ def test_the_warning_comes_once(coco_dataset, tmp_path, caplog):
     ("name", "change", "message"),
     [
         ("no_id", of_all(lambda a, i: a.pop("id")), r"annotations\[0\] has no id"),
-        ("equal_ids", of_all(lambda a, i: a.update(id=5)), "loading it fails with AssertionError: .* not unique"),
+        ("equal_ids", of_all(lambda a, i: a.update(id=5)), r"annotations\[1\]: the id 5 stands twice"),
         ("no_bbox", of_all(lambda a, i: a.pop("bbox")), r"annotations\[0\] has no bbox"),
         ("rotated", of_all(lambda a, i: a.update(bbox=[1, 2, 3, 4, 5])), r"\(id 1\): bbox is .* 4 finite numbers"),
         ("text_box", of_all(lambda a, i: a.update(bbox=["1", "2", "3", "4"])), "bbox is .* 4 finite numbers"),
@@ -101,11 +101,23 @@ def test_the_warning_comes_once(coco_dataset, tmp_path, caplog):
         # Any text is a crowd region to pycocotools, even "0".
         ("text_crowd", of_all(lambda a, i: a.update(iscrowd="0")), "iscrowd is '0'; it must be 0 or 1"),
         ("text_area", of_all(lambda a, i: a.update(area="12")), "area is '12'; it must be a finite number"),
-        ("category", of_all(lambda a, i: a.update(category_id=9)), "loading it fails with KeyError: .*category_id=9"),
-        ("ignore", of_all(lambda a, i: a.update(ignore=1)), '"ignore" in COCO json file is not supported'),
-        ("no_images", lambda content: content.update(images=[]), "it has no images"),
-        ("no_width", lambda content: content["images"][0].pop("width"), "loading it fails with KeyError: 'width'"),
-        ("no_categories", lambda content: content.pop("categories"), "loading it fails with KeyError: 'categories'"),
+        (
+            "category",
+            of_all(lambda a, i: a.update(category_id=9)),
+            r"\(id 1\): category_id is 9, which is the id of none",
+        ),
+        (
+            "ignore",
+            of_all(lambda a, i: a.update(ignore=1)),
+            r"\(id 1\): Detectron2 does not support ignore",
+        ),
+        ("no_images", lambda content: content.update(images=[]), "refused_no_images.json: it has no images"),
+        ("no_width", lambda content: content["images"][0].pop("width"), r"images\[0\] has no width"),
+        (
+            "no_categories",
+            lambda content: content.pop("categories"),
+            "_categories.json: it has no categories",
+        ),
         ("nameless", lambda content: content["categories"][0].pop("name"), r"categories\[0\] has no name"),
     ],
 )
@@ -117,7 +129,7 @@ def test_what_can_not_be_evaluated_is_refused(coco_dataset, name, change, messag
 
 def test_masks_and_keypoints_that_are_not_there(coco_dataset):
     coco_dataset("refused_boxes")
-    with pytest.raises(ValueError, match="has no segmentation, which the evaluation needs as MODEL.MASK_ON is True"):
+    with pytest.raises(ValueError, match="has no segmentation, which is needed as MODEL.MASK_ON is True"):
         check_coco_ground_truth("refused_boxes", masks=True, keypoints=False)
     with pytest.raises(ValueError, match="has no keypoints, which the evaluation needs as MODEL.KEYPOINT_ON is True"):
         check_coco_ground_truth("refused_boxes", masks=False, keypoints=True)
@@ -143,3 +155,36 @@ def test_names_that_are_not_those_of_the_file(coco_dataset):
     MetadataCatalog.get("refused_names").set(json_file=str(path), thing_classes=["car", "dog", "bus"])
     with pytest.raises(ValueError, match="3 classes in its metadata, but .* has 2 categories"):
         check_coco_ground_truth("refused_names", masks=False, keypoints=False)
+
+
+def test_the_metadata_of_a_dataset_that_detectron2_loads(coco_dataset):
+    """Its loader sets the classes, and Detectron2 refuses to change what is set."""
+    path = coco_dataset("refused_metadata", thing_classes=["dog", "car"])
+    message = f"thing_classes dog, car, but the categories of {path} are car, dog, in the order of their ids"
+    with pytest.raises(ValueError, match=message):
+        check_coco_ground_truth("refused_metadata", masks=False, keypoints=False)
+    coco_dataset("refused_ids", thing_dataset_id_to_contiguous_id={1: 0, 3: 1})
+    with pytest.raises(ValueError, match="thing_dataset_id_to_contiguous_id of its metadata is not that of"):
+        check_coco_ground_truth("refused_ids", masks=False, keypoints=False)
+
+
+def test_detectron2_loads_what_is_not_loaded_for_the_checks(coco_dataset):
+    """The checks take the place of a load, which takes longer."""
+    coco_dataset("evaluation_unloaded")
+    assert check_coco_ground_truth("evaluation_unloaded", masks=False, keypoints=False).class_names == ["car", "dog"]
+    assert MetadataCatalog.get("evaluation_unloaded").get("thing_classes") is None
+    assert len(DatasetCatalog.get("evaluation_unloaded")) == 2
+
+
+def test_a_loader_of_ones_own_for_an_annotation_file(coco_dataset):
+    """It is called, and may find images in its own way."""
+
+    path = coco_dataset("refused_own")
+    path.write_text(path.read_text().replace("file_name", "url"))
+    records = [{"file_name": "1.png", "image_id": 1, "width": 96, "height": 64, "annotations": []}]
+    DatasetCatalog.register("evaluation_own", lambda: records)
+    MetadataCatalog.get("evaluation_own").set(json_file=str(path), thing_classes=["car", "dog"])
+    assert check_coco_ground_truth("evaluation_own", masks=False, keypoints=False).images == ("1.png", "1.png")
+    records.clear()
+    with pytest.raises(ValueError, match="it has no images"):
+        check_coco_ground_truth("evaluation_own", masks=False, keypoints=False)
