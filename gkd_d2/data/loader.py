@@ -92,18 +92,26 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         mapper: dataset dict -> training sample.
 
     Raises:
-        ValueError: the batch can't be shared evenly, SEED is negative, or an option is unknown or lacks data.
+        ValueError: the batch can't be shared evenly, SEED is negative, no image is left to train on, or an option is
+            unknown or lacks data.
     """
     if cfg.SEED < 0:
         raise ValueError(f"SEED is {cfg.SEED}, but the order of the images needs a seed >= 0")
     check_batch(cfg, comm.get_world_size())
     model = cfg.MODEL
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if model.LOAD_PROPOSALS else None,
-    )
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if model.LOAD_PROPOSALS else None,
+        )
+    # Where no image is left, and where a dataset is empty.
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, in which no image is left to train on ({error}): "
+            "with DATALOADER.FILTER_EMPTY_ANNOTATIONS, images without objects are left out"
+        ) from error
     groups = _wide(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
     batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     return DataLoader(

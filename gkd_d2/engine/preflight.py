@@ -118,10 +118,10 @@ def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
         return ["MODEL.WEIGHTS is empty: an evaluation needs the checkpoint to evaluate"]
     reason = _unreadable(cfg.MODEL.WEIGHTS)
     if reason:
-        return [
-            f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. Set MODEL.WEIGHTS to a file that holds these weights, "
-            f"fetched on another machine if need be; or, {from_scratch.ADVICE}"
-        ]
+        advice = "Set MODEL.WEIGHTS to a file that holds these weights, fetched on another machine if need be"
+        if not eval_only:
+            advice += f"; or, {from_scratch.ADVICE}"
+        return [f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}: {reason}. {advice}"]
     return []
 
 

@@ -259,6 +259,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            # The other one may have locked it just now, and not have written its number yet.
+            time.sleep(1)
             file.seek(0)
             raise ValueError(
                 f"{folder}: another run_study.py trains there, process {file.read()}: wait for its end, stop it, "

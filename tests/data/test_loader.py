@@ -212,6 +212,15 @@ def test_options_that_contradict_are_refused(cfg, records, monkeypatch):
     assert len(build(cfg).dataset) == 12
 
 
+def test_images_without_objects_alone_are_refused(cfg, records):
+    for record in records:
+        record["annotations"] = []
+    with pytest.raises(ValueError, match="names loader_test, in which no image is left to train on"):
+        build(cfg)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert build(cfg).dataset
+
+
 def test_workers_outlive_sigterm(cfg):
     """Slurm sends it to all processes of a job, and the trainer needs its batch to finish the iteration."""
     cfg.DATALOADER.NUM_WORKERS = 2

@@ -92,6 +92,8 @@ def test_missing_weights(ready, tmp_path):
     ready.MODEL.WEIGHTS = ""
     check_inputs(ready, eval_only=False, resume=False)
     assert "MODEL.WEIGHTS is empty: an evaluation needs" in problems(ready, eval_only=True)
+    ready.MODEL.WEIGHTS = "none.pth"
+    assert "from scratch" not in problems(ready, eval_only=True)
 
 
 def test_weights_that_can_not_be_fetched(ready, capsys):
