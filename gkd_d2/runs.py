@@ -108,8 +108,8 @@ class Run:
         return {iteration: row[scalar] for iteration, row in self.history.items() if scalar in row}
 
     def losses(self) -> list[str]:
-        """Names of the loss terms, the sum first."""
-        names = {name for row in self.history.values() for name in row if name.startswith("loss_")}
+        """Names of the loss terms, the sum first; one that is 0 all the time is off and left out."""
+        names = {name for row in self.history.values() for name in row if name.startswith("loss_") and row[name] != 0}
         return ["total_loss", *sorted(names)]
 
     def prefix(self, dataset: str) -> str:

@@ -38,7 +38,7 @@ def test_a_resumed_runs_later_rows_win(make_run):
             # Resumed from iteration 20.
             {"iteration": 39, "total_loss": 3.0, "loss_cls": 1.0},
             {"iteration": 40, "bbox/AP": 11.0, "bbox/AP50": 30.0, "kitti/AP_moderate": 8.0},
-            {"iteration": 59, "total_loss": 2.5, "loss_cls": 0.5, "loss_box_reg": 2.0},
+            {"iteration": 59, "total_loss": 2.5, "loss_cls": 0.5, "loss_box_reg": 2.0, "loss_bmfi_attention": 0.0},
         ],
     )
     assert run.curve("total_loss") == {19: 5.0, 39: 3.0, 59: 2.5}
