@@ -62,7 +62,7 @@ def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path, capsys):
         assert memory["ratio"] == pytest.approx(memory["distilled_megabytes"] / sum(parts))
         assert memory["distilled_megabytes"] > memory["plain_megabytes"] > memory["teacher_features_megabytes"]
     table = capsys.readouterr().out
-    assert "distiller.yaml, 1 x 64x96, 1 rounds; CPU with" in table
+    assert "distiller.yaml, 1 x 64x96, 1 round; CPU with" in table
     assert f"{result['settings']['default']['ratio']:.3f}" in table
     with Image.open(tmp_path / "step.png") as picture:
         assert picture.size[0] > 500
