@@ -13,7 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from gkd_d2.text import counted
+from gkd_d2.text import counted, listed
 
 
 class CheckpointError(ValueError):
@@ -288,8 +288,7 @@ def _decisive(names: Iterable[str]) -> set[str]:
 
 def _some(names: Iterable[str]) -> str:
     """The first few of ``names`` for a message."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "nothing"
+    return listed(sorted(names), 3) or "nothing"
 
 
 def _iteration(path: str) -> int | None:

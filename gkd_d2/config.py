@@ -261,6 +261,13 @@ def architecture_key(cfg: CfgNode) -> str:
     return "GKD.STUDENT.META_ARCHITECTURE" if cfg.MODEL.META_ARCHITECTURE == DISTILLER else "MODEL.META_ARCHITECTURE"
 
 
+def detector_architecture(cfg: CfgNode) -> str:
+    """The meta-architecture of the detector that ``cfg`` trains, as :func:`architecture_key` sets it; may be empty."""
+    return (
+        cfg.GKD.STUDENT.META_ARCHITECTURE if cfg.MODEL.META_ARCHITECTURE == DISTILLER else cfg.MODEL.META_ARCHITECTURE
+    )
+
+
 def detector_config(cfg: CfgNode) -> CfgNode:
     """The config of the plain detector that ``cfg`` trains: of the student where ``cfg`` is a distiller's.
 

@@ -191,11 +191,14 @@ class GKDDistiller(nn.Module):
         return self.student.device
 
     def __getattr__(self, name: str):
-        # By the names of a checkpoint, which are the student's, fvcore looks up the modules of tensors that do not fit.
-        modules = self.__dict__.get("_modules", {})
-        if name not in modules and "student" in modules and name in modules["student"]._modules:
-            return modules["student"]._modules[name]
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # By the names of a checkpoint, the student's, fvcore looks up the modules of tensors that do not fit.
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name not in student._modules:
+                raise
+            return student._modules[name]
 
     @property
     def teacher(self) -> nn.Module:

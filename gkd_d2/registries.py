@@ -55,6 +55,12 @@ def not_registered(name: str, known: Iterable[str]) -> str:
     return f"{text} If a module of your own registers it, name that module in GKD.IMPORTS or by --import"
 
 
+def architecture_class(name: str) -> type[nn.Module] | None:
+    """The class that is registered as a meta-architecture; None where there is none, or a function."""
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return kind if isinstance(kind, type) else None
+
+
 def find_unregistered(cfg: CfgNode, architecture_key: str = "MODEL.META_ARCHITECTURE", place: str = "") -> list[str]:
     """The names in a plain detector's config that are not registered.
 

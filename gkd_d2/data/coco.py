@@ -147,8 +147,21 @@ def category_names(path: str | os.PathLike) -> list[str]:
                 f"{path}: categories[{index}] is {_shown(category)}; it must be an object with id and name"
             )
         names[category["id"]] = str(category["name"])
+    return list(in_order_of_ids(names, path).values())
+
+
+def in_order_of_ids(names: dict[Any, str], path: str | os.PathLike) -> dict[Any, str]:
+    """Names of categories by id, in the order of the ids, which is that of Detectron2's contiguous ids.
+
+    Args:
+        names: the same in any order.
+        path: of the file, for the error.
+
+    Raises:
+        ValueError: the ids have no order; the message begins with the file.
+    """
     try:
-        return [names[number] for number in sorted(names)]
+        return {number: names[number] for number in sorted(names)}
     except TypeError:
         raise ValueError(f"{path}: the ids of its categories are of several types: {_shown(list(names))}") from None
 

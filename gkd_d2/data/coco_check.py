@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .coco import sections
+from .coco import in_order_of_ids, sections
 
 _REQUIRED = {
     "images": ("id",),
@@ -83,10 +83,7 @@ def check_coco_file(
             f"{path}: no annotation has the id of one of the file's images: the first image_id is "
             f"{_first(images_used)}, the first id of an image {_first(ids['images'])}"
         )
-    try:
-        return {number: names[number] for number in sorted(names)}, file_names
-    except TypeError:
-        raise ValueError(f"{path}: the ids of its categories are of several types: {_first(names)}, ...") from None
+    return in_order_of_ids(names, path), file_names
 
 
 def _check_element(element: object, where: str, required: tuple[str, ...]) -> None:

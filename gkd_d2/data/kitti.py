@@ -155,7 +155,7 @@ def check_kitti_testing(root: str | os.PathLike) -> None:
         FileNotFoundError: the folder is missing or empty.
     """
     folder = Path(root) / _TESTING
-    if not folder.is_dir() or not any(name.lower().endswith(IMAGE_SUFFIXES) for name in _names_in(folder)):
+    if not folder.is_dir() or not _holds_images(folder):
         raise FileNotFoundError(
             f"{folder} holds no {_OF_IMAGES} file: put there the testing images of KITTI's archive "
             "of left colour images (docs/datasets.md)"
@@ -178,7 +178,7 @@ def check_kitti_root(root: str | os.PathLike) -> None:
     for folder in ("training/image_2", "training/label_2"):
         if not (root / folder).is_dir():
             raise _no_dataset(root, f"its folder {folder} does not exist")
-    if not any(name.lower().endswith(IMAGE_SUFFIXES) for name in _names_in(root / "training/image_2")):
+    if not _holds_images(root / "training/image_2"):
         raise _no_dataset(root, f"its folder training/image_2 holds no {_OF_IMAGES} file")
     if not any(name.endswith(".txt") for name in _names_in(root / "training/label_2")):
         raise _no_dataset(root, "its folder training/label_2 holds no .txt file")
@@ -306,6 +306,10 @@ def _list_paths(root: Path) -> dict[str, Path]:
 def _names_in(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries]
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in _names_in(folder))
 
 
 def _images_by_id(folder: Path) -> dict[str, list[Path]]:

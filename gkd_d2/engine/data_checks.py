@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import DISTILLER
+from gkd_d2.config import detector_architecture
 from gkd_d2.data.builtin import check_datasets
 from gkd_d2.data.classes import known_class_names
 from gkd_d2.data.contents import DatasetContents, read_contents
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
 from gkd_d2.pairing import check_class_names
+from gkd_d2.registries import architecture_class
 from gkd_d2.text import counted, listed
 
 # Meta-architecture -> the node of MODEL that holds its NUM_CLASSES, and that of what derives from it.
@@ -49,8 +50,7 @@ def dataset_problems(cfg: CfgNode, *, eval_only: bool, read: bool = True) -> lis
             problems.append(f"DATASETS.{'TEST' if name in cfg.DATASETS.TEST else 'TRAIN'} names {name}: {error}")
     problems += _absent_images(found)
     different = _other_classes_among(found)
-    distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
-    architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
+    architecture = detector_architecture(cfg)
     if eval_only:
         problems += _other_classes(cfg, architecture, found, remedy="both must be as in the model's training")
     elif different:
@@ -170,10 +170,8 @@ def _other_classes(
 
 def _class_node(architecture: str) -> str | None:
     """The node of MODEL with a detector's NUM_CLASSES; None where that is known only once it is built."""
-    kind = META_ARCH_REGISTRY.get(architecture) if architecture in META_ARCH_REGISTRY else None
-    if not isinstance(kind, type):
-        return None
-    return next((node for base, node in _CLASS_NODES.items() if issubclass(kind, base)), None)
+    kind = architecture_class(architecture)
+    return next((node for base, node in _CLASS_NODES.items() if kind and issubclass(kind, base)), None)
 
 
 def _least_number(contents: DatasetContents) -> int:

@@ -12,13 +12,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.checkpoint import find_damage
-from gkd_d2.config import DISTILLER, architecture_key, detector_config, teacher_config
+from gkd_d2.config import DISTILLER, architecture_key, detector_architecture, detector_config, teacher_config
 from gkd_d2.data.loader import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.evaluation import evaluator_type
 from gkd_d2.methods import build_method
-from gkd_d2.registries import find_unregistered
+from gkd_d2.registries import architecture_class, find_unregistered
 
 
 class PreflightError(Exception):
@@ -95,12 +95,11 @@ def _evaluation(cfg: CfgNode) -> list[str]:
             evaluator_type(name)
         except ValueError as error:
             problems.append(str(error))
-    distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
-    architecture = cfg.GKD.STUDENT.META_ARCHITECTURE if distilled else cfg.MODEL.META_ARCHITECTURE
+    architecture = detector_architecture(cfg)
     if cfg.TEST.AUG.ENABLED and architecture in META_ARCH_REGISTRY:
-        kind = META_ARCH_REGISTRY.get(architecture)
+        kind = architecture_class(architecture)
         reason = ""
-        if not (isinstance(kind, type) and issubclass(kind, GeneralizedRCNN)):
+        if not (kind and issubclass(kind, GeneralizedRCNN)):
             reason = f"a GeneralizedRCNN, which {architecture} is not"
         elif cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
             reason = "detectors without MODEL.KEYPOINT_ON and MODEL.LOAD_PROPOSALS"

@@ -111,8 +111,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._running_states: list[dict[str, float]] = []
-        self.register_hooks(self.build_hooks())
-        self.register_hooks([FirstLines()])
+        self.register_hooks([*self.build_hooks(), FirstLines()])
         add_distillation_hooks(self)
 
     @staticmethod
