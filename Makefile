@@ -7,7 +7,7 @@ PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-pytho
 	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate wheel
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test fuzz sanitize check-gpu bench lint format clean
+.PHONY: setup demo test fuzz stress sanitize check-gpu bench lint format clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,10 @@ sanitize: setup
 # 100,000 hostile inputs, shared by the five readers.
 fuzz: setup
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/data/test_fuzz.py
+
+# Runs that are killed ten times, single bits of checkpoints flipped, data as large as KITTI and COCO; prints figures.
+stress: setup
+	$(BIN)/python -m pytest -m stress --capture=no
 
 lint: setup
 	$(BIN)/ruff check .

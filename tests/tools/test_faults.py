@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -14,7 +15,9 @@ import pytest
 import torch
 import yaml
 
+from gkd_d2.checkpoint import CompleteCheckpointer, DamagedCheckpointError
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.runs import Run
 
 # Small networks and pictures; align convolutions, a ramp, a step of the learning rate and workers, so that a resume
 # has everything to get right that there is. On a CPU, where it is bit-equal, and where there is room for two processes.
@@ -152,6 +155,66 @@ def test_killed_run_resumes_bit_for_bit(distil, uninterrupted):
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     names = {name for row in rows for name in row}
     assert {"gkd_value/gradient/p2", "gkd_ratio/box/p5", "gkd_ratio/attention"} <= names
+
+
+@pytest.mark.stress
+def test_ten_kills_at_random_moments_resume_bit_for_bit(distil):
+    """In the start-up, within an iteration, while a checkpoint is written: wherever the clock strikes."""
+    arguments = ("SOLVER.MAX_ITER", 60, "SOLVER.CHECKPOINT_PERIOD", 2)
+    rng = random.Random(0)
+    start = time.perf_counter()
+    run = distil("frcnn", "chain_whole", *arguments)
+    wait_for(distil.folder / "chain_whole" / "model_0000001.pth", run)
+    before_training = time.perf_counter() - start
+    finish(run)
+    during_training = time.perf_counter() - start - before_training
+    folder = distil.folder / "chain"
+    reached = []
+    while len(reached) < 10:
+        run = distil("frcnn", "chain", *arguments, resume=True)
+        # Together not the whole training, so that each of them finds it running.
+        time.sleep(before_training * rng.uniform(0.7, 1) + during_training * rng.uniform(0, 1 / 10))
+        os.killpg(run.pid, signal.SIGKILL)
+        finish(run, -signal.SIGKILL)
+        checkpoints = sorted(folder.glob("model_*.pth"))
+        reached.append(checkpoints[-1].stem if checkpoints else "nothing")
+        for path in checkpoints[:-2]:
+            path.unlink()
+    print(f"\nten kills, when the last checkpoint was {', '.join(reached)}")
+    finish(distil("frcnn", "chain", *arguments, resume=True))
+    assert equal(state(distil.folder / "chain_whole", "model_final.pth"), state(folder, "model_final.pth"))
+    print("the last checkpoint equals that of an undisturbed run, bit by bit")
+
+
+@pytest.mark.stress
+def test_a_hundred_flipped_bits_are_noticed(uninterrupted, tmp_path):
+    """Of a checkpoint of 10 MB and more; a bit that is padding between tensors changes nothing of them."""
+    whole = (uninterrupted / "model_final.pth").read_bytes()
+    network = Run("whole", uninterrupted).network
+    path = tmp_path / "flipped.pth"
+    path.write_bytes(whole)
+    rest = CompleteCheckpointer(network).load_weights(str(path))
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(100):
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([whole[place] ^ 1 << bit]))
+        try:
+            found = CompleteCheckpointer(network).load_weights(str(path))
+        except DamagedCheckpointError:
+            refused += 1
+        else:
+            assert equal(tensors, network.state_dict()) and equal(rest, found), f"bit {bit} of byte {place}"
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(whole[place : place + 1])
+    print(
+        f"\n100 bits of {len(whole) / 1e6:.0f} MB flipped, one at a time: {refused} refused, the others change nothing"
+    )
+    assert refused > 90
 
 
 def test_drawn_seed_is_kept(distil, uninterrupted):
