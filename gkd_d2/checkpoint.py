@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from collections.abc import Callable, Iterable
 from typing import IO
 
-import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from torch import Tensor
+from detectron2.checkpoint import Checkpointer, DetectionCheckpointer
 
-from gkd_d2.text import counted, listed
+from gkd_d2.checkpoint_files import (
+    check_sums,
+    find_damage,
+    find_wrong_content,
+    first_few,
+    read_other_form,
+    why_unreadable,
+)
+from gkd_d2.last_checkpoint import Resumable, find_resumable, has_checkpoint
+from gkd_d2.text import counted
 
 
 class CheckpointError(ValueError):
@@ -24,33 +29,15 @@ class DamagedCheckpointError(CheckpointError):
     """A file can't be read as a checkpoint, as when its writing was cut off."""
 
 
-def find_damage(filename: str) -> str:
-    """Why a file can't be a whole checkpoint, as far as its first and last bytes tell.
+class _PlainReader(Checkpointer):
+    """fvcore's, which before torch 2.6 would let torch run what a file asks for."""
 
-    Args:
-        filename: of a file on this machine.
-
-    Returns:
-        What to say after the file's name; empty where nothing is wrong.
-    """
-    with open(filename, "rb") as file:
-        start = file.read(512)
-    if not start:
-        return "is damaged: it is empty"
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "is not a checkpoint but a Git LFS pointer, which `git lfs pull` replaces by the file itself"
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-        return "is not a checkpoint but a web page, as saved where a link leads to a page and not to the file itself"
-    if start.startswith(b"PK"):
-        try:
-            return "" if zipfile.is_zipfile(filename) else "is damaged: it ends too early"
-        except zipfile.BadZipFile as error:
-            return f"is damaged: {error}"
-    return ""
+    def _load_file(self, f: str) -> dict:
+        return torch.load(f, map_location=torch.device("cpu"), weights_only=True)
 
 
-class _CheckpointReader(DetectionCheckpointer):
-    """Refuses files that are not whole checkpoints, in any form that Detectron2 reads; each refusal is of one kind."""
+class _CheckpointReader(DetectionCheckpointer, _PlainReader):
+    """Refuses files that are not whole checkpoints, in any form that Detectron2 reads, and runs nothing in them."""
 
     def load_weights(
         self, path: str, key: str = "MODEL.WEIGHTS", detector: str = "the detector that the config describes"
@@ -97,9 +84,9 @@ class _CheckpointReader(DetectionCheckpointer):
         """
         if not (resume and self.has_checkpoint()):
             return self.load_weights(path)
-        last = self.get_checkpoint_file()
         advice = "name another checkpoint as MODEL.WEIGHTS, without --resume"
         try:
+            last = self._find_last().last
             return self._load_listed(last)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"OUTPUT_DIR: {error}. Copy it again, or {advice}") from error
@@ -107,6 +94,25 @@ class _CheckpointReader(DetectionCheckpointer):
             raise CheckpointError(
                 f"OUTPUT_DIR: {last} does not fit the detector that the config describes: {error}; {advice}"
             ) from error
+
+    def has_checkpoint(self) -> bool:
+        return has_checkpoint(self.save_dir)
+
+    def get_checkpoint_file(self) -> str:
+        return find_resumable(self.save_dir).last
+
+    def _find_last(self) -> Resumable:
+        """The checkpoints to resume from, with a warning where last_checkpoint does not tell which.
+
+        Raises:
+            DamagedCheckpointError: there are none.
+        """
+        found = find_resumable(self.save_dir)
+        if not found.paths:
+            raise DamagedCheckpointError(f"{found.fault}, and {self.save_dir} holds no checkpoint of a run")
+        if found.fault:
+            self.logger.warning("%s", found.warning)
+        return found
 
     def _load_listed(self, path: str) -> dict:
         """Load a checkpoint that last_checkpoint names, or one before it."""
@@ -119,7 +125,11 @@ class _CheckpointReader(DetectionCheckpointer):
         if damage:
             raise DamagedCheckpointError(f"the checkpoint {filename} {damage}")
         try:
-            loaded = super()._load_file(filename)
+            if not check_sums(filename):
+                self.logger.warning(
+                    "The checkpoint %s was written without CRC-32 sums: damage to its numbers can't be found", filename
+                )
+            loaded = read_other_form(filename) or super()._load_file(filename)
         except OSError:
             # The machine's fault, which may pass; the file may be whole.
             raise
@@ -128,19 +138,11 @@ class _CheckpointReader(DetectionCheckpointer):
                 raise OSError(
                     f"the checkpoint {filename} can't be read: it needs more memory than there is, or is damaged"
                 ) from error
-            raise DamagedCheckpointError(f"the checkpoint {filename} {_why_unreadable(error)}") from error
-        model = loaded["model"] if isinstance(loaded, dict) else loaded
-        if not _is_state(model):
-            held = _some(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
-            raise DamagedCheckpointError(
-                f"the checkpoint {filename} is not of Detectron2's form, with the model's tensors by their names under "
-                f"'model': it holds {held}"
-            )
-        wrong = [name for name, values in model.items() if not _is_finite(values)]
+            # Not from the error: torch's would advise to run what the file asks for.
+            raise DamagedCheckpointError(f"the checkpoint {filename} {why_unreadable(error)}") from None
+        wrong = find_wrong_content(loaded)
         if wrong:
-            raise DamagedCheckpointError(
-                f"the checkpoint {filename} holds numbers that are infinite or NaN, in {_some(wrong)}"
-            )
+            raise DamagedCheckpointError(f"the checkpoint {filename} {wrong}")
         return loaded
 
 
@@ -177,7 +179,7 @@ class StudentCheckpointer(_CheckpointReader):
         except (OSError, RuntimeError) as error:
             # Where torch can't write it complains about its file, and what the system said comes before.
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            last = self.get_checkpoint_file() if self.has_checkpoint() else "none"
+            last = self.get_checkpoint_file() or "none"
             raise OSError(
                 f"the checkpoint {path} can't be written ({reason}); is the disk full? The last whole one: {last}"
             ) from error
@@ -186,39 +188,48 @@ class StudentCheckpointer(_CheckpointReader):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
+        if os.path.isdir(path):
+            # A file can't take the place of a folder.
+            os.rename(path, f"{path}.folder")
         _write_whole(path, lambda file: file.write(last_filename_basename.encode()))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """As Detectron2's, but where the last checkpoint is damaged or gone the one before it is taken, with a warning.
 
+        A warning also says that checkpoints of an earlier run will be overwritten.
+
         Raises:
             DamagedCheckpointError: ``resume`` is set and there are checkpoints, but none can be read.
         """
+        if not resume and self.save_to_disk:
+            self._warn_of_overwriting()
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
-        last = self.get_checkpoint_file()
-        for candidate in [last, *self._periodic_checkpoints(before=last)]:
+        advice = "start anew without --resume, in another OUTPUT_DIR"
+        try:
+            candidates = self._find_last().paths
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{error}: {advice}") from error
+        for candidate in candidates:
             try:
                 return self._load_listed(candidate)
             except DamagedCheckpointError as error:
                 self.logger.warning("%s. Falling back to the checkpoint before it", error)
-        raise DamagedCheckpointError(
-            f"no checkpoint in {self.save_dir} can be read: start anew without --resume, in another OUTPUT_DIR"
-        )
+        raise DamagedCheckpointError(f"no checkpoint in {self.save_dir} can be read: {advice}")
+
+    def _warn_of_overwriting(self) -> None:
+        there = [path for path in find_resumable(self.save_dir).paths if os.path.isfile(path)]
+        if there:
+            self.logger.warning(
+                "%s holds checkpoints of an earlier run, the last of them %s, and this run overwrites them: --resume "
+                "continues that run, and another OUTPUT_DIR keeps it",
+                self.save_dir,
+                there[0],
+            )
 
     def load(self, path: str, *args, **kwargs) -> dict:
         self.source = path
         return super().load(path, *args, **kwargs)
-
-    def _periodic_checkpoints(self, before: str) -> list[str]:
-        """The checkpoints that are named after their iteration, latest first.
-
-        Those with a later iteration than ``before`` are of another run, which OUTPUT_DIR held earlier.
-        """
-        found = {path: _iteration(path) for path in self.get_all_checkpoint_files()}
-        end = _iteration(before)
-        earlier = [path for path, number in found.items() if number is not None and (end is None or number < end)]
-        return sorted(earlier, key=found.get, reverse=True)
 
     def _load_model(self, checkpoint):
         incompatible = super()._load_model(checkpoint)
@@ -227,8 +238,8 @@ class StudentCheckpointer(_CheckpointReader):
         if names <= set(incompatible.missing_keys):
             raise ValueError(
                 f"the checkpoint sets none of the model's {counted(len(names), 'tensor')}: the model has "
-                f"{_some(names)}, the checkpoint {_some(incompatible.unexpected_keys)}. MODEL.WEIGHTS must name a "
-                "checkpoint of this detector or of its backbone"
+                f"{first_few(names)}, the checkpoint {first_few(incompatible.unexpected_keys)}. MODEL.WEIGHTS must "
+                "name a checkpoint of this detector or of its backbone"
             )
         return incompatible
 
@@ -250,51 +261,9 @@ class CompleteCheckpointer(_CheckpointReader):
         return incompatible
 
 
-def _is_state(model: object) -> bool:
-    """Whether it is a dictionary of tensors, or of arrays that can be made tensors, by their names."""
-    if not (isinstance(model, dict) and all(isinstance(name, str) for name in model)):
-        return False
-    try:
-        return all(isinstance(v if torch.is_tensor(v) else torch.from_numpy(v), torch.Tensor) for v in model.values())
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_finite(values: Tensor | np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; integers never are."""
-    return bool(torch.as_tensor(values).isfinite().all())
-
-
-def _why_unreadable(error: Exception) -> str:
-    """What an error of a reader says of the file, in a few words."""
-    text = str(error)
-    # torch reads tensors and plain data alone, unless it is told that the file is to be trusted.
-    if match := re.search(r"Unsupported (?:global|class).*?([\w.]+) was not an allowed global", text, re.DOTALL):
-        return (
-            f"holds Python objects beside tensors ({match[1]}), which torch does not load: write its tensors into a "
-            "checkpoint of their own, by torch.load with weights_only=False if you trust the file"
-        )
-    if "Weights only load failed" in text:
-        return "is not a checkpoint: its content is of another form"
-    # A text of a single word or number, as a KeyError's, says nothing by itself.
-    reason = text.splitlines()[0] if len(text.split()) > 1 else f"{type(error).__name__} {text}".strip()
-    return f"is damaged: {reason}"
-
-
 def _decisive(names: Iterable[str]) -> set[str]:
     """``names`` without BatchNorm's counters: old checkpoints lack them, and torch then sets them by itself."""
     return {name for name in names if not name.endswith("num_batches_tracked")}
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of ``names`` for a message."""
-    return listed(sorted(names), 3) or "nothing"
-
-
-def _iteration(path: str) -> int | None:
-    """The number in the name of a periodic checkpoint."""
-    match = re.fullmatch(r"model_(\d+)\.pth", os.path.basename(path))
-    return int(match[1]) if match else None
 
 
 def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:

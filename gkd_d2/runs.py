@@ -14,6 +14,7 @@ from fvcore.nn import parameter_count
 from torch import nn
 
 from gkd_d2.config import DISTILLER, config_differences, detector_config, read_config, teacher_config
+from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.student import build_student, load_student
 
 HEADLINE = "bbox/AP"
@@ -59,7 +60,7 @@ class Run:
     @property
     def has_checkpoint(self) -> bool:
         """Whether the folder holds a last checkpoint."""
-        return (self.folder / "last_checkpoint").is_file()
+        return has_checkpoint(str(self.folder))
 
     @cached_property
     def network(self) -> nn.Module:

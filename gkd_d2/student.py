@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from detectron2.checkpoint import Checkpointer
 from detectron2.config import CfgNode
 from torch import nn
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.config import architecture_key, detector_config
+from gkd_d2.last_checkpoint import find_resumable
 from gkd_d2.registries import build_detector
 
 
@@ -33,7 +34,7 @@ def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
 
     Args:
         cfg: of a distiller or of a plain detector.
-        weights: a checkpoint, or a folder whose ``last_checkpoint`` names one.
+        weights: a checkpoint, or a folder whose last one is taken, with a warning where ``last_checkpoint`` names none.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -41,6 +42,8 @@ def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
         ValueError: a name in ``cfg`` is not registered.
     """
     path = find_checkpoint(weights)
+    if weights.is_dir() and (warning := find_resumable(str(weights)).warning):
+        logging.getLogger(__name__).warning("%s", warning)
     model = build_student(cfg)
     CompleteCheckpointer(model).load_weights(str(path), key="", detector="the student of the config")
     return model
@@ -50,19 +53,18 @@ def find_checkpoint(weights: Path) -> Path:
     """The file that ``weights`` names.
 
     Args:
-        weights: a checkpoint, or a folder whose ``last_checkpoint`` names one.
+        weights: a checkpoint, or a folder whose last one is taken.
 
     Raises:
         FileNotFoundError: there is none.
     """
     path = weights
     if weights.is_dir():
-        checkpointer = Checkpointer(nn.Module(), str(weights))
-        if not checkpointer.has_checkpoint():
-            raise FileNotFoundError(
-                f"{weights} holds no last_checkpoint: name a checkpoint, or the OUTPUT_DIR of a run"
-            )
-        path = Path(checkpointer.get_checkpoint_file())
+        found = find_resumable(str(weights))
+        if not found.paths:
+            fault = found.fault or f"{weights} holds no last_checkpoint"
+            raise FileNotFoundError(f"{fault}: name a checkpoint, or the OUTPUT_DIR of a run")
+        path = Path(found.last)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     return path

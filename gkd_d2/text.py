@@ -20,3 +20,8 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
     """Names with commas between them, the first ``limit`` of them where there are more."""
     names = list(names)
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def printable(text: str, limit: int = 100) -> str:
+    """Text out of someone's file, cut short and with question marks for what could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])

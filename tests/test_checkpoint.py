@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import io
+import pathlib
 import pickle
 import random
 import re
 import resource
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from hostile import Touch, hostile_pickles
 from tiny import detector_config
 
 from gkd_d2 import config
@@ -22,8 +26,8 @@ from gkd_d2.checkpoint import (
     CompleteCheckpointer,
     DamagedCheckpointError,
     StudentCheckpointer,
-    find_damage,
 )
+from gkd_d2.checkpoint_files import find_damage
 from gkd_d2.data.toy_kitti import make_toy_kitti
 from gkd_d2.engine.trainer import Trainer
 
@@ -107,7 +111,14 @@ def make_file(path, kind, state):
     else:
         # The number of disks stands in front of the record at a zip's end.
         disks = b"PK\x03\x04PK\x06\x07" + struct.pack("<LQL", 0, 0, 2) + b"PK\x05\x06" + bytes(18)
-        contents = {"empty": b"", "LFS": LFS_POINTER, "page": WEB_PAGE, "text": b"no checkpoint", "many disks": disks}
+        contents = {
+            "empty": b"",
+            "LFS": LFS_POINTER,
+            "page": WEB_PAGE,
+            "text": b"no checkpoint",
+            "many disks": disks,
+            "zeros": bytes(3000),
+        }
         path.write_bytes(contents[kind])
 
 
@@ -119,13 +130,14 @@ FAULTS = {
     "LFS": "is not a checkpoint but a Git LFS pointer, which `git lfs pull` replaces",
     "page": "is not a checkpoint but a web page",
     "text": "is not a checkpoint: its content is of another form",
-    "objects": r"holds Python objects beside tensors \(argparse.Namespace\), which torch does not load: write",
+    "objects": r"holds objects beside arrays, tensors and plain data \(argparse.Namespace\), which could run any code",
     "other form": "is not of Detectron2's form, with .* under 'model': it holds meta, state_dict",
     "list": "is not of Detectron2's form, with .* under 'model': it holds a list",
     "integers": "is not of Detectron2's form, with the model's tensors by their names .* it holds 0",
     "strings": "is not of Detectron2's form, with .* under 'model': it holds weight",
     "word": "is not of Detectron2's form, with .* under 'model': it holds a str",
     "many disks": "is damaged: zipfiles that span multiple disks",
+    "zeros": "is damaged: it begins with zeros alone",
 }
 PKL_FAULTS = {"empty": FAULTS["empty"], "cut": "is damaged: ", "LFS": FAULTS["LFS"], "page": FAULTS["page"]}
 
@@ -161,6 +173,71 @@ def test_arrays_that_are_no_tensors_are_refused(tmp_path):
         CompleteCheckpointer(torch.nn.Linear(3, 2)).load(str(path))
 
 
+def flipped(content, bit):
+    """A file's content with one bit changed."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def held(path, state):
+    """Whether the file loads, as what it was written from; None where it is refused."""
+    model = torch.nn.Linear(8, 8)
+    try:
+        CompleteCheckpointer(model).load_weights(str(path))
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return None
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_no_flipped_bit_gives_other_weights(tmp_path):
+    """Some are in what nothing reads, such as the space between tensors."""
+    path, state = tmp_path / "model.pth", torch.nn.Linear(8, 8).state_dict()
+    content = pathlib.Path(save(path, state)).read_bytes()
+    found = []
+    for bit in random.Random(0).sample(range(8 * len(content)), 250):
+        path.write_bytes(flipped(content, bit))
+        found.append(held(path, state))
+    assert False not in found and found.count(None) > 100 and found.count(True) > 50
+    # In a tensor, and in what the zip's directory says of it: 38 bytes on, that it were a folder.
+    tensor = content.index(state["weight"].numpy().tobytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"model/data/0"))
+    for bit, message in (
+        (8 * tensor, "does not agree with its CRC-32 sum"),
+        (8 * entry + 38 * 8 + 4, "is marked as a"),
+    ):
+        path.write_bytes(flipped(content, bit))
+        with pytest.raises(DamagedCheckpointError, match=f"{path} is damaged: its part model/data/0 {message}"):
+            CompleteCheckpointer(torch.nn.Linear(8, 8)).load_weights(str(path), "GKD.TEACHER.WEIGHTS")
+
+
+def test_a_resume_passes_over_a_flipped_bit(written, caplog):
+    last = written / "model_0000029.pth"
+    last.write_bytes(flipped(last.read_bytes(), 8 * 500_000))
+    assert resumed(written) == 19
+    assert f"the checkpoint {last} is damaged: its part" in caplog.text and "Falling back" in caplog.text
+
+
+@pytest.fixture
+def without_sums():
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch writes sums always")
+    torch.serialization.set_crc32_options(False)
+    yield
+    torch.serialization.set_crc32_options(True)
+
+
+def test_a_file_without_sums_is_read_with_a_warning(without_sums, tmp_path, caplog):
+    path, state = tmp_path / "model.pth", torch.nn.Linear(8, 8).state_dict()
+    save(path, state)
+    assert held(path, state)
+    assert f"{path} was written without CRC-32 sums: damage to its numbers can't be found" in caplog.text
+    # A sum, after the directory's signature, that is no longer 0.
+    path.write_bytes(flipped(path.read_bytes(), 8 * (path.read_bytes().index(b"PK\x01\x02") + 16)))
+    assert held(path, state) is None
+
+
 def mutated(content, rng):
     """A file's content that was cut off, or in which a few bytes changed, were lost or came in."""
     content, place = bytearray(content), rng.randrange(len(content))
@@ -187,8 +264,8 @@ def test_mutated_files_load_or_are_refused(form, tmp_path):
     state = torch.nn.Linear(3, 2).state_dict()
     path = tmp_path / ("whole.pkl" if form == "zoo" else "whole.pth")
     if form == "zoo":
-        # Of tensors, for a mutated pickle of arrays can change NumPy's own types for the rest of the process.
-        path.write_bytes(pickle.dumps({"model": state, "__author__": "someone"}, protocol=2))
+        arrays = {name: value.numpy() for name, value in state.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone"}, protocol=2))
     else:
         torch.save({"model": state}, path, _use_new_zipfile_serialization=form == "zip")
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
@@ -219,12 +296,22 @@ def test_forms_of_checkpoints_that_detectron2_reads(tmp_path):
     (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo, protocol=2))
     torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     torch.save(state, tmp_path / "bare.pth")
+    torch.save({"model_state": state | {"num_batches_tracked": torch.zeros(1)}}, tmp_path / "pycls.pyth")
+    blobs = {"weight": zoo["model"]["weight"], "bias": zoo["model"]["bias"], "weight_momentum": np.zeros(3, "f4")}
+    (tmp_path / "detectron.pkl").write_bytes(pickle.dumps({"blobs": blobs, "cfg": "MODEL: {}"}, protocol=0))
+    (tmp_path / "caffe2.pkl").write_bytes(pickle.dumps(blobs, protocol=2))
     for path in tmp_path.iterdir():
         for reader in (StudentCheckpointer, CompleteCheckpointer):
             torch.nn.init.zeros_(model.weight)
             reader(model).load_weights(str(path))
             assert (model.weight == 5).all(), path
             assert find_damage(str(path)) == ""
+
+
+def test_torchs_form_under_the_name_of_another(tmp_path):
+    path = save(tmp_path / "torch.pkl", torch.nn.Linear(3, 2).state_dict())
+    with pytest.raises(DamagedCheckpointError, match=f"{path} is of the form of a .pth: give it a name that ends so"):
+        StudentCheckpointer(torch.nn.Linear(3, 2)).load_weights(path)
 
 
 def test_a_damaged_file_in_the_cache_is_named_with_its_url(tmp_path, monkeypatch):
@@ -283,6 +370,76 @@ def resumed(folder):
     rest = checkpointer.resume_or_load("")
     assert (checkpointer.model.weight == rest["iteration"]).all()
     return rest["iteration"]
+
+
+# Marks of pickles that let objects in, in a .pkl and as torch.save writes them.
+HOSTILE = {
+    **{f"{kind}.pkl": kind for kind in hostile_pickles("mark")},
+    **{name: name for name in ("zip.pth", "old.pth", "zip.pyth", "old.pyth", "deep.pth", "plain.pth", ".pkl")},
+}
+
+
+def make_hostile(folder, name, mark):
+    """A file of weights that makes the file ``mark`` where what it asks for is run."""
+    path, inside = folder / name, Touch(mark)
+    if HOSTILE[name] in (kinds := hostile_pickles(mark)):
+        path.write_bytes(kinds[HOSTILE[name]])
+    elif name in (".pkl", "plain.pth"):
+        path.write_bytes(kinds["protocol 2"])
+    else:
+        key = "model_state" if name.endswith(".pyth") else "model"
+        content = {key: {"weight": [{"deep": inside}] if name == "deep.pth" else inside}}
+        torch.save(content, path, _use_new_zipfile_serialization="old" not in name)
+    return path
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_a_file_is_run(name, tmp_path, monkeypatch, caplog):
+    """As weights, teacher, and through last_checkpoint; nor where the environment tells torch to run it."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    mark, model = tmp_path / "mark", torch.nn.Linear(3, 2)
+    path = make_hostile(tmp_path, name, mark)
+    for kind, key in ((StudentCheckpointer, "MODEL.WEIGHTS"), (CompleteCheckpointer, "GKD.TEACHER.WEIGHTS")):
+        with pytest.raises(DamagedCheckpointError) as error:
+            kind(model).load_weights(str(path), key)
+        text = str(error.value)
+        assert text.startswith(f"{key}: the checkpoint {path} ") and "\n" not in text and "weights_only" not in text
+        if name != "plain.pth":
+            assert re.search(
+                r"holds objects beside arrays, tensors and plain data \(.*[Oo.][\w. ']+\), which could", text
+            )
+            assert "where you trust it, write its tensors alone into a .pth" in text
+        causes = [error.value.__cause__, error.value.__cause__.__cause__]
+        assert not any("weights_only" in str(cause) for cause in causes)
+    number_checkpointer(tmp_path, 9).save("model_0000009", iteration=9)
+    (tmp_path / "last_checkpoint").write_text(name)
+    assert resumed(tmp_path) == 9 and name in caplog.text
+    for path in tmp_path.glob("model_*.pth"):
+        path.unlink()
+    with pytest.raises(DamagedCheckpointError):
+        resumed(tmp_path)
+    assert not mark.exists()
+
+
+def test_torch_is_always_told_to_read_tensors_alone(tmp_path, monkeypatch):
+    """Before 2.6 it does not by itself, nor with it for two old forms."""
+    told, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: told.append(options) or load(*args, **options))
+    state = torch.nn.Linear(3, 2).state_dict()
+    for name, content in (("a.pth", {"model": state}), ("a.pyth", {"model_state": state})):
+        torch.save(content, tmp_path / name)
+        StudentCheckpointer(torch.nn.Linear(3, 2)).load_weights(str(tmp_path / name))
+    assert [options["weights_only"] for options in told] == [True, True]
+    torch.jit.script(torch.nn.Linear(3, 2)).save(str(tmp_path / "script.pth"))
+    with tarfile.open(tmp_path / "tar.pth", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+    for name, message in (
+        ("script.pth", "is a TorchScript program, and not"),
+        ("tar.pth", "is a tar archive, as torch"),
+    ):
+        with pytest.raises(DamagedCheckpointError, match=message):
+            StudentCheckpointer(torch.nn.Linear(3, 2)).load_weights(str(tmp_path / name))
+    assert len(told) == 2
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What can't be exported is an error before anything is written."""
 
+import logging
+
 import detectron2
 import pytest
 import torch
@@ -104,14 +106,25 @@ def test_nothing_is_written_where_something_is_wrong(retinanet, tmp_path, spoil,
 
 def test_missing_and_broken_checkpoints_are_named(retinanet, tmp_path):
     cfg, path = retinanet
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no last_checkpoint: name a checkpoint"):
-        load_student(cfg, tmp_path)
+        load_student(cfg, tmp_path / "empty")
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model_0000009.pth"):
         load_student(cfg, tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="the checkpoint .*model_final.pth is damaged: it ends too early"):
         load_student(cfg, path)
+
+
+def test_a_folder_whose_last_checkpoint_is_unreadable_gives_its_newest(retinanet, tmp_path, caplog, monkeypatch):
+    cfg, path = retinanet
+    # A tool that ran in this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff")
+    state = load_student(cfg, tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in torch.load(path)["model"].items() if name in state)
+    assert f"{tmp_path}/last_checkpoint is no text: {path} is taken, the newest checkpoint there" in caplog.text
 
 
 def test_half_precision_changes_the_outputs_a_little(retinanet, tmp_path):

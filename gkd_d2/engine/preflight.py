@@ -11,12 +11,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.checkpoint import find_damage
+from gkd_d2.checkpoint_files import find_damage
 from gkd_d2.config import DISTILLER, architecture_key, detector_architecture, detector_config, teacher_config
 from gkd_d2.data.loader import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.evaluation import evaluator_type
+from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.methods import build_method
 from gkd_d2.registries import architecture_class, find_unregistered
 
@@ -111,7 +112,7 @@ def _evaluation(cfg: CfgNode) -> list[str]:
 
 
 def _weights(cfg: CfgNode, eval_only: bool, resume: bool) -> list[str]:
-    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    if resume and has_checkpoint(cfg.OUTPUT_DIR):
         return []
     if eval_only and not cfg.MODEL.WEIGHTS:
         return ["MODEL.WEIGHTS is empty: an evaluation needs the checkpoint to evaluate"]

@@ -22,6 +22,7 @@ from typing import IO
 
 import torch
 
+from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.progress import duration
 from gkd_d2.runs import HEADLINE
 from gkd_d2.study.plan import Job, Study
@@ -144,7 +145,7 @@ class Scheduler:
             status = 0
             if not job.finished():
                 # Nothing of an attempt that left no checkpoint goes on.
-                if not (job.folder / "last_checkpoint").is_file():
+                if not has_checkpoint(str(job.folder)):
                     (job.folder / "metrics.json").unlink(missing_ok=True)
                 logger.info("%s: starts", job.folder)
                 status = self._run(study, job, slot, log)

@@ -151,7 +151,8 @@ def test_a_teacher_stays_when_the_defaults_of_distillation_change(make_study, fi
 def test_an_attempt_that_left_no_checkpoint_is_no_training(make_study, finish):
     job = make_study().student_jobs("retinanet", "alone")[2]
     finish(job, 20.0)
-    (job.folder / "last_checkpoint").unlink()
+    for name in ("last_checkpoint", "model_final.pth"):
+        (job.folder / name).unlink()
     changed = make_study(options={"SOLVER.BASE_LR": 0.01})
     changed.check_folders()
     assert changed.student_jobs("retinanet", "alone")[2].finished() is None

@@ -1,7 +1,11 @@
 """Weights that no tool can use: a sentence with key, file and fault, and exit status 1."""
 
+import logging
+import pickle
+
 import pytest
 import torch
+from hostile import Touch
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
 
@@ -12,6 +16,8 @@ FAULTS = {
     # Begins as a checkpoint in torch's old form does, so that only its reader sees the fault.
     "cut": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9", "is damaged: "),
 }
+# What only the reading of the whole file finds.
+LATE_FAULTS = ("cut",)
 STUDENT = ("--config-file", "student.yaml")
 TOOLS = {
     "train, student": ("train_net.py", *STUDENT, "--num-gpus", 0, "MODEL.WEIGHTS", "bad.pth"),
@@ -48,8 +54,25 @@ def test_bad_weights_are_a_sentence(fault, tool, work, run_here):
     assert message in said and "bad.pth" in said
     *_, key, _ = TOOLS[tool]
     assert tool == "export" or key in said
-    if fault != "cut" and tool != "export":
+    if fault not in LATE_FAULTS and tool != "export":
         assert "This run can't start" in said and not (work / "output").exists()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_objects_and_flipped_bits_are_a_sentence(tool, work, run_here):
+    """Before the first step; and nothing in the file is run."""
+    name, *arguments = TOOLS[tool]
+    (work / "objects.pkl").write_bytes(pickle.dumps({"model": {"a": Touch(work / "mark")}, "__author__": "someone"}))
+    content = bytearray((work / "teacher.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (work / "flipped.pth").write_bytes(content)
+    for kind, message in (("objects.pkl", "io.open), which could run"), ("flipped.pth", "agree with its CRC-32 sum")):
+        status, said = run_here(name, *(kind if argument == "bad.pth" else argument for argument in arguments))
+        assert status == 1 and "Traceback" not in said and "weights_only" not in said
+        assert f"{kind} " in said and message in said
+        assert tool == "export" or arguments[-2] in said
+        assert "Starting training" not in said
+    assert not (work / "mark").exists()
 
 
 def test_weights_of_another_detector_are_a_sentence(work, run_here):
@@ -71,3 +94,30 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_not_resumed(work, run_here):
         "OUTPUT_DIR: the checkpoint output/model_0000009.pth is damaged: it is empty. Copy it again, or name another "
         "checkpoint as MODEL.WEIGHTS, without --resume"
     )
+
+
+def test_a_run_whose_last_checkpoint_is_unreadable_goes_on(work, run_here, caplog, monkeypatch):
+    """In training and evaluation, from the newest; without --resume the run begins anew and says what it overwrites."""
+    # Detectron2 gives its loggers handlers once in a process.
+    logger = logging.getLogger("fvcore")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    pointer, final = work / "output" / "last_checkpoint", work / "output" / "model_final.pth"
+
+    def said_at(*options):
+        caplog.clear()
+        status, _ = run_here("train_net.py", *STUDENT, "--num-gpus", 0, *options, *small)
+        assert status == 0
+        return caplog.text
+
+    small = ("MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ())
+    assert "checkpoints of an earlier run" not in said_at()
+    weights = final.read_bytes()
+    pointer.write_bytes(b"\xff\xfe")
+    warning = "output/last_checkpoint is no text: output/model_final.pth is taken, the newest checkpoint there"
+    for options in (("--resume",), ("--resume", "--eval-only")):
+        assert said_at(*options).count(warning) == 1
+    pointer.unlink()
+    assert "output holds checkpoints but no last_checkpoint: output/model_final.pth is taken" in said_at("--resume")
+    assert final.read_bytes() == weights
+    assert said_at().count("output holds checkpoints of an earlier run, the last of them output/model_final.pth") == 1
