@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from gkd_d2.config import read_config
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.student import build_student
 
 FAULTS = {
     "empty": (b"", "is damaged: it is empty"),
@@ -71,3 +73,17 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_not_resumed(work, run_here):
         "OUTPUT_DIR: the checkpoint output/model_0000009.pth is damaged: it is empty. Copy it again, or name another "
         "checkpoint as MODEL.WEIGHTS, without --resume"
     )
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_weights_that_become_infinite_are_a_sentence(tool, work, run_here):
+    """float32 can't hold them. With such running statistics a student would train, and evaluate to an AP of NaN."""
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    state = torch.load(work / "teacher.pth")
+    if "teacher" not in tool:
+        state["model"] = build_student(read_config("student.yaml", [])).state_dict()
+    state["model"][name] = torch.full(state["model"][name].shape, 1e300, dtype=torch.float64)
+    torch.save(state, work / "bad.pth")
+    status, said = run_here(*TOOLS[tool])
+    assert status == 1 and "Traceback" not in said, said
+    assert "infinite or NaN" in said and name in said
