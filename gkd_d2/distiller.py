@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gkd_d2.align import AlignConv
 from gkd_d2.config import architecture_key, detector_config, teacher_config
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.finite import check_finite
 from gkd_d2.imports import import_modules
 from gkd_d2.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.methods import Level, Method, build_method
@@ -129,6 +130,7 @@ class GKDDistiller(nn.Module):
         self.vis_period = vis_period
         self._pictured = -1
         self._announce = announce
+        self._checked = False
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
@@ -218,11 +220,15 @@ class GKDDistiller(nn.Module):
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
             ValueError: a loss of the method has the name of one of the student's, or the trainer ignores a key of the
-                config, see :class:`gkd_d2.trainer_keys.TrainerKeys`.
+                config, see :class:`gkd_d2.trainer_keys.TrainerKeys`; or, in the first training forward, as
+                :meth:`check_finite`.
         """
         # Without gradients there is nothing to imitate by: a validation loss and PreciseBN are the student's own.
         if not (self.training and torch.is_grad_enabled()):
             return self.student(batched_inputs)
+        if not self._checked:
+            self.check_finite()
+            self._checked = True
         if self._announce is not None:
             self._announce()
             self._announce = None
@@ -245,6 +251,29 @@ class GKDDistiller(nn.Module):
         if taken:
             raise ValueError(f"GKD.METHOD calls a loss {taken.pop()}, which is the name of one of the student's own")
         return {**seen.losses, **losses}
+
+    def check_finite(self) -> None:
+        """Refuse networks that hold infinite or NaN values before they are trained.
+
+        Raises:
+            ValueError: the teacher, the student or an align convolution does.
+        """
+        check_finite(self.teacher, "the teacher's", "GKD.TEACHER.WEIGHTS")
+        check_finite(self.student, "the student's")
+        check_finite(self.align, "the align convolutions'")
+
+    def teacher_is_finite(self, batched_inputs: list[dict]) -> bool:
+        """Whether the teacher's features of a training batch are, and their gradients where the method needs them."""
+        try:
+            features, gradients = self._teacher.features(
+                batched_inputs,
+                self.teacher_features,
+                with_gradients=self.method.needs_teacher_grad,
+                scale=self.gradient_scale,
+            )
+        except FloatingPointError:
+            return False
+        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ())))
 
     def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
         """Run both networks on a training batch, in training mode and within an EventStorage.

@@ -10,6 +10,7 @@ from torch import nn
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.config import architecture_key, detector_config
+from gkd_d2.finite import check_finite
 from gkd_d2.last_checkpoint import find_resumable
 from gkd_d2.registries import build_detector
 
@@ -39,13 +40,14 @@ def load_student(cfg: CfgNode, weights: Path) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such checkpoint.
         CheckpointError: the file is no checkpoint, or leaves a part of the detector unset.
-        ValueError: a name in ``cfg`` is not registered.
+        ValueError: a name in ``cfg`` is not registered, or a tensor holds infinite or NaN values.
     """
     path = find_checkpoint(weights)
     if weights.is_dir() and (warning := find_resumable(str(weights)).warning):
         logging.getLogger(__name__).warning("%s", warning)
     model = build_student(cfg)
     CompleteCheckpointer(model).load_weights(str(path), key="", detector="the student of the config")
+    check_finite(model, "the student's")
     return model
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.detector import SplitDetector, feature_gradients, split_detector
+from gkd_d2.finite import check_finite
 from gkd_d2.registries import build_detector
 from gkd_d2.streams import separate_random_stream
 
@@ -27,13 +28,15 @@ def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
 
     Raises:
         CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
-        ValueError: a name in the config is not registered, or the meta-architecture has no split.
+        ValueError: a name in the config is not registered, the meta-architecture has no split, or a tensor holds
+            infinite or NaN values.
     """
     with separate_random_stream(torch.device("cpu"), seed):
         model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
     CompleteCheckpointer(model).load_weights(
         cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
     )
+    check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
     return FrozenTeacher(model, seed)
 
 

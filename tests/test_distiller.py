@@ -411,3 +411,39 @@ def test_missing_teacher_config_is_refused(distiller_config):
     cfg.GKD.TEACHER.CONFIG_FILE = "nowhere/teacher.yaml"
     with pytest.raises(FileNotFoundError, match="nowhere/teacher.yaml"):
         build_model(cfg)
+
+
+BUFFER = "backbone.bottom_up.stem.conv1.norm.running_var"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("network", "name", "owner"),
+    [
+        ("teacher", "head.bbox_pred.weight", "the teacher's"),
+        ("teacher", BUFFER, "the teacher's"),
+        ("student", "head.bbox_pred.weight", "the student's"),
+        ("student", BUFFER, "the student's"),
+        ("align", "p3.weight", "the align convolutions'"),
+    ],
+)
+def test_networks_that_are_not_finite_are_refused_in_the_first_step(network, name, owner, value, distiller_config):
+    """Built in code, or loaded by a checkpointer that takes any numbers. Some of them would train on."""
+    model = build_model(distiller_config("retinanet", channels=8)).train()
+    getattr(model, network).state_dict()[name].view(-1)[0] = value
+    with (
+        EventStorage(),
+        pytest.raises(ValueError, match=f"infinite or NaN values in {owner} {name}: .* must name a so"),
+    ):
+        model(training_batch())
+
+
+def test_a_buffer_of_no_checkpoint_may_be_infinite(distiller_config):
+    """As the mask of an attention layer."""
+    model = build_model(distiller_config("retinanet")).train()
+    model.student.register_buffer("mask", torch.full((2, 2), -math.inf), persistent=False)
+    with EventStorage():
+        assert model(training_batch())
+    model.student.mask[0, 0] = math.nan
+    with pytest.raises(ValueError, match="infinite or NaN values in the student's mask"):
+        model.check_finite()

@@ -123,3 +123,19 @@ def test_unset_parameters_are_listed(distiller_config, tmp_path):
         "backbone.fpn_output3.weight: (2, 2) in the checkpoint, (16, 16, 3, 3) in the model",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["weights", "config"])
+def test_a_teacher_that_is_not_finite_is_refused(part, distiller_config, tmp_path):
+    """Numbers that float32 can't hold become infinite as they are loaded."""
+    cfg = distiller_config("faster")
+    if part == "weights":
+        state = torch.load(tmp_path / "teacher.pth")
+        name = "roi_heads.box_predictor.bbox_pred.weight"
+        state["model"][name] = state["model"][name].double().fill_(1e300)
+        torch.save(state, tmp_path / "teacher.pth")
+    else:
+        path, name = tmp_path / "teacher.yaml", "pixel_std"
+        path.write_text(path.read_text().replace("57.375", ".nan"))
+    with pytest.raises(ValueError, match=f"infinite or NaN values in the teacher's {name}: GKD.TEACHER.WEIGHTS must"):
+        build_teacher(teacher_config(cfg), seed=0)

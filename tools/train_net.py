@@ -22,6 +22,7 @@ from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
+from gkd_d2.finite import check_finite
 from gkd_d2.imports import add_import_option, import_modules
 
 from detectron2.config import CfgNode
@@ -49,6 +50,7 @@ def main(cfg: CfgNode, args: argparse.Namespace):
         else:
             model = Trainer.build_model(cfg)
             CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            check_finite(model, "the detector's")
     except (OSError, ResumeError, ValueError) as error:
         # What gkd_d2 refuses it says in a sentence; of any other fault the traceback says more.
         if not raised_by_gkd_d2(error):

@@ -119,6 +119,7 @@ def main() -> None:
         distiller = build_model(cfg)
         checkpointer = StudentCheckpointer(distiller)
         checkpointer.load_weights(cfg.MODEL.WEIGHTS)
+        distiller.check_finite()
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
     student = cfg.MODEL.WEIGHTS or "random weights: MODEL.WEIGHTS is empty"

@@ -4,6 +4,7 @@
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -354,7 +355,8 @@ std::tuple<at::Tensor, at::Tensor> distillation_losses_cpu(at::TensorList studen
       Forward(kernels, terms, student, teacher, state)
           .run(student_grad, teacher_grad, double_boxes, box_counts, image_size, values);
     });
-    for (int k = 0; k < 4; ++k) losses[k].fill_(values[k]);
+    // Unlike fill_, a copy makes a value infinite that is too large for float32.
+    losses.copy_(at::from_blob(values, {4}, at::kDouble));
   }
   if (!save_state) state = at::empty({0}, options);
   return {losses, state};

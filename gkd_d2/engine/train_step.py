@@ -10,19 +10,16 @@ import time
 import numpy as np
 import torch
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gkd_d2.distiller import GKDDistiller
-from gkd_d2.engine import from_scratch
+from gkd_d2.engine.blame import Blame
+from gkd_d2.finite import running_statistics
 from gkd_d2.streams import mix_seed, seed_everything
-from gkd_d2.text import counted
 
 # In float16 steps whose loss or gradient overflows are left out while the scale is sought; more in a row are an error.
 MAX_SKIPPED_STEPS = 20
@@ -65,18 +62,27 @@ class TrainStep(TrainerBase):
         self._seed = seed
         self._accumulate_steps = accumulate_steps
         self._amp_dtype = amp_dtype
-        self._from_scratch = from_scratch
         self._device = self.module.device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp_dtype == torch.float16)
         self._batches = None
         self._skipped = 0
-        # The first image of the last batch whose losses were finite.
-        self._innocent: dict | None = None
+        self._blame = Blame(self.module, optimizer, self._autocast, from_scratch=from_scratch)
 
     def start(self, iteration: int) -> None:
-        """Start the loader's workers, at the batch of ``iteration``."""
+        """Start the loader's workers, at the batch of ``iteration``, from the model's weights as they are."""
+        self._blame.start(iteration)
         self.data_loader.batch_sampler.first = iteration
         self._batches = iter(self.data_loader)
+
+    def check_finite(self) -> None:
+        """Refuse to go on with a model that holds infinite or NaN values; to be called in all processes.
+
+        Raises:
+            FloatingPointError: it does so in one process; the tensors are named.
+        """
+        faults = [fault for fault in comm.all_gather(self._blame.of_networks(statistics=True)) if fault]
+        if faults:
+            raise FloatingPointError(f"After iteration {self.iter} {faults[0]}")
 
     def run_step(self) -> None:
         """Compute the gradients of one batch and update the model.
@@ -93,27 +99,25 @@ class TrainStep(TrainerBase):
         if isinstance(self.module, GKDDistiller):
             self.module.gradient_scale = self._scaler.get_scale()
         self.optimizer.zero_grad()
-        statistics = self._running_statistics() if self._scaler.is_enabled() else []
+        # A step that is left out must not change them: they may hold NaN.
+        statistics = running_statistics(self.module) if self._scaler.is_enabled() else []
         before = [statistic.clone() for statistic in statistics]
         losses = self._backward(batch)
         scale = self._scaler.get_scale()
-        fault = self._write_metrics(losses, data_time) or self._update()
+        infinite = self._write_metrics(losses, data_time)
+        fault = infinite or self._update()
         if not fault:
             self._skipped = 0
-            self._innocent = batch[0]
+            self._blame.sound_image = batch[0]
             return
         if not self._scaler.is_enabled() or self._skipped == MAX_SKIPPED_STEPS:
-            raise FloatingPointError(f"Iteration {self.iter}: {fault}; {self._origin(losses, batch)}")
+            origin = self._origin(losses, batch, overflow=not infinite)
+            raise FloatingPointError(f"Iteration {self.iter}: {fault}; {origin}")
         self._skipped += 1
         self._scaler.update(scale * self._scaler.get_backoff_factor())
         for statistic, value in zip(statistics, before):
             statistic.copy_(value)
         logging.getLogger(__name__).warning("Iteration %d is left out: %s; scale %g", self.iter, fault, scale)
-
-    def _running_statistics(self) -> list[Tensor]:
-        """Those of the batch norms, which a step that is left out must not change: it may hold NaN."""
-        norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
-        return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
         """Add up the gradients of the batch's parts; returns the parts' mean losses."""
@@ -124,7 +128,7 @@ class TrainStep(TrainerBase):
             with contextlib.ExitStack() as stack:
                 if part is not parts[-1] and isinstance(self.model, DistributedDataParallel):
                     stack.enter_context(self.model.no_sync())
-                with torch.autocast(self._device, self._amp_dtype, enabled=self._amp_dtype is not None):
+                with self._autocast():
                     losses = self._forward(part)
                 self._scaler.scale(sum(losses.values()) / len(parts)).backward()
             for name, value in losses.items():
@@ -135,7 +139,7 @@ class TrainStep(TrainerBase):
         try:
             return self.model(part)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} Iteration {self.iter}; {self._blame(part)}") from error
+            raise FloatingPointError(f"{error} Iteration {self.iter}; {self._blame.of_batch(part)}") from error
 
     def _write_metrics(self, losses: dict[str, Tensor], data_time: float) -> str:
         """Put the losses, averaged over the processes, into the EventStorage; returns which of them are not finite."""
@@ -162,55 +166,15 @@ class TrainStep(TrainerBase):
         # The scaler tells of a step that it left out by its scale alone.
         return "a gradient is infinite or NaN" if self._scaler.get_scale() < scale else ""
 
-    def _origin(self, losses: dict[str, Tensor], batch: list[dict]) -> str:
+    def _origin(self, losses: dict[str, Tensor], batch: list[dict], *, overflow: bool) -> str:
         """Where a fault comes from, of which all processes know."""
-        if all(torch.isfinite(value) for value in losses.values()):
-            return "the losses of this process are finite"
-        return self._blame(batch)
+        wrong = [name for name, value in losses.items() if not value.isfinite()]
+        if wrong:
+            return self._blame.of_batch(batch, wrong)
+        return self._blame.of_gradients() if overflow else "the losses of this process are finite"
 
-    def _blame(self, batch: list[dict]) -> str:
-        """The images that reproduce a fault by themselves, or what to change where the fault is the model's."""
-        if not _finite(self.module):
-            return (
-                "the weights themselves are not finite, as the gradients of a step before were not: resume an earlier "
-                f"checkpoint, and {self._advice()}"
-            )
-        if isinstance(self.module, GKDDistiller) and not _finite(self.module.teacher):
-            return "the teacher's weights are not finite: set GKD.TEACHER.WEIGHTS to a sound checkpoint"
-        names = [str(x.get("file_name", "an image without file_name")) for x in batch]
-        if any(isinstance(m, (nn.SyncBatchNorm, NaiveSyncBatchNorm)) for m in self.module.modules()):
-            return (
-                "with synchronised norms the images can't be tried one by one. Look at those of the batch, "
-                f"{', '.join(names)}; if they are sound, {self._advice()}"
-            )
-        guilty = [name for name, x in zip(names, batch) if self._fails(x)]
-        if not guilty:
-            return f"no image of the batch causes it by itself: {self._advice()}"
-        others = [self._innocent] if self._innocent is not None else []
-        if len(guilty) < len(batch) or (others and not any(map(self._fails, others))):
-            return (
-                f"of the {counted(len(batch), 'image')} of the batch, these cause it by themselves: {', '.join(guilty)}"
-            )
-        if len(batch) == 1 and not others:
-            return f"{guilty[0]}, the only image of the batch, causes it by itself; if it is sound, {self._advice()}"
-        return f"every image causes it, so it is not the images' fault: {self._advice()}"
-
-    def _advice(self) -> str:
-        """What to change where a model diverges."""
-        advice = "lower SOLVER.BASE_LR, or clip the gradients by SOLVER.CLIP_GRADIENTS"
-        if isinstance(self.module, GKDDistiller) and self.module.method:
-            advice += ", or lower the weights of the distillation losses whose gkd_ratio/* in metrics.json is above 1"
-        frozen = any(isinstance(module, FrozenBatchNorm2d) for module in self.module.modules())
-        if self._from_scratch and (frozen or not all(p.requires_grad for p in self.module.parameters())):
-            advice += f". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: {from_scratch.ADVICE}"
-        return advice
-
-    def _fails(self, image: dict) -> bool:
-        try:
-            with torch.autocast(self._device, self._amp_dtype, enabled=self._amp_dtype is not None):
-                return not all(torch.isfinite(value) for value in self.module([image]).values())
-        except FloatingPointError:
-            return True
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device, self._amp_dtype, enabled=self._amp_dtype is not None)
 
     def state_dict(self) -> dict:
         """The optimizer's and the gradient scaler's state, and the parameters' names: tensors, numbers and strings."""
@@ -241,7 +205,3 @@ class TrainStep(TrainerBase):
         """Names, as in a checkpoint of the model, of the parameters that the optimizer trains, in its order."""
         names = {id(tensor): name for name, tensor in self.module.state_dict(keep_vars=True).items()}
         return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-def _finite(model: nn.Module) -> bool:
-    return all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config import config_differences, with_absolute_teacher
 from gkd_d2.data.loader import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
@@ -28,27 +27,12 @@ from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.resume import describe_run, run_differences
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
+from gkd_d2.finite import check_finite
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Keys that may change at a resume without changing what is trained.
-_IRRELEVANT_TO_RESUME = (
-    "OUTPUT_DIR",
-    "MODEL.WEIGHTS",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "DATASETS.TEST",
-    "TEST",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "VIS_PERIOD",
-    "GKD.VIS_PERIOD",
-    "GKD.WATCH_PERIOD",
-    "GKD.WATCH_PATIENCE",
-    "GKD.WATCH_MAX_RATIO",
-    "GKD.KITTI_RESULTS",
-    "GKD.IMPORTS",
-)
 
 
 class ResumeError(RuntimeError):
@@ -110,6 +94,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._run = describe_run(cfg, len(self._trainer.data_loader.dataset))
         self._running_states: list[dict[str, float]] = []
         self.register_hooks([*self.build_hooks(), FirstLines()])
         add_distillation_hooks(self)
@@ -155,7 +140,7 @@ class Trainer(DefaultTrainer):
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Detectron2's; it also checks that all processes start at one iteration.
+        """Detectron2's; it also checks that all processes start at one iteration, and from finite weights.
 
         Where the config differs from that of the resumed run, a warning names the keys. The learning rate and its
         schedule, momentum, weight decay and all else of the config apply from the first resumed iteration.
@@ -164,6 +149,7 @@ class Trainer(DefaultTrainer):
             ResumeError: the checkpoint does not hold the whole model, or is of other trainable parameters.
             RuntimeError: the processes start at different iterations, as where OUTPUT_DIR is a folder of each machine's
                 own.
+            ValueError: the teacher or the detector that is trained holds infinite or NaN values.
         """
         if not (resume and self.checkpointer.has_checkpoint()):
             warn_of_frozen_random_weights(self.cfg, self._student())
@@ -174,6 +160,11 @@ class Trainer(DefaultTrainer):
                 f"the processes would start at iterations {', '.join(map(str, starts))}: OUTPUT_DIR "
                 f"{self.cfg.OUTPUT_DIR} must be one folder that all machines share"
             )
+        model = self._trainer.module
+        if isinstance(model, GKDDistiller):
+            model.check_finite()
+        else:
+            check_finite(model, "the detector's")
 
     def train(self):
         """Train from ``start_iter`` to the end, and evaluate."""
@@ -190,7 +181,13 @@ class Trainer(DefaultTrainer):
         Args:
             name: of the file, without ".pth".
             resumable: whether a resume shall start from it.
+
+        Raises:
+            FloatingPointError: ``resumable`` is set, and the model holds infinite or NaN values: an earlier checkpoint
+                is the one to resume.
         """
+        if resumable:
+            self._trainer.check_finite()
         self._running_states = comm.all_gather(running_state(self._student()))
         self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
 
@@ -201,11 +198,7 @@ class Trainer(DefaultTrainer):
             # With the optimizer, which Detectron2 0.5 leaves out.
             "_trainer": self._trainer.state_dict(),
             "running_states": self._running_states,
-            "run": {
-                "config": with_absolute_teacher(self.cfg).dump(),
-                "optimizer": type(self.optimizer).__name__,
-                **self._identity(),
-            },
+            "run": {**self._run, "optimizer": type(self.optimizer).__name__},
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -222,7 +215,7 @@ class Trainer(DefaultTrainer):
             raise ResumeError(
                 f"{source} was not written by this version of the trainer and can't be resumed: {start_anew}"
             )
-        changed = self._differences(state_dict["run"])
+        changed = run_differences(state_dict["run"], self._run)
         there, here = state_dict["_trainer"]["parameters"], self._trainer.parameter_names()
         if self.checkpointer.unset or set(there) != set(here):
             of_model = [text for key, text in changed.items() if key.startswith(("MODEL.", "GKD."))]
@@ -263,22 +256,6 @@ class Trainer(DefaultTrainer):
             rates = self.scheduler.get_last_lr()
         for group, rate in zip(groups, rates):
             group["lr"] = rate
-
-    def _differences(self, run: dict) -> dict[str, str]:
-        """Key -> what the config, or the identity, of the run that wrote a checkpoint has and this one has instead."""
-        was, now = (CfgNode.load_cfg(text) for text in (run["config"], with_absolute_teacher(self.cfg).dump()))
-        differences = config_differences(was, now, _IRRELEVANT_TO_RESUME)
-        for key, value in self._identity().items():
-            if run[key] != value:
-                differences[key] = run[key], value
-        return {key: f"{key} was {was} and is {now}" for key, (was, now) in differences.items()}
-
-    def _identity(self) -> dict[str, int]:
-        """What the order of images depends on beside the config."""
-        return {
-            "number of processes": comm.get_world_size(),
-            "number of images": len(self._trainer.data_loader.dataset),
-        }
 
     def _student(self) -> nn.Module:
         model = self._trainer.module

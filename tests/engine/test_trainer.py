@@ -1,5 +1,6 @@
 """What a run's seed is, and what a resume takes over and notices."""
 
+import hashlib
 import json
 import logging
 import re
@@ -76,12 +77,99 @@ def test_a_resume_from_another_folder_has_the_same_teacher(training, caplog, tmp
     cfg.GKD.TEACHER.CONFIG_FILE, cfg.GKD.TEACHER.WEIGHTS = "../teacher.yaml", str(tmp_path / "teacher.pth")
     resume(cfg)
     assert "the resumed run differs" not in caplog.text
-    # By the name that the run before had for another file.
-    shutil.copy("../teacher.pth", "teacher.pth")
-    cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
+    # The same content at another place.
+    for name in ("teacher.yaml", "teacher.pth"):
+        shutil.copy(tmp_path / name, name)
+    cfg.GKD.TEACHER.CONFIG_FILE, cfg.GKD.TEACHER.WEIGHTS = "teacher.yaml", "teacher.pth"
+    resume(cfg)
+    assert "the resumed run differs" not in caplog.text
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def test_a_resume_names_a_teacher_whose_files_have_changed(training, caplog, tmp_path):
+    """At the same paths."""
+    cfg = training("retinanet", iterations=1)
+    weights, config = tmp_path / "teacher.pth", tmp_path / "teacher.yaml"
+    Trainer(cfg).train()
+    before = digest(weights)
+    state = torch.load(weights)
+    state["model"]["head.bbox_pred.bias"] += 1
+    torch.save(state, weights)
+    resume(cfg)
+    changed = f"GKD.TEACHER.WEIGHTS was {weights} with SHA-256 {before}... and is {weights} with SHA-256 "
+    assert caplog.records[-1].message == (
+        f"From iteration 1 the resumed run differs from the one before: {changed}{digest(weights)}..."
+    )
+    # How a teacher was trained does not matter.
+    text = config.read_text().replace("BASE_LR: 0.001", "BASE_LR: 0.5")
+    config.write_text(text.replace("FOCAL_LOSS_GAMMA: 2.0", "FOCAL_LOSS_GAMMA: 1.0"))
+    resume(cfg)
+    assert caplog.records[-1].message == (
+        "From iteration 1 the resumed run differs from the one before: MODEL.RETINANET.FOCAL_LOSS_GAMMA of "
+        f"GKD.TEACHER.CONFIG_FILE was 2.0 and is 1.0, {changed}{digest(weights)}..."
+    )
+
+
+def test_a_resume_of_a_checkpoint_that_knows_no_checksum(training, caplog, tmp_path):
+    """As those of earlier versions: the paths are compared."""
+    cfg = training("retinanet", iterations=1)
+    Trainer(cfg).train()
+    path = Path(cfg.OUTPUT_DIR) / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["trainer"]["run"]["teacher"]
+    torch.save(checkpoint, path)
+    assert resume(cfg).start_iter == 1
+    assert "the resumed run differs" not in caplog.text
+    (tmp_path / "elsewhere").mkdir()
+    cfg.GKD.TEACHER.WEIGHTS = shutil.copy(tmp_path / "teacher.pth", tmp_path / "elsewhere")
     resume(cfg)
     teachers = f"GKD.TEACHER.WEIGHTS was {tmp_path}/teacher.pth and is {tmp_path}/elsewhere/teacher.pth"
     assert f"From iteration 1 the resumed run differs from the one before: {teachers}" in caplog.text
+
+
+OTHERWISE = {
+    "method": (["GKD.METHOD", "fitnet"], "GKD.METHOD was gkd and is fitnet"),
+    "option of a method": (["GKD.RECTIFIER", "relu"], "GKD.RECTIFIER was abs and is relu"),
+    "weight": (["GKD.LOSS_WEIGHTS.IMAGE", 0.5], "GKD.LOSS_WEIGHTS.IMAGE was 0.001 and is 0.5"),
+    "weight of another method": (["GKD.FITNET.WEIGHT", 0.5], "GKD.FITNET.WEIGHT was 1.0 and is 0.5"),
+    "precision": (
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"],
+        "SOLVER.AMP.DTYPE was float16 and is bfloat16, SOLVER.AMP.ENABLED was False and is True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), OTHERWISE.values(), ids=OTHERWISE)
+def test_a_resume_names_another_method_weight_or_precision(options, named, training, caplog):
+    cfg = training(iterations=1)
+    Trainer(cfg).train()
+    cfg.merge_from_list(options)
+    resume(cfg)
+    assert caplog.records[-1].message == f"From iteration 1 the resumed run differs from the one before: {named}"
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_run_does_not_start_with_values_that_are_not_finite(distilled, training):
+    """Of the config, and numbers that float32 can't hold."""
+    cfg = training(iterations=1)
+    if not distilled:
+        cfg = detector_config(cfg)
+    cfg.defrost()
+    state = Trainer(cfg).checkpointer.model.state_dict()
+    cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/large.pth"
+    torch.save({"model": {name: value.double() for name, value in state.items()}}, cfg.MODEL.WEIGHTS)
+    Trainer(cfg).resume_or_load(resume=False)
+    large = {name: value.double().fill_(1e300) if "bbox_pred.bias" in name else value for name, value in state.items()}
+    torch.save({"model": large}, cfg.MODEL.WEIGHTS)
+    owner = "student" if distilled else "detector"
+    with pytest.raises(ValueError, match=f"infinite or NaN values in the {owner}'s head.bbox_pred.bias: MODEL.WEIGHTS"):
+        Trainer(cfg).resume_or_load(resume=False)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.PIXEL_STD = "", [1.0, float("nan"), 1.0]
+    with pytest.raises(ValueError, match=f"in the {owner}'s pixel_std: .*MODEL.PIXEL_STD must be finite"):
+        Trainer(cfg).resume_or_load(resume=False)
 
 
 SCHEDULES = {

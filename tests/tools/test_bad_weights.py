@@ -7,7 +7,9 @@ import pytest
 import torch
 from hostile import Touch
 
+from gkd_d2.config import read_config
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.student import build_student
 
 FAULTS = {
     "empty": (b"", "is damaged: it is empty"),
@@ -121,3 +123,17 @@ def test_a_run_whose_last_checkpoint_is_unreadable_goes_on(work, run_here, caplo
     assert "output holds checkpoints but no last_checkpoint: output/model_final.pth is taken" in said_at("--resume")
     assert final.read_bytes() == weights
     assert said_at().count("output holds checkpoints of an earlier run, the last of them output/model_final.pth") == 1
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_weights_that_become_infinite_are_a_sentence(tool, work, run_here):
+    """float32 can't hold them. With such running statistics a student would train, and evaluate to an AP of NaN."""
+    name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+    state = torch.load(work / "teacher.pth")
+    if "teacher" not in tool:
+        state["model"] = build_student(read_config("student.yaml", [])).state_dict()
+    state["model"][name] = torch.full(state["model"][name].shape, 1e300, dtype=torch.float64)
+    torch.save(state, work / "bad.pth")
+    status, said = run_here(*TOOLS[tool])
+    assert status == 1 and "Traceback" not in said, said
+    assert "infinite or NaN" in said and name in said
