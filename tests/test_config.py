@@ -333,3 +333,47 @@ def test_a_config_of_an_earlier_version_is_upgraded(tmp_path):
 def test_an_unknown_device_is_named(project):
     with pytest.raises(ValueError, match="MODEL.DEVICE is 'gpu', which torch does not know: give cuda"):
         read(project / "configs" / "toy" / "gkd_frcnn.yaml", "MODEL.DEVICE", "gpu")
+
+
+HOSTILE = '!!python/object/apply:os.mkdir ["hacked"]'
+
+
+@pytest.mark.parametrize("value", [HOSTILE, "!!python/object/new:os.mkdir [hacked]", "!!python/tuple [1]", "!mine 3"])
+def test_a_config_runs_no_code(value, distiller_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.yaml", f"SOLVER:\n  STEPS: {value}\n")
+    write(tmp_path / "above.yaml", "_BASE_: mine.yaml\n")
+    cfg = distiller_config("retinanet")
+    cfg.GKD.TEACHER.CONFIG_FILE = "mine.yaml"
+    end = f"mine.yaml{{}}: line 2: the tag {value.split()[0]} is not read, as such tags may run code: write the value "
+    readers = {
+        end.format(""): lambda: read("mine.yaml"),
+        end.format(", the _BASE_ of above.yaml"): lambda: read("above.yaml"),
+        "mine.yaml: line 2": lambda: teacher_config(cfg),
+    }
+    for message, reader in readers.items():
+        with pytest.raises(ValueError) as error:
+            reader()
+        assert str(error.value).startswith(message)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_pairs_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"SOLVER.STEPS is '{re.escape(HOSTILE)}', but must be of the type tuple"):
+        read(write(tmp_path / "mine.yaml", "SEED: 1"), "SOLVER.STEPS", HOSTILE)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_python_code_is_no_config(tmp_path):
+    write(tmp_path / "lazy.py", "model = 3")
+    with pytest.raises(ValueError, match="lazy.py: it is Python code, as of Detectron2's LazyConfig: name a config in"):
+        read(tmp_path / "lazy.py")
+
+
+def test_a_dumped_config_has_no_tags(project, tmp_path):
+    """Its tuples and texts are read again as they were."""
+    cfg = read(project / "configs" / "toy" / "gkd_frcnn.yaml", "MODEL.WEIGHTS", "!!python/none")
+    path = write(tmp_path / "dumped.yaml", cfg.dump())
+    assert "!!python/tuple" not in path.read_text()
+    assert config_differences(read(path), cfg) == {}

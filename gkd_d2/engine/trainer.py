@@ -207,6 +207,15 @@ class Trainer(DefaultTrainer):
         with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
             return super().train()
 
+    def after_train(self) -> None:
+        """Detectron2's; where the training has failed, what fails here because of that does not take its place."""
+        try:
+            super().after_train()
+        except Exception:
+            if self.iter >= self.max_iter:
+                raise
+            logging.getLogger(__name__).exception("After the training had failed, its end did, too:")
+
     def save(self, name: str, *, resumable: bool = True) -> None:
         """Write a checkpoint; to be called in all processes.
 
