@@ -222,9 +222,14 @@ class Trainer(DefaultTrainer):
         Args:
             name: of the file, without ".pth".
             resumable: whether a resume shall start from it.
+
+        Raises:
+            OSError: it can't be written; the message names the last whole one.
         """
         self._running_states = comm.all_gather(running_state(self._student()))
-        self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
+        # Of the checkpoint itself the checkpointer tells.
+        with naming_output(self.cfg.OUTPUT_DIR, os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint")):
+            self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
 
     def state_dict(self) -> dict:
         """Detectron2's, and what else a resume needs: the moving averages of each process, and the run's config."""

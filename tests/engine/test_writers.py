@@ -84,6 +84,13 @@ def test_a_training_ends_with_the_error_of_its_writer(training, tmp_path):
         Trainer(cfg).train()
 
 
+def test_a_list_of_checkpoints_that_can_not_be_written_is_named(training, tmp_path):
+    cfg = training(iterations=1)
+    (tmp_path / "output" / "last_checkpoint.partial").mkdir()
+    with pytest.raises(OutputError, match=r"output/last_checkpoint.partial can't be written \(Is a directory\)"):
+        Trainer(cfg).train()
+
+
 def test_a_folder_in_place_of_metrics_is_named(tmp_path):
     (tmp_path / "metrics.json").mkdir()
     with pytest.raises(OutputError, match=r"metrics.json can't be written \(Is a directory\)"):
