@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -17,6 +18,7 @@ from gkd_d2.checkpoint_files import (
     read_other_form,
     why_unreadable,
 )
+from gkd_d2.files import replacing
 from gkd_d2.last_checkpoint import Resumable, find_resumable, has_checkpoint
 from gkd_d2.text import counted
 
@@ -268,14 +270,7 @@ def _decisive(names: Iterable[str]) -> set[str]:
 
 def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file, and give it its name when every byte is on the disk."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise
+    with replacing(Path(path), "partial") as partial, partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())

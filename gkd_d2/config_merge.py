@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 import os
+import re
 from collections.abc import Callable, Sequence
 
 import yaml
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
+
+# The one expression that is computed. Detectron2's Base-RetinaNet.yaml holds it, and so do many configs made after it:
+# anchors of three scales for each of a few sizes.
+_SCALES = re.compile(
+    r"""!!python/object/apply:eval\s*\[\s*(["'])"""
+    r"""\[\[x, x \* 2\*\*\(1\.0/3\), x \* 2\*\*\(2\.0/3\) ?\] for x in \[(\d[\d., ]*)\]\]\1\s*\]"""
+)
 
 
 def check_no_options(opts: Sequence[str]) -> None:
@@ -50,6 +59,20 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
             raise ValueError(f"{key} is {value!r}, but {_wanted(cfg, key)}") from error
 
 
+def read_yaml(path: str | os.PathLike) -> object:
+    """What a YAML file holds: plain values, and no Python objects, whose making would run code.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no valid YAML, or holds Python objects; the message names the file and the line.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            return yaml.safe_load(file)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {_fault(error)}") from error
+
+
 def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
     """What a YAML file holds, merged into what its ``_BASE_`` holds.
 
@@ -61,7 +84,8 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
     Raises:
         FileNotFoundError: the file, or one that it is based on, does not exist.
         OSError: one of them can't be read.
-        ValueError: one of them is no valid YAML, holds something other than config keys, or is based on itself.
+        ValueError: one of them is no valid YAML, holds something other than config keys, such as Python objects,
+            whose making would run code, or is based on itself.
     """
     if not PathManager.isfile(path):
         raise FileNotFoundError(f"there is no config file {path}")
@@ -70,10 +94,19 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
 
     class Reader(CfgNode):
         @classmethod
+        def _open_cfg(cls, filename: str) -> io.StringIO:
+            with super()._open_cfg(filename) as file:
+                text = io.StringIO(_SCALES.sub(_three_scales, file.read()))
+            text.name = filename
+            return text
+
+        @classmethod
         def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
             if os.path.realpath(filename) in map(os.path.realpath, chain):
                 raise ValueError(f"its _BASE_ {filename} is based on it in turn")
             chain.append(filename)
+            if filename.endswith(".py"):
+                raise ValueError("it is Python code, as of Detectron2's LazyConfig: name a config in YAML")
             loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
             if not isinstance(loaded, dict):
                 raise TypeError
@@ -82,7 +115,7 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
             return loaded
 
     try:
-        return Reader.load_yaml_with_base(path, allow_unsafe=True)
+        return Reader.load_yaml_with_base(path, allow_unsafe=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{': its _BASE_ '.join(chain[-2:])} does not exist") from error
     except OSError as error:
@@ -122,6 +155,12 @@ def merge_loaded(cfg: CfgNode, loaded: dict, path: str) -> None:
         raise ValueError(f"{path}: {_fault(error)}") from error
 
 
+def _three_scales(match: re.Match) -> str:
+    """The value of the expression of Base-RetinaNet.yaml, in YAML."""
+    sizes = yaml.safe_load(f"[{match[2]}]")
+    return str([[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in sizes])
+
+
 def config_keys(cfg: CfgNode) -> list[str]:
     """All keys that have a value, and nodes, in their full form such as SOLVER.BASE_LR."""
     keys = []
@@ -136,6 +175,14 @@ def _fault(error: Exception) -> str:
     """What is wrong with a file, by the error of what reads it."""
     if isinstance(error, (AttributeError, TypeError)):
         return "it must hold config keys and their values in YAML"
+    tag = re.search(r"constructor for the tag '(.*)'", str(error)) if isinstance(error, yaml.MarkedYAMLError) else None
+    if tag:
+        name = tag[1].replace("tag:yaml.org,2002:", "!!")
+        return (
+            f"line {error.problem_mark.line + 1}: the tag {name} is not read, as such tags may run code: write the "
+            "value itself, a tuple as a list. Of a file that you trust, merge_from_file and dump of Detectron2's "
+            "CfgNode make one without tags"
+        )
     return str(error)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.utils.logger import log_first_n
 from fvcore.nn import parameter_count
 from torch import nn
 
 from gkd_d2.config import DISTILLER, config_differences, detector_config, read_config, teacher_config
 from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.student import build_student, load_student
+from gkd_d2.text import counted, listed
 
 HEADLINE = "bbox/AP"
 
@@ -82,22 +85,29 @@ class Run:
     def history(self) -> dict[int, dict[str, float]]:
         """Iteration -> scalar -> value, in the order of the iterations.
 
-        What a resumed run wrote again replaces what it had written.
+        What a resumed run wrote again replaces what it had written. A line that is cut or damaged, as where a disk was
+        full, is left out, with a warning.
 
         Raises:
             FileNotFoundError: the folder holds no metrics.json.
-            ValueError: a line of it is no JSON.
         """
         path = self.folder / "metrics.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} holds no metrics.json: nothing was trained there")
         rows: dict[int, dict[str, float]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            rows.setdefault(row.pop("iteration"), {}).update(row)
+        damaged = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            row = _row(line)
+            if row is None:
+                damaged.append(str(number))
+            else:
+                rows.setdefault(row.pop("iteration"), {}).update(row)
+        if damaged:
+            log_first_n(
+                logging.WARNING,
+                f"{path}: {counted(len(damaged), 'line')} cut or damaged and left out: line {listed(damaged)}",
+                key="message",
+            )
         return dict(sorted(rows.items()))
 
     def iterations(self) -> int:
@@ -142,13 +152,30 @@ class Run:
         return {name[len(prefix) :]: value for name, value in row.items() if name.startswith(starts)}
 
     def detections(self, dataset: str, score: float) -> dict[str, list[dict]]:
-        """Image id -> detections of at least ``score`` as COCO result records."""
+        """Image id -> detections of at least ``score`` as COCO result records.
+
+        Raises:
+            OSError: the last evaluation left no file of them.
+            ValueError: that is damaged.
+        """
         path = self.folder / "inference" / dataset / "coco_instances_results.json"
         found: dict[str, list[dict]] = {}
-        for record in json.loads(path.read_text(encoding="utf-8")):
-            if record["score"] >= score:
-                found.setdefault(record["image_id"], []).append(record)
+        try:
+            for record in json.loads(path.read_bytes()):
+                if record["score"] >= score:
+                    found.setdefault(record["image_id"], []).append(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is cut or damaged ({error}): evaluate the run again") from error
         return found
+
+
+def _row(line: bytes) -> dict | None:
+    """A line of metrics.json; None where it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

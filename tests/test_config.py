@@ -2,9 +2,13 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 
 from gkd_d2.config import config_differences, detector_config, read_config, teacher_config
@@ -333,3 +337,72 @@ def test_a_config_of_an_earlier_version_is_upgraded(tmp_path):
 def test_an_unknown_device_is_named(project):
     with pytest.raises(ValueError, match="MODEL.DEVICE is 'gpu', which torch does not know: give cuda"):
         read(project / "configs" / "toy" / "gkd_frcnn.yaml", "MODEL.DEVICE", "gpu")
+
+
+HOSTILE = '!!python/object/apply:os.mkdir ["hacked"]'
+
+
+@pytest.mark.parametrize("value", [HOSTILE, "!!python/object/new:os.mkdir [hacked]", "!!python/tuple [1]", "!mine 3"])
+def test_a_config_runs_no_code(value, distiller_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.yaml", f"SOLVER:\n  STEPS: {value}\n")
+    write(tmp_path / "above.yaml", "_BASE_: mine.yaml\n")
+    cfg = distiller_config("retinanet")
+    cfg.GKD.TEACHER.CONFIG_FILE = "mine.yaml"
+    end = f"mine.yaml{{}}: line 2: the tag {value.split()[0]} is not read, as such tags may run code: write the value "
+    readers = {
+        end.format(""): lambda: read("mine.yaml"),
+        end.format(", the _BASE_ of above.yaml"): lambda: read("above.yaml"),
+        "mine.yaml: line 2": lambda: teacher_config(cfg),
+    }
+    for message, reader in readers.items():
+        with pytest.raises(ValueError) as error:
+            reader()
+        assert str(error.value).startswith(message)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_pairs_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"SOLVER.STEPS is '{re.escape(HOSTILE)}', but must be of the type tuple"):
+        read(write(tmp_path / "mine.yaml", "SEED: 1"), "SOLVER.STEPS", HOSTILE)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_python_code_is_no_config(tmp_path):
+    write(tmp_path / "lazy.py", "model = 3")
+    with pytest.raises(ValueError, match="lazy.py: it is Python code, as of Detectron2's LazyConfig: name a config in"):
+        read(tmp_path / "lazy.py")
+
+
+@pytest.mark.parametrize("sizes", ["32, 64, 128, 256, 512 ", "8,16.5,32"])
+def test_the_scales_of_detectron2s_retinanet_are_read(sizes, tmp_path):
+    """Its Base-RetinaNet.yaml, and configs of many projects, have Python compute them."""
+    text = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).read_text()
+    assert "!!python/object/apply:eval" in text
+    path = tmp_path / "base.yaml"
+    path.write_text(text.replace("32, 64, 128, 256, 512 ", sizes))
+    (tmp_path / "mine.yaml").write_text("_BASE_: base.yaml\n")
+    expected = get_cfg()
+    expected.merge_from_file(str(path), allow_unsafe=True)
+    cfg = read(tmp_path / "mine.yaml")
+    assert cfg.MODEL.ANCHOR_GENERATOR.dump() == expected.MODEL.ANCHOR_GENERATOR.dump()
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == yaml.safe_load(f"[{sizes}]")[0]
+
+
+def test_no_other_expression_is_computed(tmp_path):
+    text = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).read_text()
+    for expression in ("for x in [32, __import__('os').mkdir('hacked')", "for x in open('hacked', 'w'"):
+        path = tmp_path / "mine.yaml"
+        path.write_text(re.sub(r"for x in \[32[^\]]*", expression, text))
+        assert "hacked" in path.read_text()
+        with pytest.raises(ValueError, match="line 8: the tag !!python/object/apply:eval is not read"):
+            read(path)
+
+
+def test_a_dumped_config_has_no_tags(project, tmp_path):
+    """Its tuples and texts are read again as they were."""
+    cfg = read(project / "configs" / "toy" / "gkd_frcnn.yaml", "MODEL.WEIGHTS", "!!python/none")
+    path = write(tmp_path / "dumped.yaml", cfg.dump())
+    assert "!!python/tuple" not in path.read_text()
+    assert config_differences(read(path), cfg) == {}

@@ -69,9 +69,6 @@ def test_what_a_folder_lacks_is_said_by_its_name(make_run, tmp_path):
     run = make_run("untested", config(), [{"iteration": 19, "total_loss": 5.0}])
     with pytest.raises(ValueError, match=r"untested was never evaluated: its metrics.json holds no bbox/AP"):
         run.metrics("val")
-    (run.folder / "metrics.json").write_text('{"iteration": 19}\n{"iterat')
-    with pytest.raises(ValueError, match=r"untested.metrics.json, line 2: "):
-        Run("again", run.folder).metrics("val")
     (run.folder / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="untested holds no metrics.json: nothing was trained there"):
         Run("again", run.folder).metrics("val")
@@ -87,6 +84,29 @@ def test_runs_are_called_by_what_distinguishes_them(tmp_path, monkeypatch):
     folders = [tmp_path / "out/teachers/frcnn", tmp_path / "out/baselines/frcnn", tmp_path / "out/gkd"]
     assert [run.name for run in find_runs(folders)] == ["teachers/frcnn", "baselines/frcnn", "gkd"]
     assert [run.name for run in find_runs([folders[0].relative_to(tmp_path)])] == ["frcnn"]
+
+
+def test_damaged_lines_are_left_out_with_one_warning(make_run, caplog):
+    run = make_run("damaged", config(), [])
+    whole = [b'{"iteration": 19, "total_loss": 5.0}', b'{"iteration": 39, "bbox/AP": 7.0}']
+    # Cut by a full disk; ended by a resume; filled with zeros by a power cut; not of this file.
+    bad = [b'{"iteration": 25, "total_l', b'{"iteration": 2{"iteration": 9}', bytes(40), b"\xff", b"[1]", b'{"a": 1}']
+    (run.folder / "metrics.json").write_bytes(b"\n".join([whole[0], *bad, whole[1], bad[0]]))
+    assert run.history == {19: {"total_loss": 5.0}, 39: {"bbox/AP": 7.0}}
+    assert run.metrics("val") == {"bbox/AP": 7.0}
+    (message,) = caplog.messages
+    path = run.folder / "metrics.json"
+    assert message == f"{path}: 7 lines cut or damaged and left out: line 2, 3, 4, 5, 6, 7, 9"
+
+
+@pytest.mark.parametrize("content", ['[{"image_id": 1, "sc', "[1]", '{"a": 1}', "3"])
+def test_damaged_detections_are_named(make_run, content):
+    run = make_run("cut", config(), [])
+    path = run.folder / "inference" / "val" / "coco_instances_results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"coco_instances_results.json is cut or damaged .*: evaluate the run again"):
+        run.detections("val", 0.5)
 
 
 @pytest.fixture

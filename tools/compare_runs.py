@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from gkd_d2.cost import gflops, milliseconds, random_image
+from gkd_d2.files import check_writable
 from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.progress import track
 from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
@@ -113,6 +114,7 @@ def main() -> int:
     args = parse_args()
     try:
         import_modules(args.imports, "--import")
+        check_writable(args.output, "--output")
         compare(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.files import check_writable
 from gkd_d2.text import counted
 
 import torch
@@ -77,6 +78,10 @@ def main() -> None:
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
     # Today's torch warns of much that Detectron2 does.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    try:
+        check_writable(output, "--output")
+    except OSError as error:
+        sys.exit(str(error))
     print(f"== Toy data: {counted(args.train, 'scene')} to train on, {args.val} to evaluate on", flush=True)
     make_toy_kitti(output / "datasets" / "toy_kitti", args.train, args.val, force=True)
 

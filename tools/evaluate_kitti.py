@@ -17,6 +17,7 @@ from pathlib import Path
 from gkd_d2.data.kitti import read_lines
 from gkd_d2.evaluation.kitti_evaluation import table
 from gkd_d2.evaluation.kitti_results import evaluate_folders, images_without_result
+from gkd_d2.files import check_file_writable
 from gkd_d2.text import counted
 
 
@@ -39,6 +40,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
+        if args.json is not None:
+            check_file_writable(args.json, "--json")
         image_ids = None if args.list is None else {line.strip() for line in read_lines(args.list)} - {""}
         missing = len(images_without_result(args.labels, args.results, image_ids))
         result, num_images = evaluate_folders(

@@ -17,6 +17,7 @@ from pathlib import Path
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
+from gkd_d2.files import check_writable
 from gkd_d2.imports import add_import_option
 
 from detectron2.config import CfgNode
@@ -75,6 +76,7 @@ def main() -> int:
     """Run the command."""
     args = parse_args()
     try:
+        check_writable(args.output, "--output")
         cfg = run_config(args)
         image = sample_image(cfg, args.image) if args.torchscript else None
         written = export_student(cfg, args.weights, args.output, half=args.fp16, image=image, force=args.force)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gkd_d2.data.builtin import resolve_root
 from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.files import check_writable
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -54,8 +55,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = args.output or resolve_root("$DETECTRON2_DATASETS/toy_kitti")
     try:
+        check_writable(output, "--output" if args.output else "DETECTRON2_DATASETS")
         make_toy_kitti(output, args.train, args.val, args.seed, args.size, args.force)
-    except (ValueError, FileExistsError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gkd_d2.data.builtin import COCO_TRAFFIC_PREFIXES, resolve_root
 from gkd_d2.data.coco_traffic import CLASS_SETS, SPLITS, prepare_coco_traffic
+from gkd_d2.files import check_writable
 
 
 def main() -> int:
@@ -38,6 +39,7 @@ def main() -> int:
     source = args.annotations or resolve_root("$DETECTRON2_DATASETS/coco/annotations")
     target = args.output or resolve_root(f"$DETECTRON2_DATASETS/{COCO_TRAFFIC_PREFIXES[args.classes]}/annotations")
     try:
+        check_writable(target, "--output")
         for split in args.splits:
             path = target / f"instances_{split}.json"
             summary = prepare_coco_traffic(source / f"instances_{split}2017.json", path, args.classes)

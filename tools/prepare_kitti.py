@@ -12,7 +12,8 @@ from pathlib import Path
 
 from gkd_d2.data.builtin import resolve_root
 from gkd_d2.data.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
-from gkd_d2.data.prepare_kitti import check_images, count_objects, export_coco, unpack, write_split
+from gkd_d2.data.prepare_kitti import check_images, coco_paths, count_objects, export_coco, unpack, write_split
+from gkd_d2.files import check_writable
 from gkd_d2.progress import track
 from gkd_d2.text import counted
 
@@ -37,11 +38,12 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for, with the counts on the standard output."""
     root = args.root or resolve_root("$DETECTRON2_DATASETS/kitti")
+    if args.coco is not None:
+        coco_paths(args.coco, force=args.force)
+        check_writable(args.coco, "--coco")
     for archive in args.archives:
         print(f"{archive}: {counted(unpack(archive, root, force=args.force), 'file')} written to {root}", flush=True)
     check_kitti_root(root)
-    written = write_split(root)
-    print(f"split: {'written to' if written else 'as it stands in'} {root / 'ImageSets'}")
     for split in SPLITS:
         records = load_kitti(root, split)
         if not args.quick:
@@ -56,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"\n{split}: {counted(len(records), 'image')}\n{tabulate(rows, headers=['objects', 'all', *DIFFICULTIES])}"
         )
+    # Only now that all is checked.
+    written = write_split(root)
+    print(f"\nsplit: {'written to' if written else 'as it stands in'} {root / 'ImageSets'}")
     if args.coco is not None:
         print("\n" + "\n".join(str(path) for path in export_coco(root, args.coco, force=args.force)))
 

@@ -17,6 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
+from gkd_d2.files import check_writable
 from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.study.plan import Study, read_study
 from gkd_d2.study.report import study_section, write_sections
@@ -84,6 +85,20 @@ def read_studies(args: argparse.Namespace) -> dict[str, Study]:
     return studies
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Check that what the trainings and the report write can be written.
+
+    Raises:
+        OSError: it can't.
+    """
+    if not (args.report_only and args.report):
+        check_writable(args.output, "--output")
+    if args.report is not None:
+        check_writable(args.report.parent, "the folder of --report")
+        if args.report.is_dir():
+            raise IsADirectoryError(f"--report {args.report} can't be written: it is a folder")
+
+
 def main() -> int:
     """Run the command."""
     args = parse_args()
@@ -91,6 +106,7 @@ def main() -> int:
     failed = {}
     try:
         import_modules(args.imports, "--import")
+        check_outputs(args)
         studies = read_studies(args)
         if not args.report_only:
             scheduler = Scheduler(args.device, args.at_once, imports=args.imports)

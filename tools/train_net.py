@@ -14,36 +14,31 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 
 import argparse
 import sys
-import traceback
 
 from gkd_d2.checkpoint import CompleteCheckpointer
 from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.sentences import LastSentence, ending_in_a_sentence
+from gkd_d2.engine.setup import set_up_run
 from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 from gkd_d2.finite import check_finite
 from gkd_d2.imports import add_import_option, import_modules
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-
-
-def raised_by_gkd_d2(error: Exception) -> bool:
-    """Whether the statement that raised an error is one of this project's."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").startswith("gkd_d2.")
 
 
 def main(cfg: CfgNode, args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
     # A process that was started for this knows nothing of what the first one imported.
     import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
-    cfg = settle_seed(cfg, resume=args.resume)
-    default_setup(cfg, args)
-    try:
+    with ending_in_a_sentence(cfg.OUTPUT_DIR, OSError, ResumeError, ValueError):
+        cfg = settle_seed(cfg, resume=args.resume)
+        set_up_run(cfg, args)
         if not args.eval_only:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
@@ -51,16 +46,12 @@ def main(cfg: CfgNode, args: argparse.Namespace):
             model = Trainer.build_model(cfg)
             CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
             check_finite(model, "the detector's")
-    except (OSError, ResumeError, ValueError) as error:
-        # What gkd_d2 refuses it says in a sentence; of any other fault the traceback says more.
-        if not raised_by_gkd_d2(error):
-            raise
-        sys.exit(str(error))
-    if not args.eval_only:
-        return trainer.train()
-    results = Trainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_TTA(cfg, model))
+    with ending_in_a_sentence(cfg.OUTPUT_DIR, ArithmeticError, OSError, RuntimeError, ValueError):
+        if not args.eval_only:
+            return trainer.train()
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -79,7 +70,9 @@ if __name__ == "__main__":
             cfg = detector_config(cfg)
         cfg.freeze()
         processes = count_processes(args, device=cfg.MODEL.DEVICE)
-        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes)
+        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:
         sys.exit(str(error))
-    launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)
+    every_process = LastSentence(main)
+    with every_process.said_last():
+        launch(every_process, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -21,6 +21,7 @@ from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.files import check_writable
 from gkd_d2.imports import add_import_option
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
@@ -111,6 +112,8 @@ def main() -> None:
     args = parse_args()
     try:
         cfg = dataset_config(args)
+        output = args.output or Path(cfg.OUTPUT_DIR) / "visualize"
+        check_writable(output, "--output" if args.output else "OUTPUT_DIR")
         check_inputs(cfg, eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
         records = choose_images(dataset, args.image, args.count)
@@ -131,7 +134,6 @@ def main() -> None:
     # Seen as in evaluation; the heads of the student return losses in training mode only.
     hold_norms(distiller.train())
     mapper = FileNamingMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
-    output = args.output or Path(cfg.OUTPUT_DIR) / "visualize"
     output.mkdir(parents=True, exist_ok=True)
     captions = {}
     for number, record in enumerate(records, start=1):

@@ -113,7 +113,7 @@ def load_kitti(root: str | os.PathLike, split: str) -> list[dict[str, Any]]:
     root = Path(root)
     check_kitti_root(root)
     images = _images_by_id(root / "training" / "image_2")
-    splits = _read_splits(root, images)
+    splits = _read_splits(root)
     records = [_read_record(root, entry, images) for entry in splits[split]]
     _log_summary(
         root, split, records, num_unlisted=len(images.keys() - {e.image_id for s in splits.values() for e in s})
@@ -321,22 +321,44 @@ def _images_by_id(folder: Path) -> dict[str, list[Path]]:
     return images
 
 
-def _read_splits(root: Path, images: dict[str, list[Path]]) -> dict[str, list[_ListedId]]:
+def _read_splits(root: Path) -> dict[str, list[_ListedId]]:
     paths = _list_paths(root)
     if paths["train"].is_file():
         return _read_lists(paths)
-    # An image without a label file, or the reverse, is found when the record is read.
-    stems = {os.path.splitext(name) for name in _names_in(root / "training" / "label_2")}
-    splits = split_by_hash(images.keys() | {stem for stem, suffix in stems if suffix == ".txt"})
-    for split, ids in splits.items():
-        if not ids:
-            raise ValueError(f"{root} has too few images for an 8:2 split: {split} would be empty")
+    splits = split_folder(root)
     logger.info(
         "%s has no train.txt and val.txt: its images are split 8:2 by a hash of their ids. Neighbouring frames of one "
         "drive may fall in both parts; for numbers to publish, use a published split.",
         paths["train"].parent,
     )
     return {split: [_ListedId(image_id, None) for image_id in ids] for split, ids in splits.items()}
+
+
+def split_folder(root: str | os.PathLike) -> dict[str, list[str]]:
+    """The 8:2 split by :func:`split_by_hash` of all ids that a folder of KITTI's form has images or labels of.
+
+    An image without a label file, or the reverse, is found when the split is loaded.
+
+    Args:
+        root: the folder that holds ``training``.
+
+    Returns:
+        As :func:`split_by_hash`.
+
+    Raises:
+        ValueError: the folder has so few images that a part would be empty.
+    """
+    training = Path(root) / "training"
+    stems = {os.path.splitext(name) for name in _names_in(training / "label_2")}
+    images = _images_by_id(training / "image_2")
+    splits = split_by_hash(images.keys() | {stem for stem, suffix in stems if suffix == ".txt"})
+    for split, ids in splits.items():
+        if not ids:
+            raise ValueError(
+                f"{root} has too few images for an 8:2 split, {len(images)}: {split} would be empty. Add images, or "
+                f"write {root}/ImageSets/train.txt and val.txt yourself"
+            )
+    return splits
 
 
 def split_by_hash(image_ids: Iterable[str]) -> dict[str, list[str]]:

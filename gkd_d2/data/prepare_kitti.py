@@ -18,9 +18,10 @@ from typing import Any
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
+from gkd_d2.files import nearest_folder, replacing, write_whole
 from gkd_d2.progress import track
 
-from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, IMAGE_SUFFIXES, SPLITS, load_kitti, split_by_hash
+from .kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, IMAGE_SUFFIXES, SPLITS, load_kitti, split_folder
 
 # All that the official archives of images and labels hold.
 _SUFFIXES = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -53,8 +54,7 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool =
     written = 0
     with _named(archive), zipfile.ZipFile(archive) as file:
         entries = _entries(archive, file)
-        root.mkdir(parents=True, exist_ok=True)
-        size, free = sum(entry.file_size for entry in entries), shutil.disk_usage(root).free
+        size, free = sum(entry.file_size for entry in entries), shutil.disk_usage(nearest_folder(root)).free
         if size > free:
             raise OSError(f"{archive}: its files need {size / 1e9:.1f} GB, {root} has room for {free / 1e9:.1f} GB")
         missing = []
@@ -75,20 +75,24 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike, *, force: bool =
 def write_split(root: str | os.PathLike) -> bool:
     """Write ImageSets/train.txt and val.txt, 8:2 by a hash of the ids, unless there are lists.
 
+    Both are written or none.
+
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, whose splits can be loaded.
 
     Returns:
         Whether they were written.
+
+    Raises:
+        OSError: they can't be written.
+        ValueError: a list would be empty.
     """
     folder = Path(root) / "ImageSets"
     paths = {split: folder / f"{split}.txt" for split in SPLITS}
     if any(path.exists() for path in paths.values()):
         return False
-    labels = (Path(root) / "training" / "label_2").iterdir()
-    folder.mkdir(exist_ok=True)
-    for split, ids in split_by_hash(path.stem for path in labels if path.suffix == ".txt").items():
-        _write_text(paths[split], "".join(f"{image_id}\n" for image_id in ids))
+    splits = split_folder(root)
+    write_whole({paths[split]: "".join(f"{image_id}\n" for image_id in ids) for split, ids in splits.items()})
     return True
 
 
@@ -144,7 +148,7 @@ def count_objects(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]
 
 
 def export_coco(root: str | os.PathLike, folder: str | os.PathLike, *, force: bool = False) -> list[Path]:
-    """Write kitti_train.json and kitti_val.json in COCO's instances form, for other tools.
+    """Write kitti_train.json and kitti_val.json in COCO's instances form, for other tools: both or none.
 
     Images are numbered from 1 in the order of the list. Ignored regions are annotations of every class with iscrowd 1.
 
@@ -158,15 +162,33 @@ def export_coco(root: str | os.PathLike, folder: str | os.PathLike, *, force: bo
 
     Raises:
         FileExistsError: a file is there, and ``force`` is not set.
+        OSError: they can't be written.
         FileNotFoundError, ValueError: as of :func:`gkd_d2.data.kitti.load_kitti`.
+    """
+    paths = coco_paths(folder, force=force)
+    write_whole(
+        {
+            path: json.dumps(_coco(load_kitti(root, split)), separators=(",", ":")) + "\n"
+            for path, split in zip(paths, SPLITS)
+        }
+    )
+    return paths
+
+
+def coco_paths(folder: str | os.PathLike, *, force: bool = False) -> list[Path]:
+    """The files that :func:`export_coco` writes.
+
+    Args:
+        folder: where it writes.
+        force: whether it may replace files.
+
+    Raises:
+        FileExistsError: a file is there, and ``force`` is not set.
     """
     paths = [Path(folder) / f"kitti_{split}.json" for split in SPLITS]
     for path in paths:
         if path.exists() and not force:
             raise FileExistsError(f"{path} is there already: see --force")
-    for path, split in zip(paths, SPLITS):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(_coco(load_kitti(root, split)), separators=(",", ":")) + "\n")
     return paths
 
 
@@ -239,24 +261,7 @@ def _equals(path: Path, entry: zipfile.ZipInfo) -> bool:
 
 def _extract(file: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(target) as temporary, file.open(entry) as source, temporary.open("wb") as out:
+    with replacing(target) as temporary, file.open(entry) as source, temporary.open("wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
         if out.tell() != entry.file_size:
             raise ValueError(f"entry {entry.filename!r} is shorter than its header says")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when all went well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

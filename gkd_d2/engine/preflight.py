@@ -17,6 +17,7 @@ from gkd_d2.data.loader import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.evaluation import evaluator_type
+from gkd_d2.files import check_writable
 from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.methods import build_method
 from gkd_d2.registries import architecture_class, find_unregistered
@@ -26,7 +27,7 @@ class PreflightError(Exception):
     """A run can't start; the text says for every missing thing what to put where."""
 
 
-def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int = 1) -> None:
+def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int = 1, writes: bool = False) -> None:
     """Look for the device, the batch, the data, the weights, the method and the teacher that ``cfg`` names.
 
     Weights at a URL are fetched into Detectron2's cache. Of processes that torchrun starts, the first of each machine
@@ -37,12 +38,14 @@ def check_inputs(cfg: CfgNode, *, eval_only: bool, resume: bool, processes: int 
         eval_only: whether it only evaluates.
         resume: whether it starts from the last checkpoint in OUTPUT_DIR, where there is one.
         processes: that share a batch.
+        writes: whether it writes to OUTPUT_DIR, which is then looked at, too.
 
     Raises:
         PreflightError: something is missing; all of it is listed.
     """
     problems = [
         *_device(cfg),
+        *(_output(cfg) if writes else []),
         *([] if eval_only else _batch(cfg, processes)),
         *dataset_problems(cfg, eval_only=eval_only, read=_reads_annotations()),
         *_evaluation(cfg),
@@ -70,6 +73,16 @@ def _device(cfg: CfgNode) -> list[str]:
         return [f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: set it to float16 or bfloat16"]
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.DTYPE != "bfloat16":
         return ["SOLVER.AMP trains in float16 on GPUs only: on a CPU set SOLVER.AMP.DTYPE to bfloat16"]
+    return []
+
+
+def _output(cfg: CfgNode) -> list[str]:
+    if not cfg.OUTPUT_DIR:
+        return ["OUTPUT_DIR is empty: name the folder that the run writes to"]
+    try:
+        check_writable(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    except OSError as error:
+        return [str(error)]
     return []
 
 

@@ -7,7 +7,6 @@ import os
 import weakref
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets.coco import convert_to_coco_json
@@ -16,10 +15,12 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.checkpoint import StudentCheckpointer
+from gkd_d2.config_merge import read_yaml
 from gkd_d2.data.loader import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.detector import load_running_state, running_state
@@ -27,8 +28,10 @@ from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import describe_run, run_differences
 from gkd_d2.engine.train_step import TrainStep
+from gkd_d2.engine.writers import build_writers
 from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
 from gkd_d2.finite import check_finite
 
@@ -48,6 +51,9 @@ def settle_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
 
     Returns:
         A frozen config whose SEED is >= 0.
+
+    Raises:
+        ResumeError: OUTPUT_DIR/config.yaml is damaged, or no config.
     """
     if cfg.SEED >= 0:
         return cfg
@@ -56,12 +62,25 @@ def settle_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
     cfg.SEED = comm.shared_random_seed()
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if resume and os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            cfg.SEED = yaml.safe_load(file)["SEED"]
+        cfg.SEED = _seed_of(path)
     # The main process writes the file anew soon after.
     comm.synchronize()
     cfg.freeze()
     return cfg
+
+
+def _seed_of(path: str) -> int:
+    """SEED of the config of an earlier start."""
+    try:
+        seed = read_yaml(path)["SEED"]
+        if isinstance(seed, int):
+            return seed
+        reason = f"{path}: SEED is {seed!r}, but must be a whole number"
+    except (KeyError, TypeError):
+        reason = f"{path} holds no SEED"
+    except ValueError as error:
+        reason = str(error)
+    raise ResumeError(f"{reason}. The run draws its seed, and can't be resumed without the one it had: set SEED to it")
 
 
 class Trainer(DefaultTrainer):
@@ -139,6 +158,10 @@ class Trainer(DefaultTrainer):
             *built[evaluation + 1 :],
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, whose errors name what can't be written; see gkd_d2.engine.writers."""
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's; it also checks that all processes start at one iteration, and from finite weights.
 
@@ -175,6 +198,15 @@ class Trainer(DefaultTrainer):
         with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
             return super().train()
 
+    def after_train(self) -> None:
+        """Detectron2's; where the training has failed, what fails here because of that does not take its place."""
+        try:
+            super().after_train()
+        except Exception:
+            if self.iter >= self.max_iter:
+                raise
+            logging.getLogger(__name__).exception("After the training had failed, its end did, too:")
+
     def save(self, name: str, *, resumable: bool = True) -> None:
         """Write a checkpoint; to be called in all processes.
 
@@ -185,11 +217,14 @@ class Trainer(DefaultTrainer):
         Raises:
             FloatingPointError: ``resumable`` is set, and the model holds infinite or NaN values: an earlier checkpoint
                 is the one to resume.
+            OSError: it can't be written; the message names the last whole one.
         """
         if resumable:
             self._trainer.check_finite()
         self._running_states = comm.all_gather(running_state(self._student()))
-        self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
+        # Of the checkpoint itself the checkpointer tells.
+        with naming_output(self.cfg.OUTPUT_DIR, os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint")):
+            self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
 
     def state_dict(self) -> dict:
         """Detectron2's, and what else a resume needs: the moving averages of each process, and the run's config."""
@@ -291,6 +326,16 @@ class Trainer(DefaultTrainer):
         if kind == "coco":
             return coco
         return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=cfg.GKD.KITTI_RESULTS), coco])
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        """Detectron2's.
+
+        Raises:
+            OutputError: the files of the evaluation can't be written to OUTPUT_DIR.
+        """
+        with naming_output(cfg.OUTPUT_DIR, f"a file of the evaluation in {cfg.OUTPUT_DIR}"):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:

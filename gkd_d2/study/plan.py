@@ -11,10 +11,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 
 from gkd_d2.config import DISTILLER, config_differences, read_config
+from gkd_d2.config_merge import read_yaml
 from gkd_d2.methods import build_method
 from gkd_d2.runs import HEADLINE, Run
 
@@ -393,11 +393,10 @@ def read_study(path: Path, output: Path) -> Study:
         OSError: there is no such file.
         ValueError: what is wrong in it, and where.
     """
+    data = read_yaml(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            data = yaml.safe_load(file)
         return _build(Study, "", data, output=output)
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

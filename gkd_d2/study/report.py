@@ -15,6 +15,7 @@ from fvcore.nn import parameter_count
 from matplotlib.figure import Figure
 
 from gkd_d2.config import detector_config
+from gkd_d2.files import write_whole
 from gkd_d2.report import METRICS, NONE, markdown
 from gkd_d2.runs import HEADLINE
 from gkd_d2.student import build_student
@@ -190,11 +191,8 @@ def write_sections(path: Path, sections: dict[str, str]) -> None:
         if len(after) > 1 or not found or "<!-- study: " in old:
             raise ValueError(f"{path}: below one line {begin} there must be one line {end}, before any other study")
         text = f"{before}{block}{rest}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     # What is written by hand must not be lost where this process is killed.
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole({path: text})
 
 
 def _how(study: Study) -> str:
@@ -323,10 +321,13 @@ def _cost(job: Job) -> dict | None:
     path = job.folder / COST_FILE
     if not path.is_file():
         return None
-    cost = json.loads(path.read_text(encoding="utf-8"))
-    if cost["device"] == "cuda":
-        return cost | {"megabytes": max(job.finished().curve("max_mem").values())}
-    return cost | {"megabytes": cost["resident_megabytes"]}
+    try:
+        cost = json.loads(path.read_text(encoding="utf-8"))
+        if cost["device"] == "cuda":
+            return cost | {"megabytes": max(job.finished().curve("max_mem").values())}
+        return cost | {"megabytes": cost["resident_megabytes"], "at_once": cost["at_once"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the report leaves the costs out") from error
 
 
 def _slug(text: str) -> str:

@@ -22,6 +22,7 @@ from typing import IO
 
 import torch
 
+from gkd_d2.files import write_whole
 from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.progress import duration
 from gkd_d2.runs import HEADLINE
@@ -208,7 +209,7 @@ class Scheduler:
             self._pids.discard(process.pid)
         if process.returncode == 0:
             cost = {"resident_megabytes": usage.ru_maxrss / 1024, "at_once": self._at_once, "device": self._device}
-            (job.folder / COST_FILE).write_text(json.dumps(cost) + "\n", encoding="utf-8")
+            write_whole({job.folder / COST_FILE: json.dumps(cost) + "\n"})
         return process.returncode
 
 

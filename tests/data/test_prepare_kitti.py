@@ -136,6 +136,45 @@ def test_the_split_is_written_once(root):
     assert (root / "ImageSets/val.txt").read_text() == "000002\n"
 
 
+@pytest.mark.parametrize("number", [1, 0])
+def test_a_split_with_an_empty_part_is_not_written(root, number):
+    for path in (root / "training/image_2", root / "training/label_2"):
+        for extra in sorted(path.iterdir())[number:]:
+            extra.unlink()
+    with pytest.raises(ValueError, match="kitti has too few images for an 8:2 split, .*: train would be empty"):
+        write_split(root)
+    assert not (root / "ImageSets").exists()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: [path.unlink() for path in root.glob("training/*/00000[1-9].*")], "too few images"),
+        (lambda root: (root / "training/label_2/000002.txt").write_text("Car\n"), "000002.txt:1: 1 field"),
+        (lambda root: (root / "training/label_2/000008.txt").unlink(), "id '000008' has no labels"),
+        (lambda root: (root / "training/image_2/000002.png").write_text("no image"), "not a readable image"),
+    ],
+)
+def test_a_folder_that_is_refused_stays_as_it_is(root, tmp_path, run_here, change, message):
+    change(root)
+    before = files(tmp_path)
+    status, said = run_here("prepare_kitti.py", "--root", root, "--coco", tmp_path / "coco")
+    assert status == 1 and message in said
+    assert files(tmp_path) == before
+
+
+def test_an_export_that_is_there_is_said_before_the_split_is_written(root, tmp_path, run_here):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/kitti_val.json").touch()
+    status, said = run_here("prepare_kitti.py", "--root", root, "--coco", tmp_path / "coco")
+    assert status == 1 and "kitti_val.json is there already" in said
+    assert not (root / "ImageSets").exists() and len(list((tmp_path / "coco").iterdir())) == 1
+
+
 def test_counts(root):
     lines = [car(), car(occlusion=1), car(truncation=0.4, occlusion=2), car(height=20), car(height=30)]
     (root / "training/label_2/000002.txt").write_text("".join(lines) + car(kind="Van"))

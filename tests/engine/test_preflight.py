@@ -22,15 +22,41 @@ def ready(tmp_path, monkeypatch):
     return cfg
 
 
-def problems(cfg, *, eval_only=False, resume=False):
+def problems(cfg, *, eval_only=False, resume=False, writes=False):
     with pytest.raises(PreflightError) as error:
-        check_inputs(cfg, eval_only=eval_only, resume=resume)
+        check_inputs(cfg, eval_only=eval_only, resume=resume, writes=writes)
     return str(error.value)
 
 
 def test_a_run_that_can_start(ready):
     check_inputs(ready, eval_only=False, resume=False)
     check_inputs(ready, eval_only=True, resume=False)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("weights.pth", "OUTPUT_DIR is 'weights.pth', but weights.pth is a file: name a folder that can be written to"),
+        ("weights.pth/below", "OUTPUT_DIR is 'weights.pth/below', but weights.pth is a file"),
+        ("/proc/run", "OUTPUT_DIR is '/proc/run', but no file can be written to /proc"),
+        ("", "OUTPUT_DIR is empty"),
+    ],
+)
+def test_a_folder_that_can_not_be_written_to(ready, tmp_path, monkeypatch, eval_only, folder, message):
+    monkeypatch.chdir(tmp_path)
+    ready.OUTPUT_DIR = folder
+    assert f"\n- {message}" in problems(ready, eval_only=eval_only, writes=True)
+    # Of a tool that writes nothing there it is not asked.
+    check_inputs(ready, eval_only=eval_only, resume=False)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(ready, tmp_path):
+    ready.OUTPUT_DIR = str(tmp_path / "new" / "output")
+    check_inputs(ready, eval_only=False, resume=False, writes=True)
+    ready.MODEL.WEIGHTS = "none.pth"
+    problems(ready, writes=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_missing_data_is_said_once_with_its_place(ready, tmp_path, monkeypatch):

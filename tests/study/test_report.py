@@ -162,3 +162,13 @@ def test_a_part_without_end_swallows_nothing(broken, tmp_path):
     with pytest.raises(ValueError, match="results.md: below one line <!-- study: one -->"):
         write_sections(path, {"one": "new\n"})
     assert path.read_text() == broken
+
+
+def test_damaged_costs_are_named(make_study, finish):
+    study = make_study(settings={"alone": {"options": {"GKD.METHOD": "none"}}}, seeds=[1])
+    job = study.student_jobs("retinanet", "alone")[1]
+    finish(job, 1.0)
+    for content in ('{"resident_mega', "3", "{}"):
+        (job.folder / "study_cost.json").write_text(content)
+        with pytest.raises(ValueError, match=r"study_cost.json is damaged .*: remove it"):
+            read_rows(study, "retinanet")

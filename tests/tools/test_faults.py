@@ -297,3 +297,31 @@ def test_killed_process_ends_the_others(distil):
     for pid in ranks:
         assert not Path(f"/proc/{pid}").exists()
     assert state(folder, (folder / "last_checkpoint").read_text())["iteration"] >= 4
+
+
+def test_disk_that_is_full_for_metrics_alone_ends_in_a_sentence(distil, uninterrupted):
+    folder = distil.folder / "full_metrics"
+    copy_end(uninterrupted, folder)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000024.pth")
+    # Files of this run end at a gigabyte, which no checkpoint reaches; metrics.json is as long, most of it a hole.
+    with (folder / "metrics.json").open("r+b") as file:
+        file.seek((1 << 30) - 1)
+        file.write(b"\n")
+    output = finish(distil("frcnn", "full_metrics", resume=True, seed=seed_of(uninterrupted), limit=1 << 30), status=1)
+    assert output.splitlines()[-1] == (
+        "full_metrics/metrics.json can't be written (File too large). The last whole checkpoint is "
+        "full_metrics/model_final.pth: --resume goes on from it"
+    )
+    assert equal(state(uninterrupted, "model_final.pth"), state(folder, "model_final.pth"))
+
+
+def test_full_disk_ends_two_processes_in_a_sentence(distil):
+    folder = distil.folder / "pair_full"
+    folder.mkdir()
+    (folder / "metrics.json").symlink_to("/dev/full")
+    output = finish(distil("retinanet", "pair_full", "SOLVER.MAX_ITER", 2, processes=2), status=1)
+    assert output.splitlines()[-1] == (
+        "pair_full/metrics.json can't be written (No space left on device). The last whole checkpoint is "
+        "pair_full/model_final.pth: --resume goes on from it"
+    )

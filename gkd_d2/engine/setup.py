@@ -1,0 +1,82 @@
+"""The start of a run in each of its processes: log, config.yaml and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+
+from gkd_d2.engine.output import OutputError, naming_output
+from gkd_d2.files import write_whole
+
+
+def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Detectron2's ``default_setup``; config.yaml is written whole, and a log that can't be written ends the run.
+
+    Args:
+        cfg: of the run; its OUTPUT_DIR is made if need be.
+        args: of Detectron2's default_argument_parser.
+
+    Raises:
+        OutputError: OUTPUT_DIR can't be written to; from then on a message that log.txt can't take raises it, too.
+    """
+    folder = cfg.OUTPUT_DIR
+    rank = comm.get_rank()
+    with naming_output(folder):
+        os.makedirs(folder, exist_ok=True)
+        log = _LogFile(folder, f"log.txt.rank{rank}" if rank else "log.txt")
+    # The parent of this package's logger is Detectron2's.
+    for name in ("fvcore", "detectron2"):
+        logging.getLogger(name).addHandler(log)
+    # Without a folder Detectron2 writes no files of its own.
+    without_files = cfg.clone()
+    without_files.defrost()
+    without_files.OUTPUT_DIR = None
+    default_setup(without_files, args)
+    if comm.is_main_process():
+        path = Path(folder, "config.yaml")
+        logging.getLogger(__name__).info("The whole config, saved to %s:\n%s", path, cfg.dump())
+        try:
+            write_whole({path: cfg.dump()})
+        except OSError as error:
+            raise OutputError.of(str(path), error, folder) from error
+
+
+class _LogFile(logging.FileHandler):
+    """Appends to a log in OUTPUT_DIR, in the form of Detectron2's.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        name: of the file.
+    """
+
+    def __init__(self, folder: str, name: str):
+        super().__init__(os.path.join(folder, name), encoding="utf-8")
+        self.setFormatter(
+            logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S")
+        )
+        self._what = os.path.join(folder, name)
+        self._folder = folder
+        self._failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failed = True
+        # What is pending would be tried, and complained about, again when the process ends.
+        with contextlib.suppress(OSError):
+            self.close()
+        raise OutputError.of(self._what, error, self._folder) from error
