@@ -593,6 +593,7 @@ def test_weights_of_zero_cost_nothing(make_batch):
         ({6: [0, 132]}, "image_size is .*both positive"),
         ({7: [1.0, 1.0]}, "weights must hold 4"),
         ({7: [1.0, -1.0, 0.0, 0.0]}, "finite numbers >= 0"),
+        ({7: [1.0, 1e39, 0.0, 0.0]}, r"weights are \[1, 1e\+39, 0, 0\], but must be .* that float32 holds"),
         ({8: 0.0}, "temperature is 0, but must be"),
         ({8: math.nan}, "temperature is nan"),
         ({9: "both"}, "weighting is 'both'"),
