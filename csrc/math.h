@@ -112,7 +112,10 @@ struct MapNoise {
   static constexpr acc_t kLeast = std::numeric_limits<acc_t>::min() / std::numeric_limits<acc_t>::epsilon();
 
   // A channel's share. This order of the factors does not overflow.
-  GKD_HOST_DEVICE static acc_t share(acc_t alpha, acc_t feature) { return std::fabs(kUnits * alpha * feature); }
+  template <typename value_t>
+  GKD_HOST_DEVICE static value_t share(value_t alpha, value_t feature) {
+    return absolute(kUnits * alpha * feature);
+  }
 };
 
 // max - min of G, 0 where it is noise. A NaN stays NaN.

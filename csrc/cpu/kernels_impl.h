@@ -196,11 +196,14 @@ template <typename scalar_t>
 acc_type<scalar_t> map_noise(const scalar_t* feature, int64_t stride, const acc_type<scalar_t>* alpha,
                              int64_t channels) {
   using acc_t = acc_type<scalar_t>;
-  acc_t noise = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    noise += MapNoise<acc_t>::share(alpha[c], load_first(feature + c * stride, 1)[0]);
-  }
-  return noise;
+  Vector<acc_t> noise{};
+  for_each_vector<acc_t>(channels, [&](auto lanes, int64_t c) {
+    scalar_t of_lanes[kLanes<acc_t>] = {};
+    const int64_t count = channels - c < kLanes<acc_t> ? channels - c : kLanes<acc_t>;
+    for (int64_t lane = 0; lane < count; ++lane) of_lanes[lane] = feature[(c + lane) * stride];
+    noise += MapNoise<acc_t>::share(lanes.load(alpha + c), load(of_lanes));
+  });
+  return horizontal_sum(noise);
 }
 
 template <typename scalar_t>
