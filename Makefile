@@ -41,7 +41,8 @@ SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-na
 sanitize: setup
 	FORCE_CPU=1 GKD_D2_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops/test_fused.py
+		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops/test_fused.py \
+		$(CURDIR)/tests/ops/test_extreme_levels.py
 
 # 100,000 hostile inputs, shared by the five readers.
 fuzz: setup

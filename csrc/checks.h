@@ -38,8 +38,8 @@ inline Terms terms_of(at::ArrayRef<double> weights, int64_t images) {
   TORCH_CHECK_VALUE(weights.size() == 4, "weights must hold 4 numbers (gradient, box, attention, image), got ",
                     weights.size());
   for (const double weight : weights) {
-    TORCH_CHECK_VALUE(std::isfinite(weight) && weight >= 0, "weights are [", weights,
-                      "], but must be finite numbers >= 0");
+    TORCH_CHECK_VALUE(std::isfinite(static_cast<float>(weight)) && weight >= 0, "weights are ", weights,
+                      ", but must be finite numbers >= 0 that float32 holds");
   }
   const double scale = 1 / static_cast<double>(images);
   Terms terms{};

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define GKD_HOST_DEVICE __host__ __device__ __forceinline__
@@ -37,11 +38,11 @@ struct Terms {
 // What forward leaves for backward at one level: maps of N,H*W and vectors of N,C, each only where a loss needs it.
 // `offset` counts elements from the level's start; the order is that of the members.
 struct StateLayout {
-  int64_t gradient_map = 0;       // dloss/dg_S of loss_gkd_gradient
+  int64_t gradient_map = 0;       // dloss/dg_S of loss_gkd_gradient, in alpha's unit
   int64_t cell_weight = 0;        // v
   int64_t box_mask = 0;           // M
   int64_t cell_attention = 0;     // dloss/d(mean over c of |S|), times 1/C, of loss_bmfi_attention
-  int64_t alpha = 0;              // alpha_S
+  int64_t alpha = 0;              // alpha_S, in its own unit
   int64_t channel_weight = 0;     // u
   int64_t channel_attention = 0;  // dloss/d(mean over h,w of |S|), times 1/(H*W), of loss_bmfi_attention
   int64_t size = 0;
@@ -92,16 +93,48 @@ GKD_HOST_DEVICE value_t rectifier_slope(value_t g, bool relu) {
   return slope;
 }
 
-// Ghat from G; a division, so that the extremes are 0 and 1 exactly. A NaN range stays NaN.
+// The unit that the alphas of an image are divided by: the power of two at or below the largest magnitude among them.
+// Maps and u don't depend on it, but without it they would not survive alphas near the ends of the type's range. 1
+// where all are 0 or one is not finite.
+template <typename acc_t>
+GKD_HOST_DEVICE acc_t alpha_unit(acc_t largest) {
+  if (!(largest > 0 && largest - largest == 0)) return 1;
+  int exponent;
+  return largest / (2 * std::frexp(largest, &exponent));
+}
+
+// What max - min of G may be from rounding alone, which must not become a map: some units in the last place of the sum
+// over c of |alpha F|, at the image's first cell, for where a map is flat all cells have about the same sum.
+template <typename acc_t>
+struct MapNoise {
+  static constexpr acc_t kUnits = 16 * std::numeric_limits<acc_t>::epsilon();
+  // Below it sums of |alpha F| lose bits to underflow, and what is divided by a range may overflow.
+  static constexpr acc_t kLeast = std::numeric_limits<acc_t>::min() / std::numeric_limits<acc_t>::epsilon();
+
+  // A channel's share. This order of the factors does not overflow.
+  template <typename value_t>
+  GKD_HOST_DEVICE static value_t share(value_t alpha, value_t feature) {
+    return absolute(kUnits * alpha * feature);
+  }
+};
+
+// max - min of G, 0 where it is noise. A NaN stays NaN.
+template <typename acc_t>
+GKD_HOST_DEVICE acc_t map_range(acc_t low, acc_t high, acc_t noise) {
+  const acc_t range = high - low;
+  return range < noise || range < MapNoise<acc_t>::kLeast ? acc_t{0} : range;
+}
+
+// Ghat from G; a division, so that the extremes are 0 and 1 exactly. What is not finite stays NaN, in a flat map too.
 template <typename value_t, typename acc_t>
 GKD_HOST_DEVICE value_t unit_range(value_t G, acc_t low, acc_t range) {
-  return range == 0 ? value_t{} : (G - low) / range;
+  return range == 0 ? G - G : (G - low) / range;
 }
 
 // The extremes of G of one image and level, and what loss_gkd_gradient's gradient takes through them.
 template <typename acc_t>
 struct MapExtremes {
-  acc_t low, high;
+  acc_t low, high, range;
   acc_t low_share, high_share;  // what each cell at the minimum and at the maximum adds to p
 };
 
@@ -111,11 +144,10 @@ GKD_HOST_DEVICE value_t gradient_map_slope(value_t g, value_t s, const MapExtrem
                                            bool relu) {
   const value_t G = rectified(g, relu);
   const value_t zero{};
-  const acc_t range = extremes.high - extremes.low;
   value_t p = s;
   p += G == extremes.low ? zero + extremes.low_share : zero;
   p += G == extremes.high ? zero + extremes.high_share : zero;
-  return range == 0 ? zero : rectifier_slope(g, relu) * p * (weight / range);
+  return extremes.range == 0 ? zero : rectifier_slope(g, relu) * p * (weight / extremes.range);
 }
 
 // The factors of one channel, or of one cell, in the gradient with respect to S. The losses' incoming gradients are

@@ -25,6 +25,8 @@ LOSS_KEYS = {
     "attention": "loss_bmfi_attention",
     "image": "loss_bmfi_image",
 }
+# float32 holds no larger one.
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 # Reasons why the slower implementation is used that were told.
 _logged: set[str] = set()
 
@@ -42,7 +44,7 @@ class LossWeights:
         image: of ``loss_bmfi_image``, imitation of the whole image.
 
     Raises:
-        ValueError: a weight is negative or not finite.
+        ValueError: a weight is negative, not finite or more than float32 holds.
     """
 
     gradient: float = 0.5
@@ -52,8 +54,8 @@ class LossWeights:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"loss weight {name} is {value}, but must be a finite number >= 0")
+            if not 0 <= value <= LARGEST_WEIGHT:
+                raise ValueError(f"loss weight {name} is {value}, but must be a finite number >= 0 that float32 holds")
 
     def __bool__(self) -> bool:
         return any(dataclasses.astuple(self))

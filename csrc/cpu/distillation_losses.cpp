@@ -4,7 +4,6 @@
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -162,6 +161,15 @@ class ChannelMeans {
   int64_t parts_;
 };
 
+// Divides the alphas of one image by their unit.
+template <typename acc_t>
+void scale_alphas(acc_t* alpha, int64_t channels) {
+  acc_t largest = 0;
+  for (int64_t c = 0; c < channels; ++c) largest = std::max(largest, std::abs(alpha[c]));
+  const acc_t unit = alpha_unit(largest);
+  for (int64_t c = 0; c < channels; ++c) alpha[c] /= unit;
+}
+
 // u where it comes from the teacher's channel gradients; all ones where they are all 0.
 template <typename acc_t>
 void normalize_magnitudes(const acc_t* alpha, int64_t channels, acc_t* weights) {
@@ -186,7 +194,7 @@ class Forward {
         levels_(levels_of<scalar_t>(terms, student, teacher, state)) {}
 
   void run(at::TensorList student_grad, at::TensorList teacher_grad, const at::Tensor& boxes,
-           at::IntArrayRef box_counts, at::IntArrayRef image_size, double* losses) {
+           at::IntArrayRef box_counts, at::IntArrayRef image_size, acc_t* losses) {
     weigh_channels(student_grad, teacher_grad);
     sum_cells(boxes, box_counts, image_size);
     finish(losses);
@@ -211,8 +219,14 @@ class Forward {
       const size_t l = i / images_;
       const int64_t n = static_cast<int64_t>(i % images_);
       const Level<scalar_t>& level = levels_[l];
-      if (terms_.needs_student_map()) student_means[l].write(n, level.vector(level.layout.alpha, n));
-      if (terms_.needs_teacher_map()) teacher_means[l].write(n, row(teacher_alpha_[l], n));
+      if (terms_.needs_student_map()) {
+        student_means[l].write(n, level.vector(level.layout.alpha, n));
+        scale_alphas(level.vector(level.layout.alpha, n), level.channels);
+      }
+      if (terms_.needs_teacher_map()) {
+        teacher_means[l].write(n, row(teacher_alpha_[l], n));
+        scale_alphas(row(teacher_alpha_[l], n), level.channels);
+      }
       if (!terms_.imitates()) return;
       acc_t* const weight = level.vector(level.layout.channel_weight, n);
       if (terms_.weighting == Weighting::kGradient) {
@@ -234,6 +248,7 @@ class Forward {
       const Level<scalar_t>& level = levels_[l];
       spare_maps_.push_back(at::empty({images_, kSpareMaps, level.cells}, options_));
       channel_sums_.push_back(at::empty({images_, level.blocks(), 2, level.channels}, options_));
+      noises_.push_back(at::empty({images_, 2}, options_));
       for (int64_t n = 0; n < images_; ++n) {
         SumTask<scalar_t> task{};
         task.student = level.image(level.student, n);
@@ -247,6 +262,8 @@ class Forward {
         if (task.maps) task.teacher_alpha = row(teacher_alpha_[l], n);
         task.student_alpha = terms_.needs_student_map() ? level.vector(level.layout.alpha, n) : task.teacher_alpha;
         if (task.distance) task.channel_weight = level.vector(level.layout.channel_weight, n);
+        task.student_noise = row(noises_[l], n);
+        task.teacher_noise = task.student_noise + 1;
         place_cell_sums(l, n, task.cell_sums);
         for (int64_t block = 0; block < level.blocks(); ++block) {
           task.begin = block * level.block_cells();
@@ -289,7 +306,7 @@ class Forward {
     }
   }
 
-  void finish(double* losses) {
+  void finish(acc_t* losses) {
     std::vector<FinishTask<acc_t>> tasks(levels_.size() * images_);
     run_tasks(tasks.size(), [&](size_t i) {
       const size_t l = i / images_;
@@ -300,6 +317,8 @@ class Forward {
       task.channels = level.channels;
       task.cells = level.cells;
       place_cell_sums(l, n, task.cell_sums);
+      task.student_noise = row(noises_[l], n)[0];
+      task.teacher_noise = row(noises_[l], n)[1];
       task.gradient_map = level.map(level.layout.gradient_map, n);
       task.cell_weight = level.map(level.layout.cell_weight, n);
       task.box_mask = level.map(level.layout.box_mask, n);
@@ -317,9 +336,11 @@ class Forward {
       }
       kernels_.finish(task);
     });
-    std::fill_n(losses, 4, 0.0);
-    for (const FinishTask<acc_t>& task : tasks) {
-      for (int k = 0; k < 4; ++k) losses[k] += task.losses[k];
+    for (int k = 0; k < 4; ++k) {
+      double loss = 0;
+      for (const FinishTask<acc_t>& task : tasks) loss += task.losses[k];
+      // What float can't hold becomes inf.
+      losses[k] = static_cast<acc_t>(loss);
     }
   }
 
@@ -334,7 +355,7 @@ class Forward {
   int64_t images_;
   at::TensorOptions options_;
   std::vector<Level<scalar_t>> levels_;
-  std::vector<at::Tensor> teacher_alpha_, spare_maps_, channel_sums_;
+  std::vector<at::Tensor> teacher_alpha_, spare_maps_, channel_sums_, noises_;
 };
 
 std::tuple<at::Tensor, at::Tensor> distillation_losses_cpu(at::TensorList student, at::TensorList teacher,
@@ -349,14 +370,12 @@ std::tuple<at::Tensor, at::Tensor> distillation_losses_cpu(at::TensorList studen
   at::Tensor state = at::empty({state_size(terms, student)}, options);
   at::Tensor losses = at::zeros({4}, options);
   if (terms.any()) {
-    double values[4];
     const at::Tensor double_boxes = boxes.to(at::kDouble).contiguous();
     dispatch(student[0].scalar_type(), [&](const auto& kernels) {
-      Forward(kernels, terms, student, teacher, state)
-          .run(student_grad, teacher_grad, double_boxes, box_counts, image_size, values);
+      Forward forward(kernels, terms, student, teacher, state);
+      forward.run(student_grad, teacher_grad, double_boxes, box_counts, image_size,
+                  static_cast<typename decltype(forward)::acc_t*>(losses.data_ptr()));
     });
-    // Unlike fill_, a copy makes a value infinite that is too large for float32.
-    losses.copy_(at::from_blob(values, {4}, at::kDouble));
   }
   if (!save_state) state = at::empty({0}, options);
   return {losses, state};

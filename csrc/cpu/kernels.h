@@ -35,6 +35,7 @@ struct SumTask {
   const acc_t *student_alpha, *teacher_alpha, *channel_weight;  // C each, of those asked for
   acc_t* cell_sums[kCellSums];                                  // of the image's cells; null: not wanted
   acc_t *student_channel_sums, *teacher_channel_sums;           // C each: magnitudes over the cells [begin, end)
+  acc_t *student_noise, *teacher_noise;                         // of the maps; from the image's first cell
 };
 
 // The rows [begin, end) of one image's box context mask.
@@ -57,6 +58,7 @@ struct FinishTask {
   acc_t *student_channel_means, *teacher_channel_means;  // C, of magnitudes; overwritten
   acc_t *gradient_map, *cell_weight, *cell_attention, *channel_attention;  // see StateLayout
   const acc_t* box_mask;
+  acc_t student_noise, teacher_noise;
   double losses[4];
 };
 

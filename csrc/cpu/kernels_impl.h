@@ -191,9 +191,29 @@ GKD_INLINE void sum_channels_last(const SumTask<scalar_t>& task, int64_t cell) {
   }
 }
 
+// What rounding alone may make of the range of a map, from the first cell of its image.
+template <typename scalar_t>
+acc_type<scalar_t> map_noise(const scalar_t* feature, int64_t stride, const acc_type<scalar_t>* alpha,
+                             int64_t channels) {
+  using acc_t = acc_type<scalar_t>;
+  Vector<acc_t> noise{};
+  for_each_vector<acc_t>(channels, [&](auto lanes, int64_t c) {
+    scalar_t of_lanes[kLanes<acc_t>] = {};
+    const int64_t count = channels - c < kLanes<acc_t> ? channels - c : kLanes<acc_t>;
+    for (int64_t lane = 0; lane < count; ++lane) of_lanes[lane] = feature[(c + lane) * stride];
+    noise += MapNoise<acc_t>::share(lanes.load(alpha + c), load(of_lanes));
+  });
+  return horizontal_sum(noise);
+}
+
 template <typename scalar_t>
 void sum_kernel(const SumTask<scalar_t>& task) {
   using acc_t = acc_type<scalar_t>;
+  if (task.maps && task.begin == 0) {
+    const int64_t stride = task.channels_last ? 1 : task.cells;
+    *task.student_noise = map_noise(task.student, stride, task.student_alpha, task.channels);
+    *task.teacher_noise = map_noise(task.teacher, stride, task.teacher_alpha, task.channels);
+  }
   if (task.channels_last) {
     if (task.magnitudes) {
       for (int64_t c = 0; c < task.channels; ++c) task.student_channel_sums[c] = task.teacher_channel_sums[c] = 0;
@@ -330,20 +350,21 @@ double attention_distance(acc_t* student, acc_t* teacher, int64_t count, double 
   return distance.total();
 }
 
-// min and max of G
+// min and max of G, and its range
 template <typename acc_t>
-MapExtremes<acc_t> map_extremes(const acc_t* map, int64_t count, bool relu) {
+MapExtremes<acc_t> map_extremes(const acc_t* map, int64_t count, bool relu, acc_t noise) {
   Vector<acc_t> low = broadcast(rectified(map[0], relu)), high = low;
   for_each_vector<acc_t>(count, [&](auto lanes, int64_t i) {
     const Vector<acc_t> value = lanes.keep(rectified(lanes.load(map + i), relu), low);
     low = smaller(value, low);
     high = larger(lanes.keep(value, high), high);
   });
-  MapExtremes<acc_t> extremes{low[0], high[0], 0, 0};
+  MapExtremes<acc_t> extremes{low[0], high[0], 0, 0, 0};
   for (int lane = 1; lane < kLanes<acc_t>; ++lane) {
     extremes.low = low[lane] < extremes.low ? low[lane] : extremes.low;
     extremes.high = high[lane] > extremes.high ? high[lane] : extremes.high;
   }
+  extremes.range = map_range(extremes.low, extremes.high, noise);
   return extremes;
 }
 
@@ -353,15 +374,14 @@ double finish_maps(const FinishTask<acc_t>& task, MapExtremes<acc_t>& student, c
   const acc_t* student_map = task.cell_sums[kStudentMap];
   const acc_t* teacher_map = task.cell_sums[kTeacherMap];
   const bool relu = task.terms.relu;
-  const acc_t student_range = student.high - student.low, teacher_range = teacher.high - teacher.low;
   const double weight = task.terms.gradient / static_cast<double>(task.cells);
   LongSum<acc_t> distance, through_low, through_high, lows, highs;
   const Vector<acc_t> zero{}, one = zero + 1;
   for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
     const Vector<acc_t> G = rectified(lanes.load(student_map + i), relu);
-    const Vector<acc_t> unit = unit_range(G, student.low, student_range);
+    const Vector<acc_t> unit = unit_range(G, student.low, student.range);
     const Vector<acc_t> difference =
-        lanes.keep(unit - unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher_range));
+        lanes.keep(unit - unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher.range));
     const Vector<acc_t> s = sign(difference);
     distance.add(absolute(difference));
     through_low.add(s * (unit - one));
@@ -373,8 +393,8 @@ double finish_maps(const FinishTask<acc_t>& task, MapExtremes<acc_t>& student, c
   student.high_share = static_cast<acc_t>(-through_high.total() / highs.total());
   for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
     const Vector<acc_t> g = lanes.load(student_map + i);
-    const Vector<acc_t> s = sign(unit_range(rectified(g, relu), student.low, student_range) -
-                                 unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher_range));
+    const Vector<acc_t> s = sign(unit_range(rectified(g, relu), student.low, student.range) -
+                                 unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher.range));
     lanes.store(task.gradient_map + i, gradient_map_slope(g, s, student, static_cast<acc_t>(weight), relu));
   });
   return weight * distance.total();
@@ -395,7 +415,7 @@ void finish_cell_weights(const FinishTask<acc_t>& task, const MapExtremes<acc_t>
     LongSum<acc_t> sum;
     for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
       const Vector<acc_t> G = rectified(lanes.load(map + i), task.terms.relu);
-      const Vector<acc_t> unit = lanes.keep(unit_range(G, extremes.low, extremes.high - extremes.low));
+      const Vector<acc_t> unit = lanes.keep(unit_range(G, extremes.low, extremes.range));
       lanes.store(weights + i, unit);
       sum.add(unit);
     });
@@ -413,9 +433,11 @@ void finish_kernel(FinishTask<acc_t>& task) {
   const double cells = static_cast<double>(task.cells), channels = static_cast<double>(task.channels);
   for (double& loss : task.losses) loss = 0;
   MapExtremes<acc_t> teacher{};
-  if (terms.needs_teacher_map()) teacher = map_extremes(task.cell_sums[kTeacherMap], task.cells, terms.relu);
+  if (terms.needs_teacher_map()) {
+    teacher = map_extremes(task.cell_sums[kTeacherMap], task.cells, terms.relu, task.teacher_noise);
+  }
   if (terms.has_gradient) {
-    MapExtremes<acc_t> student = map_extremes(task.cell_sums[kStudentMap], task.cells, terms.relu);
+    MapExtremes<acc_t> student = map_extremes(task.cell_sums[kStudentMap], task.cells, terms.relu, task.student_noise);
     task.losses[0] = finish_maps(task, student, teacher);
   }
   if (terms.imitates()) {

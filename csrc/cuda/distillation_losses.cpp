@@ -162,6 +162,7 @@ void take_scratch(const ForwardParams<acc_type<scalar_t>>& params, LevelData<acc
   if (terms.has_attention) level.cell_sums[kStudentMagnitude] = level.cell_attention;
   if (terms.needs_teacher_magnitude()) scratch.take(level.cell_sums[kTeacherMagnitude], map);
   const int64_t chunks = divide_up(level.cells, kChunkCells);
+  scratch.take(level.map_noise, images * 2);
   scratch.take(level.extremes, images * divide_up(level.cells, kTile<scalar_t>) * kExtremes);
   scratch.take(level.first_sums, images * chunks * kFirstSums);
   scratch.take(level.second_sums, images * chunks * kSecondSums);

@@ -315,6 +315,16 @@ __device__ __forceinline__ acc_t channel_mean(const LevelData<acc_t>& level, Inp
   return sum / static_cast<acc_t>(level.summed_cells[input]);
 }
 
+// Divides the alphas of one image by their unit.
+template <typename acc_t>
+__device__ __forceinline__ void scale_alphas(acc_t* alpha, int channels) {
+  acc_t largest[1] = {0};
+  for (int c = threadIdx.x; c < channels; c += kThreads) largest[0] = Larger{}(absolute(alpha[c]), largest[0]);
+  reduce_block(largest, Larger{});
+  const acc_t unit = alpha_unit(largest[0]);
+  for (int c = threadIdx.x; c < channels; c += kThreads) alpha[c] /= unit;
+}
+
 // A block turns the channel sums of one image and level into alpha, u and the channels' share of loss_bmfi_attention.
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads)
@@ -328,6 +338,9 @@ __global__ void __launch_bounds__(kThreads)
     const Input input = params.inputs[i];
     for (int c = threadIdx.x; c < level.channels; c += kThreads) {
       level.channel_means[input][offset + c] = channel_mean(level, input, image, c);
+    }
+    if (input == kStudentGrad || input == kTeacherGrad) {
+      scale_alphas(level.channel_means[input] + offset, level.channels);
     }
   }
   if (terms.weighs_by(Weighting::kUniform)) {
@@ -488,6 +501,32 @@ __device__ __forceinline__ void sum_cells(const Terms& terms, const LevelData<ac
   }
 }
 
+// A block sums up what rounding alone may make of the ranges of an image's maps, from its first cell.
+template <typename scalar_t>
+__device__ __forceinline__ void sum_map_noise(const Terms& terms, const LevelData<acc_type<scalar_t>>& level,
+                                              int image) {
+  using acc_t = acc_type<scalar_t>;
+  const int64_t first_channel = static_cast<int64_t>(image) * level.channels;
+  const auto* student = static_cast<const scalar_t*>(level.inputs[kStudent]) + first_channel * level.cells;
+  const auto* teacher = static_cast<const scalar_t*>(level.inputs[kTeacher]) + first_channel * level.cells;
+  const int64_t stride = level.channels_last[kStudent] ? 1 : level.cells;
+  acc_t noise[2] = {0, 0};
+  for (int c = threadIdx.x; c < level.channels; c += kThreads) {
+    if (terms.needs_student_map()) {
+      noise[0] +=
+          MapNoise<acc_t>::share(level.channel_means[kStudentGrad][first_channel + c], widen(student[c * stride]));
+    }
+    if (terms.needs_teacher_map()) {
+      noise[1] +=
+          MapNoise<acc_t>::share(level.channel_means[kTeacherGrad][first_channel + c], widen(teacher[c * stride]));
+    }
+  }
+  reduce_block(noise, Plus{});
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 2; ++k) level.map_noise[2 * image + k] = noise[k];
+  }
+}
+
 // A block sums up a tile of cells over all channels, and finds the extremes of the tile.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -526,6 +565,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) {
     for (int k = 0; k < kExtremes; ++k) level.extremes[static_cast<int64_t>(place.block) * kExtremes + k] = extremes[k];
   }
+  if (first_cell == 0) sum_map_noise<scalar_t>(terms, level, image);
 }
 
 // A box on the feature grid, relative to the first cell of its context.
@@ -630,8 +670,9 @@ struct Chunk {
                  extremes, Larger{});
     extremes[kStudentLow] = -extremes[kStudentLow];
     extremes[kTeacherLow] = -extremes[kTeacherLow];
-    student_range = extremes[kStudentHigh] - extremes[kStudentLow];
-    teacher_range = extremes[kTeacherHigh] - extremes[kTeacherLow];
+    const acc_t* noise = level.map_noise + 2 * image;
+    student_range = map_range(extremes[kStudentLow], extremes[kStudentHigh], noise[0]);
+    teacher_range = map_range(extremes[kTeacherLow], extremes[kTeacherHigh], noise[1]);
   }
 
   template <typename function_t>
@@ -707,7 +748,7 @@ __global__ void __launch_bounds__(kThreads)
   const LevelData<acc_t>& level = chunk.level;
   acc_t first[kFirstSums];
   reduce_parts(chunk.all_parts(level.first_sums, kFirstSums), chunk.chunks, acc_t{0}, first, Plus{});
-  const MapExtremes<acc_t> extremes{chunk.extremes[kStudentLow], chunk.extremes[kStudentHigh],
+  const MapExtremes<acc_t> extremes{chunk.extremes[kStudentLow], chunk.extremes[kStudentHigh], chunk.student_range,
                                     first[kThroughLow] / first[kLows], -first[kThroughHigh] / first[kHighs]};
   const acc_t cells = static_cast<acc_t>(level.cells);
   acc_t sums[kSecondSums] = {};

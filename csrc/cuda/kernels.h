@@ -71,6 +71,7 @@ struct LevelData {
   acc_t* channel_means[kInputs];  // N,C; that of kStudentGrad is alpha
   acc_t* channel_distance;        // N: sum over c of |Ac(S) - Ac(T)|
   acc_t* cell_sums[kCellSums];    // N,H*W each; null: not wanted
+  acc_t* map_noise;               // N,2: of the student's map and of the teacher's
   acc_t* extremes;                // N, tiles, kExtremes
   acc_t* first_sums;              // N, chunks, kFirstSums
   acc_t* second_sums;             // N, chunks, kSecondSums

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What the Python side expects of the extension; setup.py compiles it in. Raise it when what it registers or the state
 # changes.
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 
 _LOSSES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 _REBUILD = "build it with `pip install -e . --no-build-isolation` in the environment that is to use it"

@@ -1,4 +1,5 @@
-"""What only CUDA has: streams, graphs, no waiting for the device. The values are compared in test_fused.py."""
+"""What only CUDA has: streams, graphs, no waiting for the device. The values are compared in test_fused.py and
+test_extreme_levels.py."""
 
 from __future__ import annotations
 
