@@ -103,8 +103,8 @@ def count_processes(args: argparse.Namespace, *, device: str) -> int:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts > 0 and not (args.resume or args.eval_only):
         raise ValueError(
-            f"torchrun's --max-restarts is {restarts}, but without --resume each restart would train from the beginning, "
-            "over the checkpoints of OUTPUT_DIR: add --resume, which starts a new run where there is no checkpoint"
+            f"torchrun's --max-restarts is {restarts}, but without --resume each restart would train from the "
+            "beginning, over the checkpoints of OUTPUT_DIR: add --resume, which starts a new run where there is no checkpoint"
         )
     if place is not None:
         if device != "cpu":
