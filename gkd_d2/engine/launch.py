@@ -104,7 +104,7 @@ def count_processes(args: argparse.Namespace, *, device: str) -> int:
     if restarts > 0 and not (args.resume or args.eval_only):
         raise ValueError(
             f"torchrun's --max-restarts is {restarts}, but without --resume each restart would train from the "
-            "beginning, over the checkpoints of OUTPUT_DIR: add --resume, which starts a new run where there is no checkpoint"
+            "beginning, over the checkpoints of OUTPUT_DIR: add --resume, which starts a new run where there is none"
         )
     if place is not None:
         if device != "cpu":
