@@ -248,7 +248,9 @@ def test_sigterm_ends_a_run_of_which_a_process_is_stopped(distil):
     arguments = ("SOLVER.MAX_ITER", 10000, "GKD.IMPORTS", "('short_grace',)")
     run = distil("retinanet", "pair_stuck", *arguments, processes=2)
     wait_for(folder / "model_0000004.pth", run)
-    os.kill(children(run)[-1], signal.SIGSTOP)
+    waiting, stopped = children(run)[-2:]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until_idle(waiting)
     start = time.monotonic()
     run.terminate()
     assert "did not end within 2 s" in finish(run, 128 + signal.SIGTERM)
@@ -259,6 +261,14 @@ def test_sigterm_ends_a_run_of_which_a_process_is_stopped(distil):
     while any_of_session(run.pid):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process has used no processor for a second."""
+    before = None
+    while (used := Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]) != before:
+        before = used
+        time.sleep(1)
 
 
 def any_of_session(number: int) -> bool:
