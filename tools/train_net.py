@@ -20,7 +20,7 @@ from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.engine.sentences import LastSentence, ending_in_a_sentence
+from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
 from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
 from gkd_d2.finite import check_finite
@@ -73,6 +73,4 @@ if __name__ == "__main__":
         check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:
         sys.exit(str(error))
-    every_process = LastSentence(main)
-    with every_process.said_last():
-        launch(every_process, args, (cfg, args), device=cfg.MODEL.DEVICE)
+    launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

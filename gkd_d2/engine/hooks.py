@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
 import threading
-from collections.abc import Callable
 
 import numpy as np
 from detectron2.engine import AMPTrainer, DefaultTrainer
@@ -15,15 +12,12 @@ from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, Pe
 from detectron2.utils import comm
 
 from gkd_d2.distiller import GKDDistiller
+from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermWatch
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.methods import Term
 from gkd_d2.text import counted
 from gkd_d2.watch import TermReport, weight_for_ratio
 
-# What a shell reports of a process that SIGTERM ended.
-EXIT_BY_SIGTERM = 128 + signal.SIGTERM
-# For the iteration that is under way; Slurm's own limit is half of it by default.
-GRACE_SECONDS = 60
 # What a weight is proposed for where a loss swamps the detection losses.
 MODERATE_RATIO = 0.3
 
@@ -50,7 +44,8 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
             added.append(GradientScale(distiller))
         keys = trainer.cfg.GKD
         added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
-    added.append(SaveOnSigterm())
+    on_sigterm = SaveOnSigterm()
+    added.append(on_sigterm)
     trainer.register_hooks(added)
     # No checkpoint is to be resumed of a run that is stopped; an evaluation takes long and may fail; and a writer that
     # ran before would never see the scalars of its iteration.
@@ -58,6 +53,7 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
     others = trainer._hooks[: -len(added)]
     place = min((i for i, hook in enumerate(others) if isinstance(hook, later)), default=len(others))
     trainer._hooks = [*others[:place], *added, *others[place:]]
+    trainer.register_hooks([_EndOfWatch(on_sigterm)])
 
 
 class PeriodicSaver(HookBase):
@@ -89,18 +85,19 @@ class PeriodicSaver(HookBase):
 class SaveOnSigterm(HookBase):
     """On SIGTERM, which Slurm sends before a time limit, finishes the iteration, saves and ends the process.
 
-    Where the iteration does not end within GRACE_SECONDS, as in the middle of an evaluation or waiting for a process
-    that died, the process ends without saving.
+    Where the iteration does not end within GRACE_SECONDS of :mod:`gkd_d2.engine.sigterm`, as in the middle of an
+    evaluation or waiting for a process that is gone, the process ends without saving; the same where the checkpoint is
+    not written within as many again.
+
+    Attributes:
+        watch: over the signal; to be released after the training.
 
     Raises:
         SystemExit: with EXIT_BY_SIGTERM, in all processes, when the checkpoint is written.
     """
 
     def __init__(self):
-        self._asked = False
-        self._deadline = threading.Timer(GRACE_SECONDS, os._exit, (EXIT_BY_SIGTERM,))
-        self._deadline.daemon = True
-        self._previous: Callable | int | None = None
+        self.watch = SigtermWatch()
 
     def before_train(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -109,13 +106,13 @@ class SaveOnSigterm(HookBase):
                 "the process without saving"
             )
             return
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        self.watch.start()
 
     def after_step(self) -> None:
         # One process may get the signal an iteration before another.
-        if not any(comm.all_gather(self._asked)):
+        if not any(comm.all_gather(self.watch.asked)):
             return
-        self._deadline.cancel()
+        self.watch.extend()
         done = self.trainer.iter + 1 >= self.trainer.max_iter
         name = "model_final" if done else f"model_{self.trainer.iter:07d}"
         if _has_own_step(self.trainer):
@@ -128,15 +125,15 @@ class SaveOnSigterm(HookBase):
         )
         raise SystemExit(EXIT_BY_SIGTERM)
 
-    def after_train(self) -> None:
-        self._deadline.cancel()
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
 
-    def _ask(self, number: int, frame) -> None:
-        if not self._asked:
-            self._asked = True
-            self._deadline.start()
+class _EndOfWatch(HookBase):
+    """The last hook: what others do after the training, such as the last evaluation, is not waited for, either."""
+
+    def __init__(self, on_sigterm: SaveOnSigterm):
+        self._watch = on_sigterm.watch
+
+    def after_train(self) -> None:
+        self._watch.release()
 
 
 class DeadLossError(RuntimeError):

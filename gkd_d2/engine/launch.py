@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import multiprocessing
 import os
 import re
-import signal
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 from torch import distributed
-from torch.multiprocessing import ProcessExitedException, spawn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
+from gkd_d2.engine.failures import failures_told
+from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermRelay
 from gkd_d2.text import counted
 
 # Of the ports that no service is registered for; jobs that share a machine get different ones.
@@ -60,8 +63,8 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device
 
     Raises:
         ValueError: the environment or the arguments contradict themselves or the machine.
-        SystemExit: a process that was started here ended with an exit status other than 0 without an exception, as one
-            stopped by a signal does; with its status.
+        SystemExit: a process that was started here failed: with a sentence that names the first one and its reason;
+            or ended with an exit status other than 0, as one stopped by a signal does: with its status.
     """
     processes = count_processes(args, device=device)
     args = _machines_of_slurm(args, os.environ)
@@ -72,20 +75,17 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple, *, device
     if processes == 1:
         main(*main_args)
         return
-    previous = signal.signal(signal.SIGTERM, _pass_on)
-    try:
-        if device == "cpu":
-            url = args.dist_url if args.num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}"
-            spawn(_start, (main, main_args, args.num_gpus, args.num_machines, args.machine_rank, url), args.num_gpus)
-        else:
-            launch_on_gpus(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, main_args)
-    except ProcessExitedException as error:
-        # A signal's number is negative here and 128 more in a shell.
-        status = error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
-        logging.getLogger(__name__).error("%s", error)
-        raise SystemExit(status) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with tempfile.TemporaryDirectory() as folder, SigtermRelay() as relay:
+        report = os.path.join(folder, "failure")
+        machines = args.num_machines, args.machine_rank
+        try:
+            if device == "cpu":
+                url = args.dist_url if args.num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}"
+                spawn(_start, (main, main_args, args.num_gpus, *machines, url, report), args.num_gpus)
+            else:
+                launch_on_gpus(_on_gpu, args.num_gpus, *machines, args.dist_url, (main, main_args, report))
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            _end_like(error, Path(report), relay.killed)
 
 
 def count_processes(args: argparse.Namespace, *, device: str) -> int:
@@ -100,6 +100,12 @@ def count_processes(args: argparse.Namespace, *, device: str) -> int:
     """
     args = _machines_of_slurm(args, os.environ)
     place = place_from_environment(args, os.environ)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts > 0 and not (args.resume or args.eval_only):
+        raise ValueError(
+            f"torchrun's --max-restarts is {restarts}, but without --resume each restart would train from the "
+            "beginning, over the checkpoints of OUTPUT_DIR: add --resume, which starts a new run where there is none"
+        )
     if place is not None:
         if device != "cpu":
             _gpu(place, device)
@@ -171,24 +177,59 @@ def _url_of_slurm(environment: Mapping[str, str]) -> str:
     return f"tcp://{address}:{port}"
 
 
-def _run(main: Callable, main_args: tuple, place: Place, device: str) -> None:
+def _run(main: Callable, main_args: tuple, place: Place, device: str, report: str | None = None) -> None:
     """Join the other processes, run ``main``, and leave together with them."""
     if device != "cpu":
         torch.cuda.set_device(_gpu(place, device))
-    distributed.init_process_group(
-        "gloo" if device == "cpu" else "nccl", init_method=place.url, rank=place.rank, world_size=place.world_size
-    )
-    _form_local_groups(place.machine)
-    main(*main_args)
-    # A process that leaves first would break the connections of those that still write.
-    comm.synchronize()
+    store, *_ = next(distributed.rendezvous(place.url, place.rank, place.world_size))
+    # Where torchrun starts the processes again, its store may still hold what those before them have said there.
+    store = distributed.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "gloo" if device == "cpu" else "nccl"
+    distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+    with failures_told(report):
+        _form_local_groups(place.machine)
+        main(*main_args)
+        # A process that leaves first would break the connections of those that still write.
+        comm.synchronize()
     distributed.destroy_process_group()
 
 
-def _start(local_rank: int, main: Callable, main_args: tuple, processes: int, machines: int, machine: int, url: str):
+def _start(
+    local_rank: int,
+    main: Callable,
+    main_args: tuple,
+    processes: int,
+    machines: int,
+    machine: int,
+    url: str,
+    report: str,
+) -> None:
     """A process that was started here, on a CPU."""
     place = Place(machine * processes + local_rank, machines * processes, local_rank, machine, url)
-    _run(main, main_args, place, "cpu")
+    _run(main, main_args, place, "cpu", report)
+
+
+def _on_gpu(main: Callable, main_args: tuple, report: str) -> None:
+    """A process that Detectron2's launcher started, and that has joined the others."""
+    with failures_told(report):
+        main(*main_args)
+
+
+def _end_like(error: ProcessExitedException | ProcessRaisedException, report: Path, killed: set[int]) -> NoReturn:
+    """End this process as the one that it started and that failed first."""
+    raised = isinstance(error, ProcessRaisedException)
+    told = report.exists() and (raised or error.exit_code == 1)
+    if raised and not told:
+        raise error
+    if raised or not told:
+        # With the traceback, where it raised an error.
+        logging.getLogger(__name__).error("%s", error)
+    if told:
+        raise SystemExit(report.read_text(encoding="utf-8"))
+    if error.error_pid in killed:
+        raise SystemExit(EXIT_BY_SIGTERM)
+    # A signal's number is negative here and 128 more in a shell.
+    raise SystemExit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)
 
 
 def _form_local_groups(machine: int) -> None:
@@ -234,12 +275,3 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def _pass_on(number: int, frame) -> None:
-    """Send a signal of the parent to the processes that it started, and wait for them."""
-    children = multiprocessing.active_children()
-    for child in children:
-        os.kill(child.pid, number)
-    if not children:
-        raise SystemExit(128 + number)

@@ -200,10 +200,14 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """Detectron2's; where the training has failed, what fails here because of that does not take its place."""
+        failed = self.iter < self.max_iter
+        if failed:
+            # Detectron2 would evaluate after a failure in the last iteration, and wait for processes that are gone.
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         try:
             super().after_train()
         except Exception:
-            if self.iter >= self.max_iter:
+            if not failed:
                 raise
             logging.getLogger(__name__).exception("After the training had failed, its end did, too:")
 

@@ -81,9 +81,9 @@ def checkpoints(tmp_path):
 # An iteration that never ends, as where another process died.
 HANGING = """
 import os, signal, time
-from gkd_d2.engine import hooks
+from gkd_d2.engine import hooks, sigterm
 
-hooks.GRACE_SECONDS = 0.2
+sigterm.GRACE_SECONDS = 0.2
 hooks.SaveOnSigterm().before_train()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(600)

@@ -1,15 +1,19 @@
 """Processes of a run, whoever starts them: real ones, that talk through gloo."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from detectron2.engine import default_argument_parser
+from torch.multiprocessing import ProcessExitedException
 
 from gkd_d2.engine import launch as module
 from gkd_d2.engine.launch import Place, count_processes, launch, place_from_environment
@@ -107,7 +111,7 @@ def environment(monkeypatch):
 def test_tasks_of_slurm_are_machines(environment, monkeypatch):
     """With --num-gpus above 1 each starts its processes, here those of the third of four machines."""
     places = []
-    monkeypatch.setattr(module, "_run", lambda main, main_args, place, device: places.append(place))
+    monkeypatch.setattr(module, "_run", lambda main, main_args, place, *_: places.append(place))
     monkeypatch.setattr(module, "spawn", lambda start, args, count: [start(rank, *args) for rank in range(count)])
     environment(**STEP | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"})
     launch(pytest.fail, arguments("--num-gpus", "2"), (), device="cpu")
@@ -121,6 +125,14 @@ def test_contradictions_are_refused(environment, monkeypatch):
             launch(pytest.fail, arguments(*options), (), device=device)
 
     refused("--num-gpus is 0, with --num-machines 2", "--num-gpus", "0", "--num-machines", "2")
+    environment(**OF_TORCHRUN, TORCHELASTIC_MAX_RESTARTS="3")
+    with pytest.raises(ValueError, match="--max-restarts is 3, but without --resume .*: add --resume"):
+        count_processes(arguments(), device="cpu")
+    for option in ("--resume", "--eval-only"):
+        assert count_processes(arguments(option), device="cpu") == 4
+    for name in OF_TORCHRUN:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
     monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 1)
     refused("needs 2 GPUs .* torch finds 1: .* `MODEL.DEVICE cpu` at the end of", "--num-gpus", "2", device="cuda")
 
@@ -195,6 +207,13 @@ def die(folder):
     time.sleep(600)
 
 
+def fail(folder):
+    report(folder)
+    if comm.get_rank() == 1:
+        raise ValueError("street.png: no such image")
+    comm.synchronize()
+
+
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     name, folder = args.opts
@@ -212,12 +231,15 @@ def start(tmp_path, project):
         command = [sys.executable, *starter, str(tmp_path / "job.py"), *options, name, str(tmp_path)]
         inherited = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
         inherited |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONWARNINGS": "ignore"}
-        started.append(subprocess.Popen(command, env=inherited | environment, stderr=subprocess.PIPE, text=True))
+        options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        started.append(subprocess.Popen(command, env=inherited | environment, **options))
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        # With the processes that it started, which may be stopped.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -278,6 +300,22 @@ def test_a_process_that_is_killed_ends_the_run(start, tmp_path):
     assert not any(is_alive(report["pid"]) for report in seen)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_that_ended_with_a_sentence_ends_the_run_with_it(told, environment, monkeypatch, caplog):
+    """It printed the sentence itself, but others may have printed after it."""
+
+    def spawn(start, args, count):
+        if told:
+            Path(args[-1]).write_text("the process of rank 1 failed")
+        raise ProcessExitedException("process 0 terminated with exit code 1", 0, 1234, 1)
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    with pytest.raises(SystemExit) as end:
+        launch(pytest.fail, arguments("--num-gpus", "2"), (), device="cpu")
+    assert end.value.code == ("the process of rank 1 failed" if told else 1)
+    assert ("process 0 terminated" in caplog.text) != told
+
+
 def test_tasks_of_slurm_are_processes(start, tmp_path):
     """Two on one node, one on another; both nodes are this machine."""
     step = {"SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -290,6 +328,11 @@ def test_tasks_of_slurm_are_processes(start, tmp_path):
 
 
 def test_torchrun(start, tmp_path):
-    run = start("report", starter=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
-    assert status(run) == (0, "")
+    """And why one process failed stands in the last line of the other, too."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = start("fail", starter=(*torchrun, "--redirects", "2", "--log-dir", str(tmp_path / "logs")))
+    assert status(run)[0] == 1
     check_reports(reports(tmp_path, 2), [[0, 1]])
+    (path,) = tmp_path.glob("logs/*/attempt_0/0/stderr.log")
+    last = path.read_text().splitlines()[-1]
+    assert re.fullmatch(r"the process of rank 1 on \S+ failed: ValueError: street.png: no such image", last)

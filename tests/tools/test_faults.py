@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -321,7 +322,100 @@ def test_full_disk_ends_two_processes_in_a_sentence(distil):
     folder.mkdir()
     (folder / "metrics.json").symlink_to("/dev/full")
     output = finish(distil("retinanet", "pair_full", "SOLVER.MAX_ITER", 2, processes=2), status=1)
-    assert output.splitlines()[-1] == (
-        "pair_full/metrics.json can't be written (No space left on device). The last whole checkpoint is "
+    assert output.splitlines()[-1].endswith(
+        "failed: pair_full/metrics.json can't be written (No space left on device). The last whole checkpoint is "
         "pair_full/model_final.pth: --resume goes on from it"
     )
+
+
+def last_iteration(folder: Path) -> int:
+    return state(folder, (folder / "last_checkpoint").read_text())["iteration"]
+
+
+def test_sigterm_ends_a_run_of_which_a_process_is_stopped(distil):
+    """The other waits for it in a collective, where Python's handlers do not run."""
+    (distil.folder / "short_grace.py").write_text("from gkd_d2.engine import sigterm\nsigterm.GRACE_SECONDS = 2\n")
+    folder = distil.folder / "pair_stuck"
+    arguments = ("SOLVER.MAX_ITER", 10000, "GKD.IMPORTS", "('short_grace',)")
+    run = distil("retinanet", "pair_stuck", *arguments, processes=2)
+    wait_for(folder / "model_0000004.pth", run)
+    waiting, stopped = children(run)[-2:]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_until_idle(waiting)
+    start = time.monotonic()
+    run.terminate()
+    assert "did not end within 2 s" in finish(run, 128 + signal.SIGTERM)
+    assert time.monotonic() - start < 20
+    assert last_iteration(folder) >= 4
+    # Workers of a process that was killed see that it is gone.
+    end = time.monotonic() + 20
+    while any_of_session(run.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process has used no processor for a second."""
+    before = None
+    while (used := Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]) != before:
+        before = used
+        time.sleep(1)
+
+
+def any_of_session(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# The images lie on a disk of each machine, and the second machine's lacks them.
+OWN_DISKS = """
+import os
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+def records():
+    found = DatasetCatalog.get("toy_kitti_train")
+    if comm.get_rank() == 1:
+        found = [{**r, "file_name": os.path.join("own_disk", os.path.basename(r["file_name"]))} for r in found]
+    return found
+
+DatasetCatalog.register("own_disks", records)
+MetadataCatalog.get("own_disks").thing_classes = MetadataCatalog.get("toy_kitti_train").thing_classes
+"""
+
+
+def test_an_image_that_another_process_cannot_read_is_named(distil):
+    (distil.folder / "own_disks.py").write_text(OWN_DISKS)
+    arguments = ("GKD.IMPORTS", "('own_disks',)", "DATASETS.TRAIN", "('own_disks',)")
+    output = finish(distil("retinanet", "pair_image", *arguments, processes=2), status=1)
+    told = re.compile(r"the process of rank 1 on \S+ failed: .*own_disk/\d+\.png: Detectron2 can't use this image: .*")
+    assert told.fullmatch(output.splitlines()[-1])
+    # The first process, which waited for the other.
+    log = (distil.folder / "pair_image" / "log.txt").read_text().splitlines()
+    assert told.search(log[-1])
+
+
+def test_torchrun_starts_a_failed_run_again_and_it_is_resumed(distil):
+    """A worker of one process is killed; the other process says so."""
+    logs = distil.folder / "pair_restarted_logs"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    torchrun += ("--max-restarts", "1", "--redirects", "2", "--log-dir", str(logs))
+    folder = distil.folder / "pair_restarted"
+    arguments = ("SOLVER.MAX_ITER", 16, "GKD.FEATURES", "('p3', 'p4', 'p5')")
+    run = distil("retinanet", "pair_restarted", *arguments, resume=True, launcher=torchrun)
+    wait_for(folder / "model_0000004.pth", run)
+    second = children(run)[-1]
+    (worker,) = Path(f"/proc/{second}/task/{second}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    output = finish(run)
+    (path,) = logs.glob("*/attempt_0/0/stderr.log")
+    told = (
+        r"the process of rank 1 on \S+ failed: RuntimeError: DataLoader worker \(pid.*\) is killed by signal: Killed.*"
+    )
+    assert re.fullmatch(told, path.read_text().splitlines()[-1])
+    starts = [int(number) for number in re.findall(r"Starting training from iteration (\d+)", output)]
+    assert starts[0] == 0 and starts[1] >= 5
+    assert (folder / "model_final.pth").exists()
