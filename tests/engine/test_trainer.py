@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from gkd_d2.config import config_differences, detector_config
@@ -417,3 +418,23 @@ def test_the_first_lines_come_early(start, iterations, lines, training, tmp_path
     assert [row["iteration"] for row in rows if "total_loss" in row] == [iterations - 1]
     assert len({row["iteration"] for row in rows}) == len(rows)
     assert not any("attention" in name for row in rows for name in row)
+
+
+class _Failing(HookBase):
+    """Fails in the last iteration."""
+
+    def after_step(self):
+        if self.trainer.iter == self.trainer.max_iter - 1:
+            raise RuntimeError("the last step has failed")
+
+
+def test_a_failure_in_the_last_iteration_evaluates_nothing(training, tmp_path):
+    """Of several processes one would evaluate alone, and wait for the others."""
+    cfg = training(iterations=2)
+    cfg.DATASETS.TEST = ("toy_kitti_val",)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([_Failing()])
+    with pytest.raises(RuntimeError, match="the last step has failed"):
+        trainer.train()
+    assert not (tmp_path / "output" / "inference").exists()
