@@ -20,6 +20,8 @@ from gkd_d2.files import write_whole
 def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's ``default_setup``; config.yaml is written whole, and a log that can't be written ends the run.
 
+    An evaluation leaves the config.yaml of a training as it is: it holds the seed that a resume needs, and the teacher.
+
     Args:
         cfg: of the run; its OUTPUT_DIR is made if need be.
         args: of Detectron2's default_argument_parser.
@@ -42,7 +44,11 @@ def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     default_setup(without_files, args)
     if comm.is_main_process():
         path = Path(folder, "config.yaml")
-        logging.getLogger(__name__).info("The whole config, saved to %s:\n%s", path, cfg.dump())
+        keeps = args.eval_only and path.is_file()
+        place = "" if keeps else f", saved to {path}"
+        logging.getLogger(__name__).info("The whole config%s:\n%s", place, cfg.dump())
+        if keeps:
+            return
         try:
             write_whole({path: cfg.dump()})
         except OSError as error:
