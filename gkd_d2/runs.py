@@ -62,7 +62,7 @@ class Run:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the folder holds a last checkpoint."""
+        """Whether the run has left something to go on from; see :func:`gkd_d2.last_checkpoint.has_checkpoint`."""
         return has_checkpoint(str(self.folder))
 
     @cached_property
