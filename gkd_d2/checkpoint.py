@@ -179,6 +179,9 @@ class StudentCheckpointer(_CheckpointReader):
         try:
             _write_whole(path, lambda file: torch.save(data, file))
         except (OSError, RuntimeError) as error:
+            if isinstance(error.__context__, (KeyboardInterrupt, SystemExit)):
+                # torch, too, complains about a file whose writing was broken off.
+                raise error.__context__ from None
             # Where torch can't write it complains about its file, and what the system said comes before.
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
             last = self.get_checkpoint_file() or "none"

@@ -151,7 +151,7 @@ def merge_loaded(cfg: CfgNode, loaded: dict, path: str) -> None:
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         if str(error).startswith("Type mismatch"):
             key = _named_key(error)
-            raise ValueError(f"{path}: {key} has a value that does not fit: it {_wanted(cfg, key)}") from error
+            raise ValueError(f"{path}: {key} is {_value(loaded, key)!r}, but {_wanted(cfg, key)}") from error
         raise ValueError(f"{path}: {_fault(error)}") from error
 
 
@@ -191,9 +191,13 @@ def _named_key(error: Exception) -> str:
     return str(error.args[0]).rsplit(": ", 1)[-1]
 
 
+def _value(tree: dict, key: str) -> object:
+    return functools.reduce(dict.__getitem__, key.split("."), tree)
+
+
 def _wanted(cfg: CfgNode, key: str) -> str:
     """What a key's value must be."""
-    default = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
+    default = _value(cfg, key)
     if isinstance(default, CfgNode):
         return "must be a group of keys"
     return f"must be of the type {type(default).__name__}, such as {default!r}"

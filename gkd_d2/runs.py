@@ -62,7 +62,7 @@ class Run:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the folder holds a last checkpoint."""
+        """Whether the run has left something to go on from; see :func:`gkd_d2.last_checkpoint.has_checkpoint`."""
         return has_checkpoint(str(self.folder))
 
     @cached_property
@@ -105,7 +105,7 @@ class Run:
         if damaged:
             log_first_n(
                 logging.WARNING,
-                f"{path}: {counted(len(damaged), 'line')} cut or damaged and left out: line {listed(damaged)}",
+                f"{path}: left out {counted(len(damaged), 'damaged line')}, number {listed(damaged)}",
                 key="message",
             )
         return dict(sorted(rows.items()))

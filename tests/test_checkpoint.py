@@ -490,6 +490,23 @@ def test_a_writing_that_breaks_off_leaves_the_earlier_checkpoints(error, written
     assert contents(written) == before
 
 
+class Interrupted(io.FileIO):
+    """A file in whose writing Ctrl-C falls."""
+
+    def write(self, data):
+        if self.tell() > 100_000:
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_ctrl_c_while_the_weights_are_written_is_not_called_a_full_disk(written, monkeypatch):
+    before = contents(written)
+    monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: Interrupted(path, mode))
+    with pytest.raises(KeyboardInterrupt):
+        number_checkpointer(written, 39).save("model_0000039")
+    assert contents(written) == before
+
+
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
 def test_a_resume_passes_over_a_damaged_checkpoint(part, written, caplog):
     last = written / "model_0000029.pth"

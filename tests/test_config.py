@@ -240,9 +240,11 @@ def test_pairs(project):
         ("SOLVER:\n  BASELR: 1\n", "mine.yaml: there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?"),
         (
             "SOLVER:\n  BASE_LR: low\n",
-            "mine.yaml: SOLVER.BASE_LR has a value that does not fit: it must be of the type",
+            "mine.yaml: SOLVER.BASE_LR is 'low', but must be of the type float, such as 0.001",
         ),
-        ("SOLVER: 3\n", "mine.yaml: SOLVER has a value that does not fit: it must be a group of keys"),
+        # YAML ends the value at the comma.
+        ("SOLVER: {STEPS: (8,)}\n", "mine.yaml: SOLVER.STEPS is '(8', but must be of the type tuple, such as (30000,)"),
+        ("SOLVER: 3\n", "mine.yaml: SOLVER is 3, but must be a group of keys"),
         ("SOLVER: [\n", "mine.yaml: while parsing a flow node"),
         ("a: b: c\n", "mine.yaml: mapping values are not allowed here"),
         ("", "mine.yaml: it must hold config keys and their values in YAML"),

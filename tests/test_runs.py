@@ -96,7 +96,7 @@ def test_damaged_lines_are_left_out_with_one_warning(make_run, caplog):
     assert run.metrics("val") == {"bbox/AP": 7.0}
     (message,) = caplog.messages
     path = run.folder / "metrics.json"
-    assert message == f"{path}: 7 lines cut or damaged and left out: line 2, 3, 4, 5, 6, 7, 9"
+    assert message == f"{path}: left out 7 damaged lines, number 2, 3, 4, 5, 6, 7, 9"
 
 
 @pytest.mark.parametrize("content", ['[{"image_id": 1, "sc', "[1]", '{"a": 1}', "3"])

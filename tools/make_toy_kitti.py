@@ -55,7 +55,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = args.output or resolve_root("$DETECTRON2_DATASETS/toy_kitti")
     try:
-        check_writable(output, "--output" if args.output else "DETECTRON2_DATASETS")
+        check_writable(output, "--output" if args.output else "the default of --output")
         make_toy_kitti(output, args.train, args.val, args.seed, args.size, args.force)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,7 +39,7 @@ def main() -> int:
     source = args.annotations or resolve_root("$DETECTRON2_DATASETS/coco/annotations")
     target = args.output or resolve_root(f"$DETECTRON2_DATASETS/{COCO_TRAFFIC_PREFIXES[args.classes]}/annotations")
     try:
-        check_writable(target, "--output")
+        check_writable(target, "--output" if args.output else "the default of --output")
         for split in args.splits:
             path = target / f"instances_{split}.json"
             summary = prepare_coco_traffic(source / f"instances_{split}2017.json", path, args.classes)

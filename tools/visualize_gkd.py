@@ -113,7 +113,7 @@ def main() -> None:
     try:
         cfg = dataset_config(args)
         output = args.output or Path(cfg.OUTPUT_DIR) / "visualize"
-        check_writable(output, "--output" if args.output else "OUTPUT_DIR")
+        check_writable(output, "--output" if args.output else "the default of --output")
         check_inputs(cfg, eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
         records = choose_images(dataset, args.image, args.count)

@@ -71,7 +71,8 @@ class Blame:
             )
         ignored = [] if statistics else running_statistics(self._module)
         names = find_not_finite(self._module, ignored)
-        weights = [name for name in names if name in dict(self._module.named_parameters())]
+        parameters = {name for name, _ in self._module.named_parameters()}
+        weights = [name for name in names if name in parameters]
         if weights:
             return (
                 f"the weights themselves are not finite ({listed(weights, 3)}), as the gradients of a step before were "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -15,10 +16,14 @@ from detectron2.utils import comm
 
 from gkd_d2.engine.output import OutputError, naming_output
 from gkd_d2.files import write_whole
+from gkd_d2.last_checkpoint import has_checkpoint
 
 
 def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's ``default_setup``; config.yaml is written whole, and a log that can't be written ends the run.
+
+    An evaluation leaves the config.yaml of a training as it is: it holds the seed that a resume needs, and the teacher.
+    A training that begins anew sets the metrics.json of an earlier one aside.
 
     Args:
         cfg: of the run; its OUTPUT_DIR is made if need be.
@@ -42,11 +47,32 @@ def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     default_setup(without_files, args)
     if comm.is_main_process():
         path = Path(folder, "config.yaml")
-        logging.getLogger(__name__).info("The whole config, saved to %s:\n%s", path, cfg.dump())
+        keeps = args.eval_only and path.is_file()
+        place = "" if keeps else f", saved to {path}"
+        logging.getLogger(__name__).info("The whole config%s:\n%s", place, cfg.dump())
+        if keeps:
+            return
         try:
             write_whole({path: cfg.dump()})
         except OSError as error:
             raise OutputError.of(str(path), error, folder) from error
+        if not args.eval_only and not (args.resume and has_checkpoint(folder)):
+            _begin_anew(folder, resume=args.resume)
+
+
+def _begin_anew(folder: str, *, resume: bool) -> None:
+    """Say so where a resume was asked for, and keep what an earlier run measured apart from what this one will."""
+    logger = logging.getLogger(__name__)
+    if resume:
+        logger.info("There is no checkpoint in %s to resume: the training begins anew", folder)
+    metrics = Path(folder, "metrics.json")
+    if not metrics.is_file():
+        return
+    numbered = (metrics.with_name(f"metrics.{number}.json") for number in itertools.count(1))
+    earlier = next(path for path in numbered if not path.exists())
+    with naming_output(folder):
+        metrics.rename(earlier)
+    logger.info("%s of an earlier run is now %s", metrics, earlier)
 
 
 class _LogFile(logging.FileHandler):

@@ -73,9 +73,9 @@ def _seed_of(path: str) -> int:
     """SEED of the config of an earlier start."""
     try:
         seed = read_yaml(path)["SEED"]
-        if isinstance(seed, int):
+        if isinstance(seed, int) and seed >= 0:
             return seed
-        reason = f"{path}: SEED is {seed!r}, but must be a whole number"
+        reason = f"{path}: SEED is {seed!r}, but must be a whole number >= 0"
     except (KeyError, TypeError):
         reason = f"{path} holds no SEED"
     except ValueError as error:

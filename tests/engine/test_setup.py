@@ -14,7 +14,7 @@ from gkd_d2.config import add_gkd_config
 from gkd_d2.engine.output import OutputError, naming_output
 from gkd_d2.engine.setup import set_up_run
 
-ARGS = argparse.Namespace(config_file="", eval_only=True)
+ARGS = argparse.Namespace(config_file="", eval_only=False, resume=False)
 LOGGERS = [logging.getLogger(name) for name in ("fvcore", "detectron2")]
 
 
@@ -70,6 +70,38 @@ def test_a_config_that_can_not_be_written_leaves_the_one_before(cfg, tmp_path):
     with pytest.raises(OutputError, match=r"output/config.yaml can't be written \(Is a directory\)"):
         set_up_run(cfg, ARGS)
     assert sorted(p.name for p in path.parent.iterdir()) == ["config.yaml", "log.txt"]
+
+
+def test_an_evaluation_leaves_the_config_of_a_training(cfg):
+    evaluation = argparse.Namespace(config_file="", eval_only=True, resume=False)
+    path = Path(cfg.OUTPUT_DIR, "config.yaml")
+    set_up_run(cfg, evaluation)
+    assert path.read_text() == cfg.dump()
+    path.write_text("SEED: 5\n")
+    set_up_run(cfg, evaluation)
+    assert path.read_text() == "SEED: 5\n"
+    set_up_run(cfg, ARGS)
+    assert path.read_text() == cfg.dump()
+
+
+def test_a_training_that_begins_anew_sets_metrics_aside(cfg):
+    """A reader would take an evaluation of the earlier run for the last one where that was longer."""
+    resumed = argparse.Namespace(config_file="", eval_only=False, resume=True)
+    folder = Path(cfg.OUTPUT_DIR)
+    folder.mkdir()
+
+    def start(metrics, args):
+        (folder / "metrics.json").write_text(metrics)
+        set_up_run(cfg, args)
+        return {path.name: path.read_text() for path in folder.glob("metrics*")}
+
+    assert start("first", ARGS) == {"metrics.1.json": "first"}
+    assert start("second", resumed) == {"metrics.1.json": "first", "metrics.2.json": "second"}
+    assert "to resume: the training begins anew" in (folder / "log.txt").read_text()
+    (folder / "model_0000004.pth").touch()
+    assert start("third", resumed)["metrics.json"] == "third"
+    evaluation = argparse.Namespace(config_file="", eval_only=True, resume=False)
+    assert start("fourth", evaluation)["metrics.json"] == "fourth"
 
 
 def test_only_errors_of_writing_are_named_so(tmp_path):

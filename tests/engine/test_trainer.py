@@ -29,6 +29,25 @@ def test_a_given_seed_stays_and_a_drawn_one_is_kept_at_a_resume(training, tmp_pa
     assert settle_seed(cfg, resume=False).SEED != 12
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"SEED: -1\n", "config.yaml: SEED is -1, but must be a whole number >= 0. "),
+        (b"SEED: 1.5\n", "config.yaml: SEED is 1.5, but must be a whole number >= 0. "),
+        (b"MODEL: {}\n", "config.yaml holds no SEED. "),
+        (b"", "config.yaml holds no SEED. "),
+        (b"SEED: [", "config.yaml: while parsing a flow"),
+        (b"SEED: \xff", "config.yaml: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_drawn_seed_that_is_lost_is_asked_for(content, said, training, tmp_path):
+    cfg = training(iterations=1)
+    cfg.SEED = -1
+    (tmp_path / "output" / "config.yaml").write_bytes(content)
+    with pytest.raises(ResumeError, match=f"{re.escape(said)}(.|\\n)*The run draws its seed, .*: set SEED to it"):
+        settle_seed(cfg, resume=True)
+
+
 def resume(cfg):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)

@@ -165,9 +165,7 @@ def test_a_damaged_line_of_metrics_is_left_out(make_study, finish, caplog):
     with (job.folder / "metrics.json").open("a") as file:
         file.write('{"iteration": 1')
     study.check_folders()
-    assert job.finished() and caplog.messages == [
-        f"{job.folder}/metrics.json: 1 line cut or damaged and left out: line 2"
-    ]
+    assert job.finished() and caplog.messages == [f"{job.folder}/metrics.json: left out 1 damaged line, number 2"]
 
 
 @pytest.mark.parametrize(
