@@ -7,6 +7,7 @@ uninterrupted one would, two runs of one seed see the same, and the number of wo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -172,6 +173,22 @@ def _wide(dicts: list[dict]) -> list[bool]:
                 "DATALOADER.ASPECT_RATIO_GROUPING needs them: add them, or set it to False"
             )
     return [record["width"] > record["height"] for record in dicts]
+
+
+@contextlib.contextmanager
+def outliving_sigterm() -> Iterator[None]:
+    """Within it a loader's workers start such that SIGTERM does not end them before they can handle it; see below.
+
+    Where the trainer's own process was spawned they are, too, and import all modules anew: that takes seconds.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outlive_sigterm(worker: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from gkd_d2.data.loader import outliving_sigterm
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.blame import Blame
 from gkd_d2.finite import running_statistics
@@ -72,7 +73,8 @@ class TrainStep(TrainerBase):
         """Start the loader's workers, at the batch of ``iteration``, from the model's weights as they are."""
         self._blame.start(iteration)
         self.data_loader.batch_sampler.first = iteration
-        self._batches = iter(self.data_loader)
+        with outliving_sigterm():
+            self._batches = iter(self.data_loader)
 
     def check_finite(self) -> None:
         """Refuse to go on with a model that holds infinite or NaN values; to be called in all processes.
@@ -93,7 +95,7 @@ class TrainStep(TrainerBase):
                 more than MAX_SKIPPED_STEPS of them come in a row.
         """
         start = time.perf_counter()
-        batch = next(self._batches)
+        batch = self._next_batch()
         data_time = time.perf_counter() - start
         seed_everything(mix_seed(self._seed, self.iter, comm.get_rank()))
         if isinstance(self.module, GKDDistiller):
@@ -118,6 +120,15 @@ class TrainStep(TrainerBase):
         for statistic, value in zip(statistics, before):
             statistic.copy_(value)
         logging.getLogger(__name__).warning("Iteration %d is left out: %s; scale %g", self.iter, fault, scale)
+
+    def _next_batch(self) -> list[dict]:
+        try:
+            return next(self._batches)
+        except (ConnectionError, EOFError):
+            # A worker that is killed while it hands over a batch breaks the connection before torch hears of its end,
+            # which it tells from a signal's handler.
+            time.sleep(1)
+            raise
 
     def _backward(self, batch: list[dict]) -> dict[str, Tensor]:
         """Add up the gradients of the batch's parts; returns the parts' mean losses."""

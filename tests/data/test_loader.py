@@ -3,9 +3,11 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from itertools import islice
+from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from detectron2.utils import comm
 from PIL import Image
 from tiny import detector_config
 
-from gkd_d2.data.loader import build_train_loader
+from gkd_d2.data.loader import build_train_loader, outliving_sigterm
 from gkd_d2.data.mapper import FileNamingMapper
 
 # Width and height: 7 wide images, 5 tall ones.
@@ -231,6 +233,20 @@ def test_workers_outlive_sigterm(cfg):
     # This process is the trainer, whose own signals a worker obeys.
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in batches._workers)], check=True)
     assert equal(list(islice(batches, 18)), whole[2:])
+
+
+def test_workers_that_are_still_starting_outlive_sigterm(cfg):
+    """They import all modules first where the trainer's process was spawned, as each of several on a machine is."""
+    cfg.DATALOADER.NUM_WORKERS = 2
+    loader = build(cfg)
+    loader.multiprocessing_context = "spawn"
+    # A process that was spawned has Python's tracker of resources already, whose start would unblock the signal.
+    resource_tracker.ensure_running()
+    with outliving_sigterm():
+        batches = iter(loader)
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in batches._workers)], check=True)
+    assert equal(list(islice(batches, 4)), load(cfg, 4))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 # One worker of two dies; the error, which nothing catches, keeps the loader and with it the other worker alive.

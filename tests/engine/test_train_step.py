@@ -1,8 +1,10 @@
 """One optimizer step: parts of a batch, half precision, overflows, images that spoil it, and its random stream."""
 
 import copy
+import errno
 import math
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -562,3 +564,28 @@ def test_a_step_draws_from_a_stream_of_its_own(distiller_config):
         ends.append(weights(trained))
     assert equal(ends[0], ends[1])
     assert not equal(ends[0], ends[2])
+
+
+# --- loaders
+
+
+def test_the_end_of_a_worker_is_told_before_that_of_its_connection():
+    """As where it is killed while it hands over a batch; torch tells of it from its handler of another signal."""
+
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def batches():
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        yield
+
+    model = Linear()
+    step = TrainStep(model, batches(), torch.optim.SGD(model.parameters(), 0.1), seed=0)
+    step._batches = batches()
+    before = signal.signal(signal.SIGALRM, killed)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker .* is killed"):
+            step.run_step()
+    finally:
+        signal.signal(signal.SIGALRM, before)
