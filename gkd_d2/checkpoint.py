@@ -132,6 +132,7 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
                     "The checkpoint %s was written without CRC-32 sums: damage to its numbers can't be found", filename
                 )
             loaded = read_other_form(filename) or super()._load_file(filename)
+            wrong = find_wrong_content(loaded)
         except OSError:
             # The machine's fault, which may pass; the file may be whole.
             raise
@@ -142,7 +143,6 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
                 ) from error
             # Not from the error: torch's would advise to run what the file asks for.
             raise DamagedCheckpointError(f"the checkpoint {filename} {why_unreadable(error)}") from None
-        wrong = find_wrong_content(loaded)
         if wrong:
             raise DamagedCheckpointError(f"the checkpoint {filename} {wrong}")
         return loaded
