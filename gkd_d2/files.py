@@ -41,7 +41,7 @@ def write_whole(texts: dict[Path, str]) -> None:
     """
     with contextlib.ExitStack() as stack:
         for path in texts:
-            stack.enter_context(_folder(path.parent))
+            stack.enter_context(making_folder(path.parent))
         for path, text in texts.items():
             temporary = stack.enter_context(replacing(path))
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -51,7 +51,7 @@ def write_whole(texts: dict[Path, str]) -> None:
 
 
 @contextlib.contextmanager
-def _folder(path: Path) -> Iterator[None]:
+def making_folder(path: Path) -> Iterator[None]:
     """Make a folder, and the folders above it; those that were made are removed where what follows fails."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
