@@ -95,10 +95,10 @@ GKD_HOST_DEVICE value_t rectifier_slope(value_t g, bool relu) {
 
 // The unit that the alphas of an image are divided by: the power of two at or below the largest magnitude among them.
 // Maps and u don't depend on it, but without it they would not survive alphas near the ends of the type's range. 1
-// where all are 0 or one is not finite.
+// where all are 0, NaN where one is infinite.
 template <typename acc_t>
 GKD_HOST_DEVICE acc_t alpha_unit(acc_t largest) {
-  if (!(largest > 0 && largest - largest == 0)) return 1;
+  if (largest == 0) return 1;
   int exponent;
   return largest / (2 * std::frexp(largest, &exponent));
 }

@@ -6,6 +6,7 @@ import pickle
 import pickletools
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import IO
 
 import numpy as np
@@ -75,28 +76,48 @@ class _Array(np.ndarray):
 
 def _array(values: bytes | str, kind: _Kind, shape: tuple[int, ...], order: str) -> np.ndarray:
     """The array of these bytes, which NumPy compares with its size; those of Python 2 are read as text."""
-    values = values.encode("latin1") if isinstance(values, str) else bytes(values)
+    # Of a number bytes() would make so many zeros.
+    values = values.encode("latin1") if isinstance(values, str) else bytes(memoryview(values))
     array = np.ndarray(shape, kind.dtype, values, order=order)
     if array.nbytes != len(values):
         raise pickle.UnpicklingError(f"{len(values)} bytes for an array of {array.nbytes}")
     return array
 
 
-# What a pickle calls in place of NumPy's and Python's own. They are functions, for a pickle could change a class.
+class _Function:
+    """Stands for a function that a pickle calls: of the function itself it could change the defaults, for good."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *arguments) -> object:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it would change a function")
+
+
+# What a pickle calls in place of NumPy's and Python's own.
+@_Function
 def _empty_array(*_) -> _Array:
     return _Array.__new__(_Array, 0, np.int8)
 
 
+@_Function
 def _array_of_buffer(values: bytes, kind: _Kind, shape: tuple[int, ...], order: str, axes=None) -> np.ndarray:
     if order == "K" and axes is not None:
         return _array(values, kind, shape, "C").transpose(axes).copy()
     return _array(values, kind, shape, order).copy()
 
 
+@_Function
 def _scalar(kind: _Kind, value: bytes | str) -> np.generic:
     return _array(value, kind, (), "C")[()]
 
 
+@_Function
 def _kind(name: str, *_) -> _Kind:
     # Booleans, numbers and text with their sizes; the others hold pointers, or parts.
     if not re.fullmatch(r"[biufc]\d{1,2}|[SU]\d{1,9}", name):
@@ -104,6 +125,7 @@ def _kind(name: str, *_) -> _Kind:
     return _Kind(np.dtype(name))
 
 
+@_Function
 def _dictionary(*items) -> OrderedDict:
     return _OrderedDict(*items)
 
@@ -113,6 +135,7 @@ class _OrderedDict(OrderedDict):
         """Take no attributes, such as the versions that torch adds to a state_dict."""
 
 
+@_Function
 def _bytes(text: str = "", *_) -> bytes:
     """How protocols before 3 write bytes: as text and the name of an encoding, or as nothing."""
     return text.encode("latin1")

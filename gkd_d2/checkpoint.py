@@ -20,7 +20,7 @@ from gkd_d2.checkpoint_files import (
 )
 from gkd_d2.files import replacing
 from gkd_d2.last_checkpoint import Resumable, find_resumable, has_checkpoint
-from gkd_d2.text import counted
+from gkd_d2.text import counted, listed
 
 
 class CheckpointError(ValueError):
@@ -132,6 +132,7 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
                     "The checkpoint %s was written without CRC-32 sums: damage to its numbers can't be found", filename
                 )
             loaded = read_other_form(filename) or super()._load_file(filename)
+            wrong = find_wrong_content(loaded)
         except OSError:
             # The machine's fault, which may pass; the file may be whole.
             raise
@@ -142,7 +143,6 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
                 ) from error
             # Not from the error: torch's would advise to run what the file asks for.
             raise DamagedCheckpointError(f"the checkpoint {filename} {why_unreadable(error)}") from None
-        wrong = find_wrong_content(loaded)
         if wrong:
             raise DamagedCheckpointError(f"the checkpoint {filename} {wrong}")
         return loaded
@@ -220,7 +220,10 @@ class StudentCheckpointer(_CheckpointReader):
                 return self._load_listed(candidate)
             except DamagedCheckpointError as error:
                 self.logger.warning("%s. Falling back to the checkpoint before it", error)
-        raise DamagedCheckpointError(f"no checkpoint in {self.save_dir} can be read: {advice}")
+        tried = listed(map(os.path.basename, candidates), 3)
+        raise DamagedCheckpointError(
+            f"of the checkpoints in {self.save_dir} none can be read that a resume may take ({tried}): {advice}"
+        )
 
     def _warn_of_overwriting(self) -> None:
         there = [path for path in find_resumable(self.save_dir).paths if os.path.isfile(path)]

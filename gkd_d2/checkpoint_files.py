@@ -158,18 +158,32 @@ def find_wrong_content(loaded: object) -> str:
     if not _is_state(model):
         held = first_few(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
         return "is not of Detectron2's form, with the model's tensors by their names under 'model': it holds " + held
+    other = [name for name, values in model.items() if not _is_plain(values)]
+    if other:
+        return f"holds what is no dense tensor of numbers, in {first_few(other)}"
     wrong = [name for name, values in model.items() if not _is_finite(values)]
     return f"holds numbers that are infinite or NaN, in {first_few(wrong)}" if wrong else ""
 
 
 def _is_state(model: object) -> bool:
-    """Whether it is a dictionary, not empty, of tensors or of arrays that can be made tensors, by their names."""
-    if not (isinstance(model, dict) and model and all(isinstance(name, str) for name in model)):
-        return False
+    """Whether it is a dictionary, not empty, of tensors or arrays by their names."""
+    return (
+        isinstance(model, dict)
+        and bool(model)
+        and all(isinstance(name, str) for name in model)
+        and any(isinstance(values, (Tensor, np.ndarray)) for values in model.values())
+    )
+
+
+def _is_plain(values: object) -> bool:
+    """Whether it is a tensor that holds its numbers one by one, or an array that can be made one."""
+    if isinstance(values, Tensor):
+        return values.layout is torch.strided and not values.is_quantized and not values.is_meta
     try:
-        return all(isinstance(v if torch.is_tensor(v) else torch.from_numpy(v), torch.Tensor) for v in model.values())
+        torch.from_numpy(values)
     except (TypeError, ValueError):
         return False
+    return True
 
 
 def _is_finite(values: Tensor | np.ndarray) -> bool:

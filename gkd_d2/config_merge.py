@@ -21,6 +21,9 @@ _SCALES = re.compile(
     r"""\[\[x, x \* 2\*\*\(1\.0/3\), x \* 2\*\*\(2\.0/3\) ?\] for x in \[(\d[\d., ]*)\]\]\1\s*\]"""
 )
 
+# What Detectron2 raises for a file that holds something other than config keys.
+_WRONG_CONTENT = (AssertionError, AttributeError, RecursionError, TypeError, ValueError)
+
 
 def check_no_options(opts: Sequence[str]) -> None:
     """Check that there is no option among KEY VALUE pairs.
@@ -69,7 +72,7 @@ def read_yaml(path: str | os.PathLike) -> object:
     with open(path, encoding="utf-8") as file:
         try:
             return yaml.safe_load(file)
-        except (ValueError, yaml.YAMLError) as error:
+        except (RecursionError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {_fault(error)}") from error
 
 
@@ -120,7 +123,7 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
         raise FileNotFoundError(f"{': its _BASE_ '.join(chain[-2:])} does not exist") from error
     except OSError as error:
         raise OSError(f"{': its _BASE_ '.join(chain[-2:])} can't be read ({error})") from error
-    except (AssertionError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (*_WRONG_CONTENT, OverflowError, yaml.YAMLError) as error:
         raise ValueError(f"{', the _BASE_ of '.join(chain[:-3:-1])}: {_fault(error)}") from error
 
 
@@ -148,7 +151,7 @@ def merge_loaded(cfg: CfgNode, loaded: dict, path: str) -> None:
             cfg.update(upgrade_config(older))
     except KeyError as error:
         raise ValueError(f"{path}: {_unknown(_named_key(error), config_keys(cfg))}") from error
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+    except _WRONG_CONTENT as error:
         if str(error).startswith("Type mismatch"):
             key = _named_key(error)
             raise ValueError(f"{path}: {key} is {_value(loaded, key)!r}, but {_wanted(cfg, key)}") from error
@@ -175,6 +178,8 @@ def _fault(error: Exception) -> str:
     """What is wrong with a file, by the error of what reads it."""
     if isinstance(error, (AttributeError, TypeError)):
         return "it must hold config keys and their values in YAML"
+    if isinstance(error, RecursionError):
+        return "it holds values within values without end, or too deep"
     tag = re.search(r"constructor for the tag '(.*)'", str(error)) if isinstance(error, yaml.MarkedYAMLError) else None
     if tag:
         name = tag[1].replace("tag:yaml.org,2002:", "!!")

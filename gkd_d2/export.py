@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import io
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import detectron2
 import torch
@@ -17,6 +21,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from gkd_d2.config import detector_config
+from gkd_d2.files import making_folder, replacing
 from gkd_d2.student import find_checkpoint, load_student
 from gkd_d2.text import counted
 
@@ -51,6 +56,7 @@ def export_student(
         FileNotFoundError: there is no checkpoint.
         ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset, or a
             number is too large for 16 bits.
+        OSError: a file can't be written; an earlier export stays as it is.
         ExportError: this Detectron2 can't make a TorchScript of the student, or the script detects differently.
     """
     output = output.resolve()
@@ -72,16 +78,40 @@ def export_student(
         model.load_state_dict(state)
     script = None if image is None else make_script(model, image)
 
-    output.mkdir(parents=True, exist_ok=True)
-    for path in present:
-        path.unlink()
     written = {"checkpoint": output / CHECKPOINT, "config": output / CONFIG}
-    torch.save({"model": state}, written["checkpoint"])
-    written["config"].write_text(stock_config(cfg, written["checkpoint"]).dump(), encoding="utf-8")
+    text = stock_config(cfg, written["checkpoint"]).dump()
+    content: dict[str, Callable[[IO[bytes]], object]] = {
+        "checkpoint": lambda file: torch.save({"model": state}, file),
+        "config": lambda file: file.write(text.encode()),
+    }
     if script is not None:
         written["script"] = output / SCRIPT
-        script.save(str(written["script"]))
+        content["script"] = lambda file: file.write(script.save_to_buffer())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(making_folder(output))
+        for name, path in written.items():
+            _write(content[name], stack.enter_context(replacing(path)), path)
+    for path in present:
+        if path not in written.values():
+            path.unlink()
     return written
+
+
+def _write(write: Callable[[IO[bytes]], object], temporary: Path, path: Path) -> None:
+    """Write a file under another name, and see that it reaches the disk.
+
+    Raises:
+        OSError: it can't be written; the message names ``path``.
+    """
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # Where torch can't write it complains about its file, and what the system said comes before.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} can't be written ({reason}); is the disk full?") from error
 
 
 def stock_config(cfg: CfgNode, weights: Path) -> CfgNode:

@@ -13,6 +13,24 @@ _PROBE_BYTES = 4096
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Give an error of the system that names no file, as of a disk that fills up, the name of what is written.
+
+    Args:
+        path: of the file, or the folder of several.
+
+    Raises:
+        OSError: with a name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when all went well, and is removed otherwise.
 
@@ -23,7 +41,8 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.{suffix or f'{os.getpid()}.tmp'}")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -41,7 +60,7 @@ def write_whole(texts: dict[Path, str]) -> None:
     """
     with contextlib.ExitStack() as stack:
         for path in texts:
-            stack.enter_context(_folder(path.parent))
+            stack.enter_context(making_folder(path.parent))
         for path, text in texts.items():
             temporary = stack.enter_context(replacing(path))
             with temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -51,7 +70,7 @@ def write_whole(texts: dict[Path, str]) -> None:
 
 
 @contextlib.contextmanager
-def _folder(path: Path) -> Iterator[None]:
+def making_folder(path: Path) -> Iterator[None]:
     """Make a folder, and the folders above it; those that were made are removed where what follows fails."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

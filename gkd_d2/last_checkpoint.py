@@ -76,8 +76,11 @@ class _PointerError(ValueError):
 
 def _read_pointer(folder: str) -> str:
     """The name that last_checkpoint holds."""
+    path = os.path.join(folder, _POINTER)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _PointerError("is no file")
     try:
-        with open(os.path.join(folder, _POINTER), "rb") as file:
+        with open(path, "rb") as file:
             content = file.read(4096)
         name = content.decode("utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):

@@ -173,9 +173,11 @@ def _row(line: bytes) -> dict | None:
     """A line of metrics.json; None where it is none."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (RecursionError, ValueError):
         return None
-    return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
+    if not (isinstance(row, dict) and type(row.get("iteration")) is int):
+        return None
+    return row if all(isinstance(value, (int, float)) for value in row.values()) else None
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

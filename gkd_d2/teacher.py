@@ -101,8 +101,10 @@ class FrozenTeacher:
             try:
                 losses = self.split.losses(images, leaves, batched_inputs)
             except FloatingPointError as error:
-                # Detectron2's text alone would blame the training.
-                raise FloatingPointError(f"The teacher's own losses can't be computed: {error}") from error
+                # Detectron2's text would blame the training.
+                raise FloatingPointError(
+                    "The teacher's own losses can't be computed: its predicted boxes or scores are infinite or NaN."
+                ) from error
         return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
 
     @contextlib.contextmanager

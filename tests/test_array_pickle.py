@@ -141,3 +141,27 @@ def test_a_call_that_would_take_all_memory():
         load(b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.")
     with pytest.raises(RefusedObjectError, match="bytearray"):
         load(b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+
+
+def test_no_pickle_changes_what_the_next_one_calls():
+    """As pickle lets it do with a function: its attributes, and the defaults of its arguments."""
+    expected = {"bytes": b"", "array": np.arange(3.0)}
+    for name in (b"__builtin__\nbytes", b"numpy.core.numeric\n_frombuffer", b"numpy.core.multiarray\nscalar"):
+        for state in (b"N}U\x0c__defaults__)s\x86", b"N}U\x09_functionNs\x86", b"}U\x01aK\x01s"):
+            with pytest.raises(pickle.UnpicklingError, match="it would change a function"):
+                load(b"\x80\x02c" + name + b"\n" + state + b"b.")
+    for protocol in (2, 5):
+        found = load(pickle.dumps(expected, protocol=protocol))
+        assert found["bytes"] == b"" and (found["array"] == expected["array"]).all()
+
+
+def test_a_number_in_place_of_an_arrays_bytes():
+    """Of which Python makes as many zeros."""
+    content = pickle.dumps(np.zeros(127, "u1"), protocol=4)
+    values = b"B" + (127).to_bytes(4, "little") + bytes(127)
+    changed = content.replace(b"C\x7f" + bytes(127), b"K\x7f").replace(values, b"K\x7f")
+    assert len(changed) < len(content)
+    # Without the frame's length, which is that of the whole.
+    changed = b"\x80\x04" + changed[11:]
+    with pytest.raises(TypeError, match="bytes-like object is required"):
+        load(changed)

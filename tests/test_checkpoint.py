@@ -166,10 +166,25 @@ def test_a_file_that_is_no_checkpoint_is_named_with_its_key(suffix, kind, messag
     reader(model).load_weights(save(tmp_path / "whole.pth", model.state_dict()))
 
 
-def test_arrays_that_are_no_tensors_are_refused(tmp_path):
-    path = tmp_path / "zoo.pkl"
-    path.write_bytes(pickle.dumps({"model": {"weight": np.array(["one"])}, "__author__": "someone"}))
-    with pytest.raises(DamagedCheckpointError, match="is not of Detectron2's form"):
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array(["one", "two"]),
+        np.float32(1.5),
+        torch.zeros(2).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+        torch.zeros(2, device="meta"),
+    ],
+    ids=["text", "number", "sparse", "quantized", "meta"],
+)
+def test_what_is_no_dense_tensor_is_refused_by_its_name(values, tmp_path):
+    state = {"weight": torch.zeros(2, 3), "bias": values}
+    path = tmp_path / ("weights.pth" if torch.is_tensor(values) else "weights.pkl")
+    if torch.is_tensor(values):
+        torch.save({"model": state}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": {**state, "weight": np.zeros((2, 3), "f4")}, "__author__": "someone"}))
+    with pytest.raises(DamagedCheckpointError, match="weights.* holds what is no dense tensor of numbers, in bias$"):
         CompleteCheckpointer(torch.nn.Linear(3, 2)).load(str(path))
 
 
@@ -583,7 +598,10 @@ def test_a_fallback_takes_no_later_checkpoint(written):
 def test_checkpoints_of_which_none_is_whole(written):
     for path in written.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpointError, match=f"no checkpoint in {written} can be read: start anew"):
+    with pytest.raises(
+        DamagedCheckpointError,
+        match=f"of the checkpoints in {written} none can be read that a resume may take .*: start anew",
+    ):
         resumed(written)
 
 

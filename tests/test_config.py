@@ -408,3 +408,22 @@ def test_a_dumped_config_has_no_tags(project, tmp_path):
     path = write(tmp_path / "dumped.yaml", cfg.dump())
     assert "!!python/tuple" not in path.read_text()
     assert config_differences(read(path), cfg) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["SEED: " + "[" * 3000 + "]" * 3000, "MODEL: &model {BACKBONE: *model}", "_BASE_: mine.yaml\nMODEL: &a {A: *a}"],
+    ids=["deep", "itself", "its base"],
+)
+def test_values_without_end_are_refused(text, tmp_path):
+    path = write(tmp_path / "above.yaml", text)
+    write(tmp_path / "mine.yaml", "MODEL: &model {BACKBONE: *model}")
+    with pytest.raises(ValueError, match="yaml: it holds values within values without end, or too deep"):
+        read(path)
+
+
+def test_scales_beyond_all_numbers_are_refused(tmp_path):
+    text = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).read_text()
+    path = write(tmp_path / "mine.yaml", text.replace("32, 64, 128, 256, 512 ", "9" * 400))
+    with pytest.raises(ValueError, match="mine.yaml: int too large to convert to float"):
+        read(path)

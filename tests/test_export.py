@@ -1,6 +1,7 @@
 """What can't be exported is an error before anything is written."""
 
 import logging
+import resource
 
 import detectron2
 import pytest
@@ -72,6 +73,22 @@ def test_an_export_stays_unless_forced(retinanet, tmp_path):
     assert len((output / "model.pth").read_bytes()) < 0.6 * len(first)
     # It would not be the script of the new weights.
     assert not (output / "model.ts").exists()
+
+
+def test_an_export_that_can_not_be_written_changes_nothing(retinanet, tmp_path):
+    cfg, path = retinanet
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    export_student(cfg, path, tmp_path / "out")
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        for folder in ("out", "new/below"):
+            with pytest.raises(OSError, match=rf"{folder}/model.pth can't be written \(.*File too large\)"):
+                export_student(cfg, path, tmp_path / folder, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_is_not_replaced_by_its_export(retinanet, tmp_path):

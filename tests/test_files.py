@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and folders that can't be written to."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from gkd_d2.files import check_file_writable, check_writable, write_whole
+from gkd_d2.files import check_file_writable, check_writable, naming, write_whole
 
 
 def test_text_is_written_whole_or_not_at_all(tmp_path):
@@ -71,3 +72,21 @@ def test_a_file_that_can_not_be_written(tmp_path):
         check_file_writable(tmp_path, "--json")
     with pytest.raises(OSError, match="--json .* can't be written: there is no folder .*none"):
         check_file_writable(tmp_path / "none" / "a.json", "--json")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_fills_up_is_named_with_what_was_written(tmp_path):
+    """The system names no file where it is a write that fails."""
+    full = tmp_path / "report.md"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{full}'"), naming(full):
+        full.write_text("text")
+    # Its own error, and those of others that are no fault of the system's, stay as they are.
+    for error in (FileNotFoundError(2, "No such file or directory", "other"), OSError("said already")):
+        with pytest.raises(OSError) as raised, naming(full):
+            raise error
+        assert raised.value is error
+    temporary = tmp_path / f"whole.txt.{os.getpid()}.tmp"
+    temporary.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/whole.txt'"):
+        write_whole({tmp_path / "whole.txt": "text"})

@@ -76,7 +76,7 @@ FAULTS = {
     "long": ", which is no file of its folder: ",
     "control": "/last_checkpoint names 'model\\x1b[2J\\x00.pth', which is no file of its folder: ",
     "pickle": "/last_checkpoint names model_0000098.pkl, but a run goes on from a .pth alone: ",
-    "folder": "/last_checkpoint can't be read (Is a directory): ",
+    "folder": "/last_checkpoint is no file: ",
     "loop": "/last_checkpoint can't be read (Too many levels of symbolic links): ",
     "absent": " holds checkpoints but no last_checkpoint: ",
 }

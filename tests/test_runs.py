@@ -91,12 +91,13 @@ def test_damaged_lines_are_left_out_with_one_warning(make_run, caplog):
     whole = [b'{"iteration": 19, "total_loss": 5.0}', b'{"iteration": 39, "bbox/AP": 7.0}']
     # Cut by a full disk; ended by a resume; filled with zeros by a power cut; not of this file.
     bad = [b'{"iteration": 25, "total_l', b'{"iteration": 2{"iteration": 9}', bytes(40), b"\xff", b"[1]", b'{"a": 1}']
-    (run.folder / "metrics.json").write_bytes(b"\n".join([whole[0], *bad, whole[1], bad[0]]))
+    bad += [b"[" * 100_000, b'{"iteration": 39, "bbox/AP": [1]}', b'{"iteration": 39, "bbox/AP": null}']
+    (run.folder / "metrics.json").write_bytes(b"\n".join([whole[0], *bad, whole[1]]))
     assert run.history == {19: {"total_loss": 5.0}, 39: {"bbox/AP": 7.0}}
     assert run.metrics("val") == {"bbox/AP": 7.0}
     (message,) = caplog.messages
     path = run.folder / "metrics.json"
-    assert message == f"{path}: left out 7 damaged lines, number 2, 3, 4, 5, 6, 7, 9"
+    assert message == f"{path}: left out 9 damaged lines, number 2, 3, 4, 5, 6, 7, 8, 9, ..."
 
 
 @pytest.mark.parametrize("content", ['[{"image_id": 1, "sc', "[1]", '{"a": 1}', "3"])

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gkd_d2.cost import gflops, milliseconds, random_image
-from gkd_d2.files import check_writable
+from gkd_d2.files import check_writable, naming
 from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.progress import track
 from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
@@ -93,19 +93,20 @@ def compare(args: argparse.Namespace) -> None:
     costs, measured = measure(runs, args)
     table = markdown_table(runs, dataset, roles=find_roles(runs), costs=costs)
     args.output.mkdir(parents=True, exist_ok=True)
-    plot_curves(runs, dataset, args.output / "curves.png")
-    parts = [f"# Runs on {dataset}", f"AP in percent, of the last evaluation of every run.\n\n{table}", measured]
-    parts += [gains] if gains else []
-    parts += ["\n".join(f"- {note}" for note in notes(runs))] if notes(runs) else []
-    parts += [
-        "![AP and losses over iterations](curves.png)",
-        "total_loss is the sum of all terms: of a distilled run it holds the distillation losses too.",
-    ]
-    if args.images:
-        plot_detections(runs, dataset, args.output / "detections.png", images=args.images)
-        parts.append("![Detections](detections.png)")
-    text = "\n\n".join(parts) + "\n"
-    (args.output / "report.md").write_text(text, encoding="utf-8")
+    with naming(args.output):
+        plot_curves(runs, dataset, args.output / "curves.png")
+        parts = [f"# Runs on {dataset}", f"AP in percent, of the last evaluation of every run.\n\n{table}", measured]
+        parts += [gains] if gains else []
+        parts += ["\n".join(f"- {note}" for note in notes(runs))] if notes(runs) else []
+        parts += [
+            "![AP and losses over iterations](curves.png)",
+            "total_loss is the sum of all terms: of a distilled run it holds the distillation losses too.",
+        ]
+        if args.images:
+            plot_detections(runs, dataset, args.output / "detections.png", images=args.images)
+            parts.append("![Detections](detections.png)")
+        text = "\n\n".join(parts) + "\n"
+        (args.output / "report.md").write_text(text, encoding="utf-8")
     print(f"{text}\nReport: {args.output / 'report.md'}")
 
 

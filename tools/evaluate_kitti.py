@@ -17,7 +17,7 @@ from pathlib import Path
 from gkd_d2.data.kitti import read_lines
 from gkd_d2.evaluation.kitti_evaluation import table
 from gkd_d2.evaluation.kitti_results import evaluate_folders, images_without_result
-from gkd_d2.files import check_file_writable
+from gkd_d2.files import check_file_writable, naming
 from gkd_d2.text import counted
 
 
@@ -48,7 +48,8 @@ def main() -> int:
             args.labels, args.results, image_ids=image_ids, missing_as_empty=args.missing_as_empty
         )
         if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            with naming(args.json):
+                args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gkd_d2.files import check_writable
+from gkd_d2.files import check_writable, naming
 from gkd_d2.imports import add_import_option, import_modules
 from gkd_d2.study.plan import Study, read_study
 from gkd_d2.study.report import study_section, write_sections
@@ -131,9 +131,11 @@ def main() -> int:
         reports: dict[Path, dict[str, str]] = {}
         for name, study in studies.items():
             path = args.report or study.output / "report.md"
-            reports.setdefault(path, {})[name] = study_section(study, path.parent / "images")
+            with naming(path.parent):
+                reports.setdefault(path, {})[name] = study_section(study, path.parent / "images")
         for path, sections in reports.items():
-            write_sections(path, sections)
+            with naming(path):
+                write_sections(path, sections)
             logger.info("Report: %s", path)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

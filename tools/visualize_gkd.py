@@ -21,7 +21,7 @@ from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.files import check_writable
+from gkd_d2.files import check_writable, naming
 from gkd_d2.imports import add_import_option
 from gkd_d2.streams import seed_everything, separate_random_stream
 from gkd_d2.teacher import hold_norms
@@ -136,23 +136,30 @@ def main() -> None:
     mapper = FileNamingMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
     output.mkdir(parents=True, exist_ok=True)
     captions = {}
-    for number, record in enumerate(records, start=1):
-        path = Path(record["file_name"])
-        seen = picture(distiller, mapper, record, seed)
-        figure = draw(
-            seen, class_names=MetadataCatalog.get(dataset).get("thing_classes", ()), score=args.score, title=path.name
-        )
-        name = f"{number:02d}_{path.stem}.png"
-        figure.savefig(output / name)
-        captions[name] = f"{path.name}, objects: {len(seen.truth)}"
-        print(f"{number} of {len(records)}: {output / name}", flush=True)
     facts = {
         "config": args.config_file,
         "dataset": dataset,
         "teacher": cfg.GKD.TEACHER.WEIGHTS,
         "student": student,
     }
-    write_page(output / "index.html", "What teacher and student see", facts, captions)
+    try:
+        with naming(output):
+            for number, record in enumerate(records, start=1):
+                path = Path(record["file_name"])
+                seen = picture(distiller, mapper, record, seed)
+                figure = draw(
+                    seen,
+                    class_names=MetadataCatalog.get(dataset).get("thing_classes", ()),
+                    score=args.score,
+                    title=path.name,
+                )
+                name = f"{number:02d}_{path.stem}.png"
+                figure.savefig(output / name)
+                captions[name] = f"{path.name}, objects: {len(seen.truth)}"
+                print(f"{number} of {len(records)}: {output / name}", flush=True)
+            write_page(output / "index.html", "What teacher and student see", facts, captions)
+    except OSError as error:
+        sys.exit(str(error))
     print(f"Page: {output / 'index.html'}")
 
 

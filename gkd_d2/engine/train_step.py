@@ -150,7 +150,9 @@ class TrainStep(TrainerBase):
         try:
             return self.model(part)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} Iteration {self.iter}; {self._blame.of_batch(part)}") from error
+            # Detectron2's verdict comes before anything was looked at.
+            found = str(error).removesuffix(" Training has diverged.")
+            raise FloatingPointError(f"{found} Iteration {self.iter}; {self._blame.of_batch(part)}") from error
 
     def _write_metrics(self, losses: dict[str, Tensor], data_time: float) -> str:
         """Put the losses, averaged over the processes, into the EventStorage; returns which of them are not finite."""

@@ -179,6 +179,23 @@ def test_losses_that_float32_cannot_hold_are_inf(make_batch, device, dtype, weig
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["student_grad", "teacher_grad"])
+def test_an_infinite_gradient_is_not_hidden_by_relu(make_batch, device, name, value):
+    """Of positive features, with minus infinity, it makes a map that relu would take to 0."""
+    batch = make_batch(SIZES[:1], dtype=torch.float32)
+    with torch.no_grad():
+        batch.student[0], batch.teacher[0] = batch.student[0].abs(), batch.teacher[0].abs()
+        getattr(batch, name)[0] = getattr(batch, name)[0].clone()
+        getattr(batch, name)[0][1, 2, 0, 0] = value
+    for implementation, place in (("fused", device), ("reference", "cpu")):
+        losses = batch.to(torch.float32, place).losses(
+            implementation, weights=LossWeights(1, 1, 1, 1), rectifier="relu"
+        )
+        assert losses["loss_gkd_gradient"].isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["student", "teacher", "student_grad", "teacher_grad"])

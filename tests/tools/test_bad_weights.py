@@ -92,7 +92,7 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_not_resumed(work, run_here):
     (work / "output" / "last_checkpoint").write_text("model_0000009.pth")
     (work / "output" / "model_0000009.pth").write_bytes(b"")
     status, said = run_here("train_net.py", *STUDENT, "--num-gpus", 0, "--resume")
-    assert status == 1 and "no checkpoint in output can be read: start anew without --resume" in said
+    assert status == 1 and "of the checkpoints in output none can be read that a resume may take (" in said
     status, said = run_here("train_net.py", *STUDENT, "--num-gpus", 0, "--resume", "--eval-only")
     assert status == 1 and "Traceback" not in said
     assert said.endswith(

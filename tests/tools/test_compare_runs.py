@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_only_what_is_there_is_measured(demo, run_tool, tmp_path):
     assert found["GFLOPs"] == found["ms an image"] == "–"
     assert "copied holds no last_checkpoint, so that its GFLOPs and time were not measured." in report
     assert "ms is the median" not in report
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("name", ["curves.png", "report.md"])
+def test_a_disk_that_fills_up_is_named_with_the_folder(name, demo, run_here, tmp_path):
+    (tmp_path / name).symlink_to("/dev/full")
+    status, said = run_here("compare_runs.py", demo[0] / "teacher", "--no-speed", "--output", tmp_path)
+    assert status == 1 and said.endswith(f"error: [Errno 28] No space left on device: '{tmp_path}'\n")
 
 
 def test_a_run_that_was_never_evaluated_is_named(demo, run_tool, tmp_path):
