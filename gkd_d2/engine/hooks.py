@@ -136,6 +136,13 @@ class _EndOfWatch(HookBase):
         self._watch.release()
 
 
+def release_sigterm(trainer: DefaultTrainer) -> None:
+    """Leave SIGTERM to whoever handled it before a training, also where a hook failed ahead of the one that does so."""
+    for hook in trainer._hooks:
+        if isinstance(hook, SaveOnSigterm):
+            hook.watch.release()
+
+
 class DeadLossError(RuntimeError):
     """A distillation loss teaches nothing, or something infinite."""
 

@@ -27,7 +27,7 @@ from gkd_d2.detector import load_running_state, running_state
 from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
-from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks, release_sigterm
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import describe_run, run_differences
 from gkd_d2.engine.train_step import TrainStep
@@ -195,8 +195,11 @@ class Trainer(DefaultTrainer):
             self._trainer.start(self.start_iter)
         # TorchScript compiles a function anew once it has seen it run, and its last bits change with that: a resumed
         # run would differ. On a GPU the compiled functions save memory, and nothing is equal bit by bit anyway.
-        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
-            return super().train()
+        try:
+            with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+                return super().train()
+        finally:
+            release_sigterm(self)
 
     def after_train(self) -> None:
         """Detectron2's; where the training has failed, what fails here because of that does not take its place."""

@@ -109,6 +109,19 @@ def test_the_signal_is_free_again_after_a_training(training):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_signal_is_free_again_after_an_evaluation_that_fails(training, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no evaluation")
+
+    monkeypatch.setattr(Trainer, "test", fail)
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    cfg = training(iterations=1)
+    cfg.DATASETS.TEST = ("toy_kitti_val",)
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        train(cfg)
+    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+
+
 @pytest.mark.parametrize(
     ("iterations", "expected"),
     [(5, {"model_0000001.pth": 1, "model_0000003.pth": 3, "model_final.pth": 4}), (2, {"model_final.pth": 1})],
