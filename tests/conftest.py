@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import logging
@@ -53,13 +54,23 @@ def coco_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def demo(project, tmp_path_factory) -> tuple[Path, str]:
-    """The demo, cut short: its output folder, with three runs on toy scenes, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(project / "tools" / "demo.py"), "--output", str(folder)]
-    command += ["--train", "8", "--val", "4", "--iterations", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return folder, done.stdout
+    """The demo, cut short: its output folder, with three runs on toy scenes, and what it printed.
+
+    It is made once, also where several processes share the tests.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, printed = base / "demo", base / "demo.txt"
+    with (base / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.is_file():
+            command = [sys.executable, str(project / "tools" / "demo.py"), "--output", str(folder)]
+            command += ["--train", "8", "--val", "4", "--iterations", "2"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            printed.write_text(done.stdout, encoding="utf-8")
+    return folder, printed.read_text(encoding="utf-8")
 
 
 @pytest.fixture
