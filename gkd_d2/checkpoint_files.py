@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gkd_d2.array_pickle import RefusedObjectError, load_arrays
+from gkd_d2.finite import is_finite
 from gkd_d2.text import listed, printable
 
 _ZIP = b"PK\x03\x04"
@@ -161,7 +162,7 @@ def find_wrong_content(loaded: object) -> str:
     other = [name for name, values in model.items() if not _is_plain(values)]
     if other:
         return f"holds what is no dense tensor of numbers, in {first_few(other)}"
-    wrong = [name for name, values in model.items() if not _is_finite(values)]
+    wrong = [name for name, values in model.items() if not is_finite(torch.as_tensor(values))]
     return f"holds numbers that are infinite or NaN, in {first_few(wrong)}" if wrong else ""
 
 
@@ -184,11 +185,6 @@ def _is_plain(values: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _is_finite(values: Tensor | np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; integers never are."""
-    return bool(torch.as_tensor(values).isfinite().all())
 
 
 def why_unreadable(error: Exception) -> str:
