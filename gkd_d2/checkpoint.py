@@ -18,7 +18,7 @@ from gkd_d2.checkpoint_files import (
     read_other_form,
     why_unreadable,
 )
-from gkd_d2.files import replacing
+from gkd_d2.files import fill, replacing
 from gkd_d2.last_checkpoint import Resumable, find_resumable, has_checkpoint
 from gkd_d2.text import counted, listed
 
@@ -276,7 +276,5 @@ def _decisive(names: Iterable[str]) -> set[str]:
 
 def _write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file, and give it its name when every byte is on the disk."""
-    with replacing(Path(path), "partial") as partial, partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(Path(path), "partial") as partial:
+        fill(partial, write)

@@ -1,4 +1,4 @@
-"""Command lines that end with KEY VALUE pairs."""
+"""Command lines that end with KEY VALUE pairs, and files that options name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gkd_d2.config_merge import check_no_options
+from gkd_d2.files import check_file_writable
 
 
 class _Parsed(argparse.Namespace):
@@ -35,3 +36,22 @@ def parse_options_first(parser: argparse.ArgumentParser, arguments: Sequence[str
     except ValueError as error:
         sys.exit(str(error))
     return argparse.Namespace(**vars(parsed))
+
+
+def check_written_files(parser: argparse.ArgumentParser, parsed: argparse.Namespace, names: Sequence[str]) -> None:
+    """Check that the files which options name can be written.
+
+    Args:
+        parser: of the command line.
+        parsed: what it gave.
+        names: of the options, without dashes; one that was not given is passed over.
+
+    Raises:
+        SystemExit: one can't be written, with argparse's status 2.
+    """
+    for name in names:
+        if path := getattr(parsed, name):
+            try:
+                check_file_writable(path, f"--{name}")
+            except OSError as error:
+                parser.error(str(error))

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import importlib
 import io
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from gkd_d2.config import detector_config
-from gkd_d2.files import making_folder, replacing
+from gkd_d2.files import fill, making_folder, replacing
 from gkd_d2.student import find_checkpoint, load_student
 from gkd_d2.text import counted
 
@@ -104,10 +103,7 @@ def _write(write: Callable[[IO[bytes]], object], temporary: Path, path: Path) ->
         OSError: it can't be written; the message names ``path``.
     """
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        fill(temporary, write)
     except (OSError, RuntimeError) as error:
         # Where torch can't write it complains about its file, and what the system said comes before.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error

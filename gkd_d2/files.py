@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 # A disk that is full may still take a file's name.
 _PROBE_BYTES = 4096
@@ -49,6 +50,14 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
             temporary.unlink()
 
 
+def fill(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file, and see that every byte reaches the disk."""
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_whole(texts: dict[Path, str]) -> None:
     """Write text files, of which a name holds all of the text or what it held before; folders are made if need be.
 
@@ -63,10 +72,7 @@ def write_whole(texts: dict[Path, str]) -> None:
             stack.enter_context(making_folder(path.parent))
         for path, text in texts.items():
             temporary = stack.enter_context(replacing(path))
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            fill(temporary, lambda file, text=text: file.write(text.encode()))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gkd_d2.files import check_file_writable
+from gkd_d2.command_line import check_written_files
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.ops import fused, reference
 from gkd_d2.text import counted
@@ -430,12 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (("batch", 1), ("boxes", 0), ("rounds", 1), ("warm_up", 0), ("inputs", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least {least}")
-    for name in ("json", "plot"):
-        if path := getattr(args, name):
-            try:
-                check_file_writable(path, f"--{name}")
-            except OSError as error:
-                parser.error(str(error))
+    check_written_files(parser, args, ("json", "plot"))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
     if reason := fused.unavailable_reason(torch.device(args.device)):

@@ -28,10 +28,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from gkd_d2.command_line import parse_options_first
+from gkd_d2.command_line import check_written_files, parse_options_first
 from gkd_d2.config import read_distiller_config, teacher_config
 from gkd_d2.distiller import GKDDistiller
-from gkd_d2.files import check_file_writable
 from gkd_d2.imports import add_import_option
 from gkd_d2.registries import build_detector
 from gkd_d2.text import counted
@@ -483,12 +482,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("batch", "boxes", "rounds", "warm_up"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    for name in ("json", "plot"):
-        if path := getattr(args, name):
-            try:
-                check_file_writable(path, f"--{name}")
-            except OSError as error:
-                parser.error(str(error))
+    check_written_files(parser, args, ("json", "plot"))
     if min(args.size) < 1:
         parser.error(f"--size is {args.size}, but both numbers must be at least 1")
     if not Path(args.config_file).is_file():

@@ -134,8 +134,7 @@ def main() -> int:
             with naming(path.parent):
                 reports.setdefault(path, {})[name] = study_section(study, path.parent / "images")
         for path, sections in reports.items():
-            with naming(path):
-                write_sections(path, sections)
+            write_sections(path, sections)
             logger.info("Report: %s", path)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

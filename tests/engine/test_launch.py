@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.engine import default_argument_parser
+from processes import is_alive
 from torch.multiprocessing import ProcessExitedException
 
 from gkd_d2.engine import launch as module
@@ -272,14 +273,6 @@ def check_reports(seen, machines):
             assert seen[rank]["ranks"] == list(range(len(seen)))
             assert seen[rank]["ranks of the machine"] == ranks
             assert (seen[rank]["local rank"], seen[rank]["local size"]) == (local_rank, len(ranks))
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_sigterm_reaches_the_processes_and_their_status_comes_back(start, tmp_path):

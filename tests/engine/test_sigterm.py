@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from processes import is_alive
 
 from gkd_d2.engine import sigterm
 from gkd_d2.engine.sigterm import SigtermRelay, SigtermWatch
@@ -43,14 +44,6 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_the_process_and_its_workers_end_in_time():
