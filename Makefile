@@ -11,7 +11,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/ops/fused.py $(SOURCES)
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/losses/fused.py $(SOURCES)
 	@echo "Setting up $(VENV): torch with CUDA libraries is about 6 GB the first time, 8 while they are unpacked"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(PACKAGES)
@@ -41,8 +41,8 @@ SANITIZERS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-na
 sanitize: setup
 	FORCE_CPU=1 GKD_D2_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	cd $(SANITIZED) && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/ops/test_fused.py \
-		$(CURDIR)/tests/ops/test_extreme_levels.py
+		$(abspath $(BIN))/python -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests/losses/test_fused.py \
+		$(CURDIR)/tests/losses/test_extreme_levels.py
 
 # 100,000 hostile inputs, shared by the five readers.
 fuzz: setup

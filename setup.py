@@ -101,8 +101,8 @@ def resolved_architectures() -> str:
 
 
 def interface_version() -> str:
-    """The number that gkd_d2/ops/fused.py expects of the extension."""
-    return re.search(r"^INTERFACE_VERSION = (\d+)$", (ROOT / "gkd_d2/ops/fused.py").read_text(), re.M).group(1)
+    """The number that gkd_d2/losses/fused.py expects of the extension."""
+    return re.search(r"^INTERFACE_VERSION = (\d+)$", (ROOT / "gkd_d2/losses/fused.py").read_text(), re.M).group(1)
 
 
 def extension():

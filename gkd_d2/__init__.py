@@ -62,11 +62,11 @@ except ModuleNotFoundError as error:
     ) from None
 
 from gkd_d2.config import add_gkd_config
-from gkd_d2.data import builtin as _registered_datasets  # noqa: F401
-from gkd_d2.detector import SplitDetector, register_split
-from gkd_d2.distiller import GKDDistiller
+from gkd_d2.data.datasets import builtin as _registered_datasets  # noqa: F401
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.methods import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.split import SplitDetector, register_split
 
 # What Detectron2's setup_logger prints and writes to log.txt holds this package's messages too.
 logging.getLogger("gkd_d2").parent = logging.getLogger("detectron2")

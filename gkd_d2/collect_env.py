@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 from tabulate import tabulate
 
-from gkd_d2.ops import fused
+from gkd_d2.losses import fused
 
 
 def _version(package: str) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from gkd_d2.config_merge import load_file, merge_loaded, merge_pairs
-from gkd_d2.imports import import_modules
+from gkd_d2.utils.config_merge import load_file, merge_loaded, merge_pairs
+from gkd_d2.utils.user_modules import import_modules
 
 DISTILLER = "GKDDistiller"
 _TEACHER_PATHS = ("CONFIG_FILE", "WEIGHTS")

@@ -20,8 +20,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from tiny import calm, detector_config
 
+from gkd_d2.analysis.runs import Run
 from gkd_d2.methods import METHOD_REGISTRY
-from gkd_d2.runs import Run
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"

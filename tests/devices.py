@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gkd_d2.ops import fused
+from gkd_d2.losses import fused
 
 
 def _no_cuda_reason() -> str | None:

@@ -1,7 +1,7 @@
 import torch
 
 from gkd_d2.collect_env import collect_env
-from gkd_d2.ops import fused
+from gkd_d2.losses import fused
 
 
 def test_names_the_kernels_that_are_there():

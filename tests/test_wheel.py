@@ -23,7 +23,7 @@ from detectron2.config import get_cfg
 
 import gkd_d2
 import gkd_d2._C
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.engine.trainer import Trainer
 
 make_toy_kitti("datasets/toy_kitti", 2, 1, 0)

@@ -11,8 +11,9 @@ from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
-from gkd_d2 import SplitDetector, add_gkd_config
+from gkd_d2 import GKDDistiller, SplitDetector, add_gkd_config
 from gkd_d2.losses import box_context_mask
+from gkd_d2.modeling.measure import Measurement
 
 ARCHITECTURES = ("faster", "retinanet")
 # In the training set of short real trainings.
@@ -105,6 +106,13 @@ def train(model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int) -
             storage.step()
             history.append({name: value.item() for name, value in losses.items()})
     return history
+
+
+def watched(distiller: GKDDistiller) -> Measurement:
+    """Has every training batch measured from now on; the last report is in what is returned."""
+    measurement = Measurement(distiller)
+    distiller.listen(measurement)
+    return measurement
 
 
 def training_batch(sizes=((90, 120), (96, 100)), *, masks: bool = False) -> list[dict]:

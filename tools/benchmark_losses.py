@@ -23,10 +23,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gkd_d2.command_line import check_written_files
-from gkd_d2.losses import LossWeights, distillation_losses
-from gkd_d2.ops import fused, reference
-from gkd_d2.text import counted
+from gkd_d2.losses import LossWeights, distillation_losses, fused, reference
+from gkd_d2.utils.command_line import check_written_files
+from gkd_d2.utils.text import counted
 
 import torch
 from tabulate import tabulate

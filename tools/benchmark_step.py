@@ -28,12 +28,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from gkd_d2.command_line import check_written_files, parse_options_first
 from gkd_d2.config import read_distiller_config, teacher_config
-from gkd_d2.distiller import GKDDistiller
-from gkd_d2.imports import add_import_option
-from gkd_d2.registries import build_detector
-from gkd_d2.text import counted
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.utils.command_line import check_written_files, parse_options_first
+from gkd_d2.utils.registries import build_detector
+from gkd_d2.utils.text import counted
+from gkd_d2.utils.user_modules import add_import_option
 
 import torch
 from detectron2.config import CfgNode
@@ -124,7 +124,7 @@ def build_distiller(cfg: CfgNode) -> GKDDistiller:
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()
-    distiller.watch = False
+    distiller.listeners = []
     calm(distiller.student)
     return distiller
 

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from gkd_d2.ops import fused
+from gkd_d2.losses import fused
 
 if not torch.cuda.is_available():
     sys.exit("make check-gpu needs a GPU that torch can use, and there is none")
@@ -42,7 +42,7 @@ if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/loc
     # Memory of each tensor by itself, so that reading past one is seen.
     stage "sanitizer $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 --launch-timeout 60 \
-      "$python" -m pytest tests/ops/test_fused.py -m cuda -k "$selection"
+      "$python" -m pytest tests/losses/test_fused.py -m cuda -k "$selection"
   done
 else
   status=1

@@ -11,12 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.cost import gflops, milliseconds, random_image
-from gkd_d2.files import check_writable, naming
-from gkd_d2.imports import add_import_option, import_modules
-from gkd_d2.progress import track
-from gkd_d2.report import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
-from gkd_d2.runs import Run, find_runs, shared_dataset
+from gkd_d2.analysis.comparison import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
+from gkd_d2.analysis.cost import gflops, milliseconds, random_image
+from gkd_d2.analysis.runs import Run, find_runs, shared_dataset
+from gkd_d2.utils.files import check_writable, naming
+from gkd_d2.utils.progress import track
+from gkd_d2.utils.user_modules import add_import_option, import_modules
 
 import torch
 

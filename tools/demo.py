@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.files import check_writable
-from gkd_d2.text import counted
+from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.utils.files import check_writable
+from gkd_d2.utils.text import counted
 
 import torch
 

@@ -14,11 +14,11 @@ import json
 import sys
 from pathlib import Path
 
-from gkd_d2.data.kitti import read_lines
+from gkd_d2.data.datasets.kitti import read_lines
 from gkd_d2.evaluation.kitti_evaluation import table
 from gkd_d2.evaluation.kitti_results import evaluate_folders, images_without_result
-from gkd_d2.files import check_file_writable, naming
-from gkd_d2.text import counted
+from gkd_d2.utils.files import check_file_writable, naming
+from gkd_d2.utils.text import counted
 
 
 def main() -> int:

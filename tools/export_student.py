@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_config
 from gkd_d2.export import ExportError, export_student, sample_image
-from gkd_d2.files import check_writable
-from gkd_d2.imports import add_import_option
+from gkd_d2.utils.command_line import parse_options_first
+from gkd_d2.utils.files import check_writable
+from gkd_d2.utils.user_modules import add_import_option
 
 from detectron2.config import CfgNode
 

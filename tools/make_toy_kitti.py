@@ -13,9 +13,9 @@ import logging
 import sys
 from pathlib import Path
 
-from gkd_d2.data.builtin import resolve_root
-from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.files import check_writable
+from gkd_d2.data.datasets.builtin import resolve_root
+from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.utils.files import check_writable
 
 
 def image_size(text: str) -> tuple[int, int]:

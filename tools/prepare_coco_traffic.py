@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.data.builtin import COCO_TRAFFIC_PREFIXES, resolve_root
-from gkd_d2.data.coco_traffic import CLASS_SETS, SPLITS, prepare_coco_traffic
-from gkd_d2.files import check_writable
+from gkd_d2.data.datasets.builtin import COCO_TRAFFIC_PREFIXES, resolve_root
+from gkd_d2.data.datasets.coco_traffic import CLASS_SETS, SPLITS, prepare_coco_traffic
+from gkd_d2.utils.files import check_writable
 
 
 def main() -> int:

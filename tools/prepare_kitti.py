@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.data.builtin import resolve_root
-from gkd_d2.data.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
-from gkd_d2.data.prepare_kitti import check_images, coco_paths, count_objects, export_coco, unpack, write_split
-from gkd_d2.files import check_writable
-from gkd_d2.progress import track
-from gkd_d2.text import counted
+from gkd_d2.data.datasets.builtin import resolve_root
+from gkd_d2.data.datasets.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
+from gkd_d2.data.prepare.kitti import check_images, coco_paths, count_objects, export_coco, unpack, write_split
+from gkd_d2.utils.files import check_writable
+from gkd_d2.utils.progress import track
+from gkd_d2.utils.text import counted
 
 from tabulate import tabulate
 

@@ -17,11 +17,11 @@ import signal
 import sys
 from pathlib import Path
 
-from gkd_d2.files import check_writable, naming
-from gkd_d2.imports import add_import_option, import_modules
-from gkd_d2.study.plan import Study, read_study
-from gkd_d2.study.report import study_section, write_sections
-from gkd_d2.study.schedule import Scheduler, lock_folder, prepare_data
+from gkd_d2.analysis.study.plan import Study, read_study
+from gkd_d2.analysis.study.report import study_section, write_sections
+from gkd_d2.analysis.study.schedule import Scheduler, lock_folder, prepare_data
+from gkd_d2.utils.files import check_writable, naming
+from gkd_d2.utils.user_modules import add_import_option, import_modules
 
 import torch
 from detectron2.utils.logger import setup_logger

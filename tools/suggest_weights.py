@@ -16,16 +16,16 @@ import argparse
 import itertools
 import sys
 
-from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.command_line import parse_options_first
+from gkd_d2.analysis.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.trainer import Trainer
-from gkd_d2.imports import add_import_option
 from gkd_d2.methods import Term, build_method
-from gkd_d2.progress import track
-from gkd_d2.streams import seed_everything
-from gkd_d2.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
+from gkd_d2.utils.checkpoint import StudentCheckpointer
+from gkd_d2.utils.command_line import parse_options_first
+from gkd_d2.utils.progress import track
+from gkd_d2.utils.random_streams import seed_everything
+from gkd_d2.utils.user_modules import add_import_option
 
 import yaml
 from detectron2.config import CfgNode

@@ -15,16 +15,16 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from gkd_d2.checkpoint import CompleteCheckpointer
-from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
 from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
-from gkd_d2.finite import check_finite
-from gkd_d2.imports import add_import_option, import_modules
+from gkd_d2.utils.checkpoint import CompleteCheckpointer
+from gkd_d2.utils.command_line import parse_options_first
+from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.user_modules import add_import_option, import_modules
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser

@@ -15,18 +15,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.command_line import parse_options_first
 from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.distiller import GKDDistiller
+from gkd_d2.engine.hooks.pictures import picture_of
 from gkd_d2.engine.preflight import PreflightError, check_inputs
-from gkd_d2.files import check_writable, naming
-from gkd_d2.imports import add_import_option
-from gkd_d2.streams import seed_everything, separate_random_stream
-from gkd_d2.teacher import hold_norms
-from gkd_d2.text import counted
-from gkd_d2.visualize import Picture, draw, write_page
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.teacher import hold_norms
+from gkd_d2.utils.checkpoint import StudentCheckpointer
+from gkd_d2.utils.command_line import parse_options_first
+from gkd_d2.utils.files import check_writable, naming
+from gkd_d2.utils.random_streams import seed_everything, separate_random_stream
+from gkd_d2.utils.text import counted
+from gkd_d2.utils.user_modules import add_import_option
+from gkd_d2.visualize.draw import draw
+from gkd_d2.visualize.page import write_page
+from gkd_d2.visualize.picture import Picture
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -104,7 +107,7 @@ def picture(distiller: GKDDistiller, mapper: FileNamingMapper, record: dict, see
     batch = [mapper(record)]
     with EventStorage(), separate_random_stream(distiller.device, seed):
         seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
-    return distiller.picture(batch, seen)
+    return picture_of(distiller, seen)
 
 
 def main() -> None:

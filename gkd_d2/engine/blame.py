@@ -11,13 +11,13 @@ from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
-from gkd_d2.detector import load_running_state, running_state
-from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine import from_scratch
-from gkd_d2.finite import find_not_finite, running_statistics
 from gkd_d2.methods import Term
-from gkd_d2.streams import separate_random_stream
-from gkd_d2.text import counted, listed
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.split import load_running_state, running_state
+from gkd_d2.utils.finite import find_not_finite, running_statistics
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.utils.text import counted, listed
 
 
 class Blame:
@@ -181,9 +181,9 @@ class Blame:
         distiller = isinstance(self._module, GKDDistiller)
         student = self._module.student if distiller else self._module
         state, averages = _copy_state(self._module), running_state(student)
-        watch = distiller and self._module.watch
+        listeners = self._module.listeners if distiller else None
         if distiller:
-            self._module.watch = False
+            self._module.listeners = []
         try:
             with (
                 separate_random_stream(self._module.device, seed=0),
@@ -194,7 +194,7 @@ class Blame:
             _set_state(self._module, state)
             load_running_state(student, averages)
             if distiller:
-                self._module.watch = watch
+                self._module.listeners = listeners
 
     def _fails(self, image: dict) -> bool:
         try:

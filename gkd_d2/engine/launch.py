@@ -21,7 +21,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from gkd_d2.engine.failures import failures_told
 from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermRelay
-from gkd_d2.text import counted
+from gkd_d2.utils.text import counted
 
 # Of the ports that no service is registered for; jobs that share a machine get different ones.
 _PORTS = range(20000, 40000)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from gkd_d2.student import find_checkpoint
+from gkd_d2.modeling.student import find_checkpoint
 
 # Of these only writing is to blame.
 _WRITING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -11,16 +11,16 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.checkpoint_files import find_damage
 from gkd_d2.config import DISTILLER, architecture_key, detector_architecture, detector_config, teacher_config
-from gkd_d2.data.loader import check_batch
+from gkd_d2.data.build import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.evaluation import evaluator_type
-from gkd_d2.files import check_writable
-from gkd_d2.last_checkpoint import has_checkpoint
 from gkd_d2.methods import build_method
-from gkd_d2.registries import architecture_class, find_unregistered
+from gkd_d2.utils.checkpoint_files import find_damage
+from gkd_d2.utils.files import check_writable
+from gkd_d2.utils.last_checkpoint import has_checkpoint
+from gkd_d2.utils.registries import architecture_class, find_unregistered
 
 
 class PreflightError(Exception):

@@ -15,8 +15,8 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 from gkd_d2.engine.output import OutputError, naming_output
-from gkd_d2.files import write_whole
-from gkd_d2.last_checkpoint import has_checkpoint
+from gkd_d2.utils.files import write_whole
+from gkd_d2.utils.last_checkpoint import has_checkpoint
 
 
 def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:

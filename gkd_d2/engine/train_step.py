@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from gkd_d2.data.loader import outliving_sigterm
-from gkd_d2.distiller import GKDDistiller
+from gkd_d2.data.build import outliving_sigterm
 from gkd_d2.engine.blame import Blame
-from gkd_d2.finite import running_statistics
-from gkd_d2.streams import mix_seed, seed_everything
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.utils.finite import running_statistics
+from gkd_d2.utils.random_streams import mix_seed, seed_everything
 
 # In float16 steps whose loss or gradient overflows are left out while the scale is sought; more in a row are an error.
 MAX_SKIPPED_STEPS = 20
@@ -34,7 +34,7 @@ class TrainStep(TrainerBase):
 
     Args:
         model: a meta-architecture, or its DistributedDataParallel.
-        data_loader: from :func:`gkd_d2.data.loader.build_train_loader`.
+        data_loader: from :func:`gkd_d2.data.build.build_train_loader`.
         optimizer: of the model.
         seed: >= 0.
         accumulate_steps: number of equal parts of a batch whose gradients are computed one after the other and

@@ -19,12 +19,8 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gkd_d2.checkpoint import StudentCheckpointer
-from gkd_d2.config_merge import read_yaml
-from gkd_d2.data.loader import build_train_loader
+from gkd_d2.data.build import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.detector import load_running_state, running_state
-from gkd_d2.distiller import GKDDistiller
 from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks, release_sigterm
@@ -33,7 +29,11 @@ from gkd_d2.engine.resume import describe_run, run_differences
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.engine.writers import build_writers
 from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
-from gkd_d2.finite import check_finite
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.split import load_running_state, running_state
+from gkd_d2.utils.checkpoint import StudentCheckpointer
+from gkd_d2.utils.config_merge import read_yaml
+from gkd_d2.utils.finite import check_finite
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -308,7 +308,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """An endless loader whose batches depend on the seed and the iteration alone; see gkd_d2.data.loader."""
+        """An endless loader whose batches depend on the seed and the iteration alone; see gkd_d2.data.build."""
         return build_train_loader(cfg, FileNamingMapper(cfg, is_train=True))
 
     @classmethod

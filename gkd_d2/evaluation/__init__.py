@@ -2,8 +2,8 @@
 
 from detectron2.data import MetadataCatalog
 
-from .coco_evaluation import CompletingCOCOEvaluator
-from .kitti_evaluation import KITTIEvaluator
+from gkd_d2.evaluation.coco_evaluation import CompletingCOCOEvaluator
+from gkd_d2.evaluation.kitti_evaluation import KITTIEvaluator
 
 __all__ = ["CompletingCOCOEvaluator", "KITTIEvaluator", "evaluator_type"]
 

@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import log_first_n
 
 from gkd_d2.data.contents import DatasetContents, read_contents
-from gkd_d2.text import counted
+from gkd_d2.utils.text import counted
 
 
 class CompletingCOCOEvaluator(COCOEvaluator):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd_d2.data.kitti import parse_number, parse_type, read_labels, read_lines
-from gkd_d2.text import counted
-
-from .kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.data.datasets.kitti import parse_number, parse_type, read_labels, read_lines
+from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.utils.text import counted
 
 _FIELDS = (
     "type", "truncated", "occluded", "alpha", "left", "top", "right", "bottom",

@@ -8,8 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from gkd_d2.losses.reference import boxes_on_grid, channel_attention, spatial_attention
 from gkd_d2.methods.method import METHOD_REGISTRY, LevelwiseMethod, Term
-from gkd_d2.ops.reference import boxes_on_grid, channel_attention, spatial_attention
 
 
 class FGD(LevelwiseMethod):

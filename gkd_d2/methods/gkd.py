@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from gkd_d2.losses import LOSS_KEYS, LossWeights, check_options, describe_implementation, distillation_losses
+from gkd_d2.losses.losses import describe_implementation, distillation_losses
+from gkd_d2.losses.options import LOSS_KEYS, LossWeights, check_options
 from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term
 
 

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor
 
-from gkd_d2.ops.reference import accumulation_dtype
-from gkd_d2.registries import not_registered
+from gkd_d2.losses.reference import accumulation_dtype
+from gkd_d2.utils.registries import not_registered
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = """

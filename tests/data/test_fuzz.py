@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gkd_d2.data.coco_traffic import TRAFFIC_IDS, load_coco_traffic, prepare_coco_traffic
-from gkd_d2.data.kitti import CLASSES, IGNORED_TYPES, load_kitti, read_labels
-from gkd_d2.data.prepare_kitti import unpack
+from gkd_d2.data.datasets.coco_traffic import TRAFFIC_IDS, load_coco_traffic, prepare_coco_traffic
+from gkd_d2.data.datasets.kitti import CLASSES, IGNORED_TYPES, load_kitti, read_labels
+from gkd_d2.data.prepare.kitti import unpack
 from gkd_d2.evaluation.kitti_metric import GroundTruth, average_precision
 from gkd_d2.evaluation.kitti_results import read_results
 

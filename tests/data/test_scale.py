@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gkd_d2.data.coco_traffic import NAMES, TRAFFIC_IDS
-from gkd_d2.data.kitti import load_kitti
-from gkd_d2.data.prepare_kitti import write_split
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.datasets.coco_traffic import NAMES, TRAFFIC_IDS
+from gkd_d2.data.datasets.kitti import load_kitti
+from gkd_d2.data.prepare.kitti import write_split
+from gkd_d2.data.toy import make_toy_kitti
 
 pytestmark = pytest.mark.stress
 

@@ -9,15 +9,15 @@ from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
 from tiny import SplitScorer, calm, detector_config, training_batch
 
-from gkd_d2 import detector, register_split
-from gkd_d2.detector import split_detector
+from gkd_d2 import register_split
+from gkd_d2.modeling.split import registry, split_detector
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 
 
 @pytest.fixture(autouse=True)
 def _forget_splits(monkeypatch):
-    monkeypatch.setattr(detector, "_SPLITS", dict(detector._SPLITS))
+    monkeypatch.setattr(registry, "_SPLITS", dict(registry._SPLITS))
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
 from levels import random_level
-from tiny import ARCHITECTURES, training_batch
+from tiny import ARCHITECTURES, training_batch, watched
 
+from gkd_d2.analysis.runs import Run
+from gkd_d2.analysis.tuning import unit_weights
 from gkd_d2.config import read_config
 from gkd_d2.losses import box_context_mask
 from gkd_d2.methods import METHOD_REGISTRY, build_method
-from gkd_d2.runs import Run
-from gkd_d2.tuning import unit_weights
 
 MODULE = "cosine_method"
 
@@ -64,12 +64,13 @@ def test_its_losses_equal_an_independent_computation(student):
 def test_it_trains(kind, student):
     cfg = read_config(student(kind), ["SOLVER.BASE_LR", "0.02"])
     distiller = build_model(cfg).train()
+    measurement = watched(distiller)
     optimizer = build_optimizer(cfg, distiller)
     batch = training_batch(((90, 120), (96, 100), (64, 64)))
     history = []
     with EventStorage() as storage:
         for _ in range(20):
-            distiller.watch = not history
+            measurement.wanted = not history
             losses = distiller(batch)
             optimizer.zero_grad()
             sum(losses.values()).backward()
@@ -78,7 +79,7 @@ def test_it_trains(kind, student):
             history.append({key: losses[key].item() for key in ("loss_cosine", "loss_cosine_objects")})
     for key in history[0]:
         assert 0 < history[-1][key] < 0.8 * history[0][key], key
-    scalars = distiller.watched.scalars()
+    scalars = measurement.report.scalars()
     assert scalars["gkd_ratio/cosine"] > 0 and scalars["gkd_ratio/cosine_objects/p3"] > 0
 
 

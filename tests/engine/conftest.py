@@ -4,7 +4,7 @@ import pytest
 from detectron2.data import MetadataCatalog
 from tiny import TOY_SCENES
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 
 
 @pytest.fixture(scope="module")

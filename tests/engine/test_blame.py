@@ -9,7 +9,7 @@ from detectron2.engine.hooks import HookBase
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from tiny import training_batch
+from tiny import training_batch, watched
 
 from gkd_d2.config import detector_config
 from gkd_d2.engine.blame import Blame
@@ -165,7 +165,7 @@ def test_tensors_are_looked_at_before_images(distiller_config):
 def test_the_trials_leave_no_trace(distiller_config):
     cfg = distiller_config("retinanet", channels=8)
     model = build_model(cfg).train()
-    model.watch = True
+    measurement = watched(model)
     batch = images(2)
     batch[1]["image"][0, 3, 4] = math.nan
     asked = make_blame(model, cfg)
@@ -178,11 +178,11 @@ def test_the_trials_leave_no_trace(distiller_config):
                 parameter.mul_(0.9)
         before = copy.deepcopy(dict(model.state_dict()))
         scalars, average, stream = dict(storage.latest()), model.student.loss_normalizer, torch.get_rng_state()
-        watched = model.watched
+        report = measurement.report
         text = asked.of_batch(batch)
         assert text.endswith("of the 2 images of the batch, these cause it by themselves: image_1.png")
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert dict(storage.latest()) == scalars
     assert model.student.loss_normalizer == average
     assert torch.equal(torch.get_rng_state(), stream)
-    assert model.watch is True and model.watched is watched
+    assert model.listeners == [measurement] and measurement.report is report

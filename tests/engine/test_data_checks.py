@@ -8,8 +8,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, RetinaNet, build_model
 from tiny import Scorer, SplitScorer, detector_config
 
-import gkd_d2.detector
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.modeling.split import registry
 
 BOTH = pytest.mark.parametrize(
     ("kind", "key"), [("faster", "MODEL.ROI_HEADS.NUM_CLASSES"), ("retinanet", "MODEL.RETINANET.NUM_CLASSES")]
@@ -78,7 +78,7 @@ def test_detectors_that_are_compared_once_they_are_built(coco_dataset, problems,
     monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "checks_function", lambda cfg: GeneralizedRCNN(cfg))
     cfg.MODEL.META_ARCHITECTURE = "checks_function"
     assert problems(cfg, ["checks_a"], ["checks_a"]) == []
-    monkeypatch.setattr(gkd_d2.detector, "_SPLITS", {**gkd_d2.detector._SPLITS, Scorer: SplitScorer})
+    monkeypatch.setattr(registry, "_SPLITS", {**registry._SPLITS, Scorer: SplitScorer})
     cfg = distiller_config("scorer")
     assert problems(cfg, ["checks_a"], ["checks_a"]) == []
     with pytest.raises(

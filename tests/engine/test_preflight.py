@@ -5,7 +5,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tiny import detector_config
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 
 

@@ -17,14 +17,14 @@ from detectron2.solver import build_optimizer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from devices import CUDA_MARKS, DEVICES
-from tiny import ARCHITECTURES, training_batch
+from tiny import ARCHITECTURES, training_batch, watched
 from torch import nn
 from torch.utils.data import DataLoader
 
 from gkd_d2.config import detector_config
-from gkd_d2.data.loader import BatchSampler, SeededDataset
+from gkd_d2.data.build import BatchSampler, SeededDataset
 from gkd_d2.engine.train_step import MAX_SKIPPED_STEPS, TrainStep
-from gkd_d2.streams import mix_seed, seed_everything
+from gkd_d2.utils.random_streams import mix_seed, seed_everything
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 SIZES = ((90, 120), (96, 100), (80, 110), (64, 96))
@@ -216,7 +216,7 @@ def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_c
     for dtype in (None, amp_dtype):
         torch.manual_seed(5)
         model = build_model(cfg)
-        model.watch = True
+        measurement = watched(model)
         before = weights(model)
         step = train_step(model, cfg, samples, amp_dtype=dtype)
         if dtype == torch.float16:
@@ -227,8 +227,8 @@ def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_c
     for name in (name for name in full if name.startswith("loss_")):
         assert half[name][0] == pytest.approx(full[name][0], rel=0.15, abs=1e-3), name
     assert all(value > 0 for name in NAMES for value in half[name])
-    assert len(model.watched.norms) == 4 * 3
-    assert all(math.isfinite(norm) and norm > 0 for norm in model.watched.norms.values()), model.watched.norms
+    assert len(measurement.report.norms) == 4 * 3
+    assert all(math.isfinite(norm) and norm > 0 for norm in measurement.report.norms.values()), measurement.report.norms
     for name, value in weights(model).items():
         assert value.dtype == torch.float32
         assert value.isfinite().all(), name

@@ -7,7 +7,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from levels import plain_level, random_pyramid
-from tiny import training_batch
+from tiny import training_batch, watched
 
 from gkd_d2.methods import FGFI
 from gkd_d2.methods.fgfi import near_object_masks
@@ -129,14 +129,14 @@ def test_the_distiller_compares_the_anchors_of_all_levels(levels, alive, distill
     cfg = distiller_config("faster", channels=8)
     cfg.merge_from_list(["GKD.METHOD", "fgfi", "GKD.FGFI.LEVELS", levels])
     distiller = build_model(cfg).train()
-    distiller.watch = True
+    measurement = watched(distiller)
     batch = training_batch(((96, 128),))
     batch[0]["instances"] = Instances(
         (96, 128), gt_boxes=Boxes(torch.tensor([[41.0, 41, 47, 47]])), gt_classes=torch.tensor([1])
     )
     with EventStorage():
         losses = distiller(batch)
-    values = {level: value for (_, level), value in distiller.watched.values.items()}
+    values = {level: value for (_, level), value in measurement.report.values.items()}
     assert list(values) == ["p2", "p3", "p4", "p5"]
     assert [level for level, value in values.items() if value > 0] == alive
     assert sum(values.values()) == pytest.approx(losses["loss_fgfi"].item(), rel=1e-5)

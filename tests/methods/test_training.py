@@ -4,11 +4,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import ARCHITECTURES, Scorer, SplitScorer, train, training_batch
+from tiny import ARCHITECTURES, Scorer, SplitScorer, train, training_batch, watched
 
-from gkd_d2 import detector, register_split
+from gkd_d2 import register_split
 from gkd_d2.config import detector_config
 from gkd_d2.methods import build_method
+from gkd_d2.modeling.split import registry
 
 METHODS = ("fitnet", "fgfi", "fgd", "pkd")
 # At which each loss of a tiny detector falls, in the order of the method's terms.
@@ -43,10 +44,10 @@ def test_the_watch_sees_every_loss_at_every_level(kind, name, distiller_config):
     cfg = distiller_config(kind, channels=8)
     cfg.GKD.METHOD, cfg.GKD.WARMUP_ITERS = name, 4
     distiller = build_model(cfg).train()
-    distiller.watch = True
+    measurement = watched(distiller)
     with EventStorage():
         losses = distiller(training_batch(((90, 120), (96, 100), (64, 64))))
-    report = distiller.watched
+    report = measurement.report
     for key, term in distiller.method.active().items():
         values = [report.values[term, level] for level in distiller.student_features]
         assert sum(values) == pytest.approx(losses[key].item(), rel=1e-5)
@@ -119,7 +120,7 @@ def test_a_level_without_anchors_is_refused(distiller_config):
 
 
 def test_a_detector_without_anchors_is_refused(distiller_config, monkeypatch):
-    monkeypatch.setattr(detector, "_SPLITS", dict(detector._SPLITS))
+    monkeypatch.setattr(registry, "_SPLITS", dict(registry._SPLITS))
     register_split(Scorer)(SplitScorer)
     cfg = distiller_config("scorer")
     cfg.GKD.METHOD = "fgfi"

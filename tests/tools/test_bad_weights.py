@@ -9,8 +9,8 @@ from detectron2.data import MetadataCatalog
 from hostile import Touch
 
 from gkd_d2.config import read_config
-from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.student import build_student
+from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.modeling.student import build_student
 
 FAULTS = {
     "empty": (b"", "is damaged: it is empty"),

@@ -12,7 +12,7 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from gkd_d2 import LossWeights, add_gkd_config
-from gkd_d2.ops import fused
+from gkd_d2.losses import fused
 
 CUDA = torch.device("cuda")
 # Of one pass over the student's features: 64 channels, cells of 128 x 416 pixels at strides of 4 to 32.

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from gkd_d2.command_line import parse_options_first
+from gkd_d2.utils.command_line import parse_options_first
 
 OPTIONS = {
     "train_net.py": ("--config-file", "FILE"),

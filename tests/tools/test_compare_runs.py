@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gkd_d2 import progress
-from gkd_d2.runs import Run
+from gkd_d2.analysis.runs import Run
+from gkd_d2.utils import progress
 
 
 def runs_of(report):

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from tiny import HAS_EXPORTER, META_ARCHITECTURES, calm, needs_exporter, training_batch
 
 from gkd_d2.export import sample_image
-from gkd_d2.student import load_student
+from gkd_d2.modeling.student import load_student
 
 STOCK = """
 import sys

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from gkd_d2.checkpoint import CompleteCheckpointer, DamagedCheckpointError
-from gkd_d2.data.toy_kitti import make_toy_kitti
-from gkd_d2.runs import Run
+from gkd_d2.analysis.runs import Run
+from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.utils.checkpoint import CompleteCheckpointer, DamagedCheckpointError
 
 # Small networks and pictures; align convolutions, a ramp, a step of the learning rate and workers, so that a resume
 # has everything to get right that there is. On a CPU, where it is bit-equal, and where there is room for two processes.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 
 HOSTILE = 'SEED: -1\nOUTPUT_DIR: !!python/object/apply:os.mkdir ["hacked"]\n'
 PLAIN = ("--config-file", "student.yaml", "--num-gpus", 0)

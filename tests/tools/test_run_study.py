@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 
 # Iterations of the students; a checkpoint every second one, so that there is time to kill one after it.
 ITERATIONS = 30

@@ -6,8 +6,8 @@ import sys
 import pytest
 import yaml
 
-from gkd_d2 import progress
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.utils import progress
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny import calm
 
 from gkd_d2.config import read_config, teacher_config
-from gkd_d2.data import coco_traffic
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.datasets import coco_traffic
+from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
 

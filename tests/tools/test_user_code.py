@@ -8,7 +8,7 @@ import yaml
 from detectron2.modeling import build_model
 from tiny import calm, detector_config
 
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 
 MODULE = """
 from functools import partial
@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from gkd_d2 import METHOD_REGISTRY, LevelwiseMethod, Term
-from gkd_d2.data.kitti import CLASSES, load_kitti
+from gkd_d2.data.datasets.kitti import CLASSES, load_kitti
 
 
 @META_ARCH_REGISTRY.register()

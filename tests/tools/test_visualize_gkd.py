@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import calm
 
 from gkd_d2.config import detector_config
-from gkd_d2.data.toy_kitti import make_toy_kitti
+from gkd_d2.data.toy import make_toy_kitti
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""What detectors cost: operations and time for one image, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from detectron2.structures import Boxes
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+from gkd_d2.utils.progress import track
+
+
+def random_image(size: tuple[int, int], device: str = "cpu") -> Tensor:
+    """An image of random pixels, the same at every call.
+
+    Args:
+        size: height and width.
+        device: where it lies.
+
+    Returns:
+        float32, 3,H,W, in [0, 255].
+    """
+    return (255 * torch.rand(3, *size, generator=torch.Generator().manual_seed(0))).to(device)
+
+
+class _Flat(nn.Module):
+    """A detector with tensors for arguments and results, as fvcore's counter asks for."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        fields = self.model([{"image": image}])[0]["instances"].get_fields().values()
+        return tuple(value.tensor if isinstance(value, Boxes) else value for value in fields)
+
+
+def gflops(model: nn.Module, image: Tensor) -> float:
+    """Billions of operations for one image by fvcore's counter, which counts a multiplication with its addition as one.
+
+    Args:
+        model: a Detectron2 detector in eval mode. What its heads do depends on what they are given to look at.
+        image: C,H,W, on the model's device.
+    """
+    with torch.no_grad():
+        count = FlopCountAnalysis(_Flat(model), (image,))
+        return count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total() / 1e9
+
+
+def milliseconds(models: Sequence[nn.Module], image: Tensor, *, repeats: int, warm_up: int = 2) -> list[float]:
+    """The median time of every model for one image, the models taking turns. Shows its progress.
+
+    Args:
+        models: Detectron2 detectors in eval mode, on the image's device.
+        image: C,H,W.
+        repeats: turns that count.
+        warm_up: turns before them.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        turns = warm_up + repeats
+        for turn in track(range(turns), total=turns, title="turns of the time's measurement"):
+            for model, measured in zip(models, times):
+                begin = _now(image)
+                model([{"image": image}])
+                elapsed = _now(image) - begin
+                if turn >= warm_up:
+                    measured.append(1e3 * elapsed)
+    return [statistics.median(measured) for measured in times]
+
+
+def _now(image: Tensor) -> float:
+    """Seconds, once the image's device has done all it was given."""
+    if image.is_cuda:
+        torch.cuda.synchronize(image.device)
+    return time.perf_counter()

@@ -1,0 +1,208 @@
+"""The training loader: a batch is a function of the seed, the process and the iteration alone.
+
+Detectron2's loader draws the augmentations from whatever state its workers' generators are in, and starts its order of
+images anew at a resume. Here every sample has a random stream of its own, so that a resumed run sees what an
+uninterrupted one would, two runs of one seed see the same, and the number of workers changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts, samplers
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gkd_d2.utils.random_streams import mix_seed, separate_data_stream
+from gkd_d2.utils.text import counted
+
+
+class SeededDataset(Dataset):
+    """Maps samples, each within its own random stream.
+
+    Args:
+        dicts: dataset dicts in Detectron2's form.
+        mapper: dataset dict -> training sample; it may change the dict.
+        seed: >= 0.
+    """
+
+    def __init__(self, dicts: list[dict], mapper: Callable[[dict], dict], seed: int):
+        # Serialised: every access is a fresh copy, and workers share the memory.
+        self._dicts = DatasetFromList(dicts, copy=False)
+        self._mapper = mapper
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._dicts)
+
+    def __getitem__(self, sample: tuple[int, int]) -> dict:
+        """
+        Args:
+            sample: its position in the stream of all samples of all processes, and the number of its dict.
+        """
+        position, index = sample
+        with separate_data_stream(mix_seed(self._seed, position)):
+            return self._mapper(self._dicts[index])
+
+
+class BatchSampler(Sampler):
+    """Groups the endless stream of one process into batches.
+
+    Args:
+        sampler: yields the numbers of this process's images, endlessly; a sampler of Detectron2.
+        batch_size: images a batch.
+        groups: for every image the group it belongs to; a batch holds images of one group. None: all in one.
+
+    Attributes:
+        first: number of the batch to start with, counted from 0.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, groups: list[bool] | None):
+        self.first = 0
+        self._sampler = sampler
+        self._batch_size = batch_size
+        self._groups = groups
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.first, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[bool, list[tuple[int, int]]] = {}
+        for number, index in enumerate(self._sampler):
+            batch = waiting.setdefault(self._groups[index] if self._groups else False, [])
+            batch.append((number * self._world_size + self._rank, index))
+            if len(batch) == self._batch_size:
+                yield list(batch)
+                batch.clear()
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoader:
+    """An endless loader of lists of samples, SOLVER.IMS_PER_BATCH over all processes.
+
+    Its ``batch_sampler`` is a :class:`BatchSampler`: set ``first`` before iterating to start in the middle.
+
+    Args:
+        cfg: SEED must be >= 0.
+        mapper: dataset dict -> training sample.
+
+    Raises:
+        ValueError: the batch can't be shared evenly, SEED is negative, no image is left to train on, or an option is
+            unknown or lacks data.
+    """
+    if cfg.SEED < 0:
+        raise ValueError(f"SEED is {cfg.SEED}, but the order of the images needs a seed >= 0")
+    check_batch(cfg, comm.get_world_size())
+    model = cfg.MODEL
+    try:
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if model.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if model.LOAD_PROPOSALS else None,
+        )
+    # Where no image is left, and where a dataset is empty.
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, in which no image is left to train on ({error}): "
+            "with DATALOADER.FILTER_EMPTY_ANNOTATIONS, images without objects are left out"
+        ) from error
+    groups = _wide(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    return DataLoader(
+        SeededDataset(dicts, mapper, cfg.SEED),
+        batch_sampler=BatchSampler(_build_sampler(cfg, dicts), batch_size, groups),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+        worker_init_fn=_outlive_sigterm,
+    )
+
+
+def check_batch(cfg: CfgNode, processes: int) -> None:
+    """Check that the processes of a run can share its batch evenly.
+
+    Args:
+        cfg: with a SOLVER.REFERENCE_WORLD_SIZE above 0 the batch belongs to that number of processes, and Detectron2
+            scales it to ``processes``.
+        processes: their number.
+
+    Raises:
+        ValueError: they can't; the message gives the nearest batches that work.
+    """
+    batch, parts, reference = (cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "ACCUMULATE_STEPS", "REFERENCE_WORLD_SIZE"))
+    if parts < 1:
+        raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {parts}, but must be >= 1")
+    shares = (reference or processes) * parts
+    if batch > 0 and batch % shares == 0:
+        return
+    below, above = batch // shares * shares, (max(batch, 0) // shares + 1) * shares
+    found = counted(reference or processes, "process", "processes")
+    found += " of SOLVER.REFERENCE_WORLD_SIZE" if reference else ""
+    of_parts = f" in {parts} parts each, as SOLVER.ACCUMULATE_STEPS says" if parts > 1 else ""
+    raise ValueError(
+        f"SOLVER.IMS_PER_BATCH is {batch}, which can't be shared evenly by {found}{of_parts}: set it to "
+        f"{f'{below} or ' if below > 0 else ''}{above}"
+    )
+
+
+def _build_sampler(cfg: CfgNode, dicts: list[dict]) -> Sampler:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return samplers.TrainingSampler(len(dicts), seed=cfg.SEED)
+    if name == "RepeatFactorTrainingSampler":
+        kind = samplers.RepeatFactorTrainingSampler
+        factors = kind.repeat_factors_from_category_frequency(dicts, cfg.DATALOADER.REPEAT_THRESHOLD)
+        return kind(factors, seed=cfg.SEED)
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}, but must be 'TrainingSampler' or 'RepeatFactorTrainingSampler'"
+    )
+
+
+def _wide(dicts: list[dict]) -> list[bool]:
+    """For each image whether it is wider than high, by which Detectron2 groups images."""
+    for record in dicts:
+        if "width" not in record or "height" not in record:
+            raise ValueError(
+                f"{record.get('file_name', 'an image')} has no 'width' and 'height' in its dataset dict, but "
+                "DATALOADER.ASPECT_RATIO_GROUPING needs them: add them, or set it to False"
+            )
+    return [record["width"] > record["height"] for record in dicts]
+
+
+@contextlib.contextmanager
+def outliving_sigterm() -> Iterator[None]:
+    """Within it a loader's workers start such that SIGTERM does not end them before they can handle it; see below.
+
+    Where the trainer's own process was spawned they are, too, and import all modules anew: that takes seconds.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Slurm signals every process of a job; a worker that died of it would keep the trainer from saving.
+
+    Only the trainer's own SIGTERM, which Python sends to its workers when it ends, is obeyed.
+    """
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS, which has no Slurm either
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()

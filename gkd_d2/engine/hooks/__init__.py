@@ -1,0 +1,18 @@
+"""Hooks for Detectron2's trainers: checkpoints, the watch over the distillation losses, pictures, float16's scale."""
+
+from gkd_d2.engine.hooks.checkpoints import PeriodicSaver, SaveOnSigterm, release_sigterm
+from gkd_d2.engine.hooks.distillation import add_distillation_hooks
+from gkd_d2.engine.hooks.gradient_scale import GradientScale
+from gkd_d2.engine.hooks.pictures import PeriodicPicture
+from gkd_d2.engine.hooks.watch import DeadLossError, LossWatch
+
+__all__ = [
+    "DeadLossError",
+    "GradientScale",
+    "LossWatch",
+    "PeriodicPicture",
+    "PeriodicSaver",
+    "SaveOnSigterm",
+    "add_distillation_hooks",
+    "release_sigterm",
+]

@@ -1,0 +1,105 @@
+"""Hooks that save: every so many iterations, and where SIGTERM asks a run to end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import HookBase
+from detectron2.utils import comm
+
+from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermWatch
+from gkd_d2.engine.train_step import TrainStep
+
+
+class PeriodicSaver(HookBase):
+    """Saves a checkpoint every so many iterations and at the end.
+
+    It is called in all processes: what only one of them knows is part of a checkpoint, which Detectron2's
+    PeriodicCheckpointer, called in the main process alone, can't gather.
+
+    Args:
+        period: in iterations.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+
+    def __init__(self, period: int):
+        if period < 1:
+            raise ValueError(f"SOLVER.CHECKPOINT_PERIOD is {period}, but must be >= 1")
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter:
+            self.trainer.save("model_final")
+        elif done % self._period == 0:
+            self.trainer.save(f"model_{self.trainer.iter:07d}")
+
+
+class SaveOnSigterm(HookBase):
+    """On SIGTERM, which Slurm sends before a time limit, finishes the iteration, saves and ends the process.
+
+    Where the iteration does not end within GRACE_SECONDS of :mod:`gkd_d2.engine.sigterm`, as in the middle of an
+    evaluation or waiting for a process that is gone, the process ends without saving; the same where the checkpoint is
+    not written within as many again.
+
+    Attributes:
+        watch: over the signal; to be released after the training.
+
+    Raises:
+        SystemExit: with EXIT_BY_SIGTERM, in all processes, when the checkpoint is written.
+    """
+
+    def __init__(self):
+        self.watch = SigtermWatch()
+
+    def before_train(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            logging.getLogger(__name__).warning(
+                "Training runs in another thread than the main one, where Python handles no signals: SIGTERM will end "
+                "the process without saving"
+            )
+            return
+        self.watch.start()
+
+    def after_step(self) -> None:
+        # One process may get the signal an iteration before another.
+        if not any(comm.all_gather(self.watch.asked)):
+            return
+        self.watch.extend()
+        done = self.trainer.iter + 1 >= self.trainer.max_iter
+        name = "model_final" if done else f"model_{self.trainer.iter:07d}"
+        if saves_in_all_processes(self.trainer):
+            self.trainer.save(name)
+        else:
+            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+        comm.synchronize()
+        logging.getLogger(__name__).warning(
+            "Stopped by SIGTERM after iteration %d; its state is saved: go on with --resume", self.trainer.iter
+        )
+        raise SystemExit(EXIT_BY_SIGTERM)
+
+
+class EndOfWatch(HookBase):
+    """The last hook: what others do after the training, such as the last evaluation, is not waited for, either."""
+
+    def __init__(self, on_sigterm: SaveOnSigterm):
+        self._watch = on_sigterm.watch
+
+    def after_train(self) -> None:
+        self._watch.release()
+
+
+def release_sigterm(trainer: DefaultTrainer) -> None:
+    """Leave SIGTERM to whoever handled it before a training, also where a hook failed ahead of the one that does so."""
+    for hook in trainer._hooks:
+        if isinstance(hook, SaveOnSigterm):
+            hook.watch.release()
+
+
+def saves_in_all_processes(trainer: DefaultTrainer) -> bool:
+    """Whether it is gkd_d2's own trainer, which saves in all processes; Detectron2's saves in the main one alone."""
+    return isinstance(trainer._trainer, TrainStep)

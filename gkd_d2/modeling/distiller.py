@@ -1,0 +1,350 @@
+"""GKDDistiller: the meta-architecture that trains a student under a frozen teacher."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from gkd_d2.config import architecture_key, detector_config, teacher_config
+from gkd_d2.methods import Level, Method, build_method
+from gkd_d2.modeling.align import AlignConvs, in_one_dtype
+from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
+from gkd_d2.modeling.observation import Listener, Observation, boxes_of
+from gkd_d2.modeling.one_pass import detection_losses
+from gkd_d2.modeling.pairing import check_pair, check_sizes, check_trained, pair_levels, without_unlabelled_heads
+from gkd_d2.modeling.split import SplitDetector, split_detector
+from gkd_d2.modeling.state_names import name_as_student
+from gkd_d2.modeling.summary import log_summary
+from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher
+from gkd_d2.modeling.trainer_keys import TrainerKeys
+from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.utils.registries import build_detector
+from gkd_d2.utils.user_modules import import_modules
+
+_NOT_WATCHED = """\
+Nothing watches this distillation: a loss without a gradient, or one that swamps the detection losses, goes unnoticed,
+and GKD.VIS_PERIOD draws nothing. With a DefaultTrainer add, before trainer.train():
+    from gkd_d2.engine.hooks import add_distillation_hooks
+    add_distillation_hooks(trainer)
+In a loop of your own set distiller.listeners, to [] if you don't want to measure."""
+
+
+@META_ARCH_REGISTRY.register()
+class GKDDistiller(nn.Module):
+    """A student detector that learns from its own losses and from the features of a frozen teacher.
+
+    In training it returns the student's loss dictionary with those of a method of distillation added; otherwise it is
+    the student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
+    ``align.``: a checkpoint of it loads into the plain student, and one of the plain student into it.
+
+    Attributes:
+        gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
+            the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
+            a gradient scaler sets it to the scale.
+        listeners: what is told of each training batch. None: nobody has set it, which the first training forward
+            warns of.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: FrozenTeacher,
+        student_features: list[str],
+        teacher_features: list[str],
+        method: Method,
+        warmup_iters: int = 0,
+        one_pass: bool = True,
+        seed: int = 0,
+        announce: Callable[[], None] | None = None,
+        trainer_keys: TrainerKeys | None = None,
+    ):
+        """
+        Args:
+            student: a detector that :func:`gkd_d2.modeling.split.split_detector` knows.
+            teacher: built and loaded.
+            student_features: names of the student's levels to distil.
+            teacher_features: the teacher's names of the same levels.
+            method: the losses by which the student imitates the teacher.
+            warmup_iters: over so many iterations their weights grow linearly to their values.
+            one_pass: whether one backward pass through the student's heads serves the distillation and the training
+                step, which must then give all detection losses one common weight.
+            seed: of the random stream that initialises the align convolutions.
+            announce: called once, at the first training step, to say what is distilled.
+            trainer_keys: what the config asks of the trainer; checked in each training forward.
+
+        Raises:
+            ValueError: an option is out of range, or the student lacks what the method needs.
+        """
+        super().__init__()
+        if warmup_iters < 0:
+            raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
+        self.one_pass = one_pass
+        self._announce = announce
+        self._checked = False
+        self.student = student
+        self.student_features = student_features
+        self.teacher_features = teacher_features
+        self.method = method
+        self.warmup_iters = warmup_iters
+        self.gradient_scale = 1.0
+        self.listeners: list[Listener] | None = None
+        self._trainer_keys = trainer_keys
+        self._teacher = teacher
+        self._split: SplitDetector = split_detector(student)
+        if method.needs_anchors:
+            # A level without any is refused here, before the first step.
+            self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
+        with separate_random_stream(torch.device("cpu"), seed):
+            self.align = self._build_align()
+        name_as_student(self)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Build the method, the student, then the teacher, and check that they belong together."""
+        # In a script of the user's own, whose config read_config has not read.
+        import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
+        method = build_method(cfg)
+        student_cfg = detector_config(cfg)
+        teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
+        student = build_detector(student_cfg, architecture_key(cfg))
+        split = split_detector(student)
+        seed = max(cfg.SEED, 0)
+        teacher = build_teacher(teacher_cfg, seed)
+        check_pair(split, teacher.split, student_cfg, teacher_cfg)
+        student_features, teacher_features = pair_levels(
+            split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
+        )
+        inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
+        if inherited:
+            warn_of_other_heads(student_cfg, teacher_cfg)
+        pairs = list(zip(student_features, teacher_features))
+        return {
+            "student": student,
+            "teacher": teacher,
+            "student_features": student_features,
+            "teacher_features": teacher_features,
+            "method": method,
+            "warmup_iters": cfg.GKD.WARMUP_ITERS,
+            "one_pass": cfg.GKD.ONE_PASS,
+            "seed": seed,
+            "announce": functools.partial(
+                log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
+            ),
+            "trainer_keys": TrainerKeys.from_config(cfg),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """The student's device."""
+        return self.student.device
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # By the names of a checkpoint, the student's, fvcore looks up the modules of tensors that do not fit.
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None or name not in student._modules:
+                raise
+            return student._modules[name]
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher, which is no submodule."""
+        return self._teacher.model
+
+    def forward(self, batched_inputs: list[dict]):
+        """
+        Args:
+            batched_inputs: as for Detectron2's meta-architectures.
+
+        Returns:
+            In training a dictionary of scalar losses: the student's own, and those of the method, already weighted.
+            Otherwise the student's detections. Without a weight above 0, or where gradients are disabled, the student's
+            own training forward, untouched.
+
+        Raises:
+            RuntimeError: a level carries no gradient, or the two networks' features differ in size.
+            ValueError: a loss of the method has the name of one of the student's, or the trainer ignores a key of the
+                config, see :class:`gkd_d2.modeling.trainer_keys.TrainerKeys`; or, in the first training forward, as
+                :meth:`check_finite`.
+        """
+        # Without gradients there is nothing to imitate by: a validation loss and PreciseBN are the student's own.
+        if not (self.training and torch.is_grad_enabled()):
+            return self.student(batched_inputs)
+        self._begin()
+        if not self.method:
+            return self.student(batched_inputs)
+        self._check_trainer(batched_inputs)
+        listeners = [listener for listener in self.listeners if listener.due()]
+        seen = self.observe(
+            batched_inputs,
+            student_grad=self.method.needs_student_grad or bool(listeners),
+            teacher_grad=self.method.needs_teacher_grad or any(listener.needs_teacher_grad for listener in listeners),
+        )
+        for listener in listeners:
+            listener(seen)
+        losses = self.distil(seen, seen.student, range(len(seen.student)))
+        taken = seen.losses.keys() & losses.keys()
+        if taken:
+            raise ValueError(f"GKD.METHOD calls a loss {taken.pop()}, which is the name of one of the student's own")
+        return {**seen.losses, **losses}
+
+    def listen(self, listener: Listener) -> None:
+        """Tell a listener of the training batches to come; one that listens already is not told twice."""
+        if listener not in (self.listeners or ()):
+            self.listeners = [*(self.listeners or ()), listener]
+
+    def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
+        """Run both networks on a training batch, in training mode and within an EventStorage.
+
+        Args:
+            batched_inputs: with ground truth.
+            student_grad: whether the student's gradients at its features are computed.
+            teacher_grad: whether the teacher's are.
+
+        Raises:
+            RuntimeError: a level carries no gradient, or the two networks' features differ in size.
+        """
+        teacher, teacher_gradients = self._teacher.features(
+            batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale
+        )
+        images, features = self._split.features(batched_inputs)
+        check_trained(features, self.student_features)
+        losses, student_gradients = detection_losses(
+            self._split,
+            images,
+            features,
+            batched_inputs,
+            self.student_features,
+            with_gradients=student_grad,
+            # Gradients that are only looked at now and then must leave no trace in the bits of a training.
+            one_pass=self.one_pass and self.method.needs_student_grad,
+            scale=self.gradient_scale,
+        )
+        student = [features[name] for name in self.student_features]
+        check_sizes(self.student_features, student, teacher)
+        return Observation(
+            batched_inputs=batched_inputs,
+            images=images,
+            losses=losses,
+            student=student,
+            student_grad=student_gradients,
+            teacher=teacher,
+            teacher_grad=teacher_gradients,
+            boxes=boxes_of(batched_inputs, self.device),
+            scale=self.gradient_scale,
+            anchors=self._anchors(student) if self.method.needs_anchors else None,
+        )
+
+    def distil(self, seen: Observation, student: list[Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
+        """The method's losses of some levels of a batch, weighted.
+
+        Args:
+            seen: by :meth:`observe`, with the gradients that the method needs.
+            student: the student's features of these levels, before alignment; they may be other tensors than those in
+                ``seen``, of the same values.
+            levels: their numbers among the distilled ones.
+
+        Returns:
+            Key of a loss -> scalar, for the losses of a weight above 0.
+        """
+        names = [self.student_features[level] for level in levels]
+        teacher = [seen.teacher[level] for level in levels]
+        student_grad = teacher_grad = None
+        if self.method.needs_student_grad:
+            student_grad = self.align.align_gradients(names, [seen.student_grad[level] for level in levels])
+        if self.method.needs_teacher_grad:
+            teacher_grad = [seen.teacher_grad[level] for level in levels]
+        student, teacher, student_grad, teacher_grad = in_one_dtype(
+            self.align.align_features(names, student), teacher, student_grad, teacher_grad
+        )
+        parts = [
+            Level(
+                student=student[index],
+                teacher=teacher[index],
+                boxes=seen.boxes,
+                image_size=seen.image_size,
+                student_grad=student_grad and student_grad[index],
+                teacher_grad=teacher_grad and teacher_grad[index],
+                anchors=seen.anchors,
+                index=level,
+            )
+            for index, level in enumerate(levels)
+        ]
+        losses = self.method(parts, self.warmup_factor())
+        # A method may compute a loss of weight 0 along with others: it is neither logged nor drawn.
+        return {key: losses[key] for key in self.method.active()}
+
+    def warmup_factor(self) -> float:
+        """What the weights are multiplied by at the iteration of the EventStorage; in (0, 1]."""
+        return min(1.0, (get_event_storage().iter + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+
+    def check_finite(self) -> None:
+        """Refuse networks that hold infinite or NaN values before they are trained.
+
+        Raises:
+            ValueError: the teacher, the student or an align convolution does.
+        """
+        check_finite(self.teacher, "the teacher's", "GKD.TEACHER.WEIGHTS")
+        check_finite(self.student, "the student's")
+        check_finite(self.align, "the align convolutions'")
+
+    def teacher_is_finite(self, batched_inputs: list[dict]) -> bool:
+        """Whether the teacher's features of a training batch are, and their gradients where the method needs them."""
+        try:
+            features, gradients = self._teacher.features(
+                batched_inputs,
+                self.teacher_features,
+                with_gradients=self.method.needs_teacher_grad,
+                scale=self.gradient_scale,
+            )
+        except FloatingPointError:
+            return False
+        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ())))
+
+    def _begin(self) -> None:
+        """In the first training forward, when weights are loaded: look at them, and say what is distilled."""
+        if not self._checked:
+            self.check_finite()
+            self._checked = True
+        if self._announce is not None:
+            self._announce()
+            self._announce = None
+
+    def _check_trainer(self, batched_inputs: list[dict]) -> None:
+        if self._trainer_keys is not None:
+            self._trainer_keys.check(len(batched_inputs), self.device.type)
+        if self.listeners is None:
+            self.listeners = []
+            if comm.is_main_process():
+                logging.getLogger(__name__).warning(_NOT_WATCHED)
+
+    def _build_align(self) -> AlignConvs:
+        """One convolution for every level whose channels differ; none where no loss would train it."""
+        if not self.method:
+            return AlignConvs({})
+        ours, theirs = self._split.output_shape(), self._teacher.split.output_shape()
+        pairs = zip(self.student_features, self.teacher_features)
+        return AlignConvs({name: (ours[name].channels, theirs[other].channels) for name, other in pairs})
+
+    def _anchors(self, student: list[Tensor]) -> list[Tensor]:
+        """The student's own, at the distilled levels."""
+        found = self._split.anchors(dict(zip(self.student_features, student)))
+        return [found[name] for name in self.student_features]
+
+    def _apply(self, fn, recurse=True):
+        # The teacher is no submodule, but follows the student to its device.
+        self._teacher.to(fn)
+        return super()._apply(fn, recurse)

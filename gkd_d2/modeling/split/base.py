@@ -1,0 +1,129 @@
+"""A detector as two calls: features from images, losses from given features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+
+class SplitDetector(ABC):
+    """A detector as two calls, with what distillation must know about it. It owns no state.
+
+    Attributes:
+        model: the Detectron2 meta-architecture.
+        running_attributes: names of numbers that ``model`` holds outside its state_dict and its losses update.
+    """
+
+    running_attributes: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def features(self, batched_inputs: list[dict]) -> tuple[ImageList, dict[str, Tensor]]:
+        """Normalise and pad the images, and run the backbone.
+
+        Args:
+            batched_inputs: as for Detectron2's meta-architectures.
+
+        Returns:
+            The padded batch and the backbone's features, level name -> N,C,H,W.
+        """
+        images = self.model.preprocess_image(batched_inputs)
+        return images, self.model.backbone(images.tensor)
+
+    @abstractmethod
+    def losses(self, images: ImageList, features: dict[str, Tensor], batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The detection losses of given features.
+
+        Args:
+            images: from :meth:`features`.
+            features: level name -> N,C,H,W.
+            batched_inputs: with ground truth in "instances".
+
+        Returns:
+            The meta-architecture's own loss dictionary.
+        """
+
+    @abstractmethod
+    def head_features(self) -> set[str]:
+        """Names of the levels that the heads use."""
+
+    @abstractmethod
+    def head_modules(self) -> list[nn.Module]:
+        """The modules behind the features; they return losses only in training mode."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of object classes."""
+
+    def head_of(self, name: str) -> str:
+        """The head that a tensor of the model belongs to. A student inherits heads whole or not at all.
+
+        Args:
+            name: of a tensor in the model's state_dict, outside the backbone.
+
+        Returns:
+            By default the first part of the name.
+        """
+        return name.partition(".")[0]
+
+    def anchor_generator(self) -> tuple[nn.Module, list[str]] | None:
+        """What makes the anchors, and the names of the levels it is called with; None where there are no anchors."""
+        return None
+
+    def anchors(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The detector's own anchors at some levels.
+
+        Args:
+            features: level name -> N,C,H,W.
+
+        Returns:
+            Level name -> H,W,A,4, xyxy in pixels of the padded batch: A anchors in each cell.
+
+        Raises:
+            ValueError: a level has no anchors.
+        """
+        generator, levels = self.anchor_generator() or (None, [])
+        absent = [name for name in features if name not in levels]
+        if absent:
+            raise ValueError(
+                f"GKD.METHOD asks for anchors, but {type(self.model).__name__} has none at {', '.join(absent)}: choose "
+                "another method, or other GKD.FEATURES; a split of your own names its anchors by anchor_generator, see "
+                "docs/own_detector.md"
+            )
+        # The generator wants all its levels; of those that are not asked for a single cell will do.
+        single = next(iter(features.values())).new_empty((0, 0, 1, 1))
+        found = generator([features.get(name, single) for name in levels])
+        return {
+            name: boxes.tensor.view(*features[name].shape[2:], -1, 4)
+            for name, boxes in zip(levels, found)
+            if name in features
+        }
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every level."""
+        return self.model.backbone.output_shape()
+
+    def pooled_features(self) -> set[str]:
+        """Names of the levels that are max-pooled copies of another level, as p6 of a Faster R-CNN."""
+        backbone = self.model.backbone
+        if not (isinstance(backbone, FPN) and isinstance(backbone.top_block, LastLevelMaxPool)):
+            return set()
+        by_stride = sorted(self.output_shape().items(), key=lambda item: item[1].stride)
+        return {name for name, _ in by_stride[-backbone.top_block.num_levels :]}
+
+    def instances(self, batched_inputs: list[dict]) -> list[Instances]:
+        """The ground truth of a training batch, on the model's device.
+
+        Raises:
+            ValueError: an image has none.
+        """
+        if any("instances" not in x for x in batched_inputs):
+            raise ValueError("a training batch holds an image without 'instances': distillation needs ground truth")
+        return [x["instances"].to(self.model.device) for x in batched_inputs]

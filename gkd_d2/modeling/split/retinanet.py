@@ -1,0 +1,47 @@
+"""The split of RetinaNet."""
+
+from __future__ import annotations
+
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
+from detectron2.utils.events import get_event_storage
+
+from gkd_d2.modeling.split.base import SplitDetector
+from gkd_d2.modeling.split.registry import register_split
+
+
+@register_split(RetinaNet)
+class SplitRetinaNet(SplitDetector):
+    """RetinaNet of Detectron2 0.5 and later."""
+
+    running_attributes = ("loss_normalizer",)
+
+    def losses(self, images, features, batched_inputs):
+        model, instances = self.model, self.instances(batched_inputs)
+        levels = [features[name] for name in model.head_in_features]
+        if hasattr(model, "forward_training"):
+            return model.forward_training(images, levels, model.head(levels), instances)
+        # Detectron2 0.5 has these steps inside its forward only.
+        anchors = model.anchor_generator(levels)
+        logits, deltas = model.head(levels)
+        logits = [permute_to_N_HWA_K(x, model.num_classes) for x in logits]
+        deltas = [permute_to_N_HWA_K(x, 4) for x in deltas]
+        labels, boxes = model.label_anchors(anchors, instances)
+        losses = model.losses(anchors, logits, labels, deltas, boxes)
+        if model.vis_period > 0 and get_event_storage().iter % model.vis_period == 0:
+            results = model.inference(anchors, logits, deltas, images.image_sizes)
+            model.visualize_training(batched_inputs, results)
+        return losses
+
+    def head_features(self):
+        return set(self.model.head_in_features)
+
+    def head_modules(self):
+        return [self.model.head]
+
+    def anchor_generator(self):
+        return self.model.anchor_generator, self.model.head_in_features
+
+    @property
+    def num_classes(self):
+        return self.model.num_classes

@@ -1,0 +1,122 @@
+"""The teacher: a detector that is asked for features and their gradients, and never changes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from gkd_d2.modeling.feature_gradients import feature_gradients
+from gkd_d2.modeling.split import SplitDetector, split_detector
+from gkd_d2.utils.checkpoint import CompleteCheckpointer
+from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.utils.registries import build_detector
+
+
+def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
+    """Build a teacher and load its weights, drawing nothing from the global random stream.
+
+    Args:
+        cfg: from :func:`gkd_d2.config.teacher_config`.
+        seed: of the teacher's random stream, >= 0.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
+        ValueError: a name in the config is not registered, the meta-architecture has no split, or a tensor holds
+            infinite or NaN values.
+    """
+    with separate_random_stream(torch.device("cpu"), seed):
+        model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
+    CompleteCheckpointer(model).load_weights(
+        cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
+    )
+    check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
+    return FrozenTeacher(model, seed)
+
+
+def hold_norms(model: nn.Module) -> None:
+    """Put norms and dropout into evaluation mode, so that running statistics stay and are used."""
+    for module in model.modules():
+        if isinstance(module, (_NormBase, _DropoutNd)):
+            module.eval()
+
+
+class FrozenTeacher:
+    """A detector whose parameters, buffers, running statistics and moving averages stay as they are.
+
+    It is no ``nn.Module`` on purpose: so it is no part of the distiller's state_dict, optimizer or
+    DistributedDataParallel.
+
+    Args:
+        model: a detector that :func:`gkd_d2.modeling.split.split_detector` knows; frozen in place.
+        seed: of its random stream; each iteration and process draws from its own part of it, so that a resumed run
+            draws what an uninterrupted one would.
+    """
+
+    def __init__(self, model: nn.Module, seed: int):
+        self.model = model
+        self.split: SplitDetector = split_detector(model)
+        self._seed = seed
+        model.requires_grad_(False).eval()
+        # Heads return losses only in training mode.
+        for head in self.split.head_modules():
+            head.train()
+        hold_norms(model)
+
+    def to(self, apply) -> None:
+        """Apply ``apply`` to every tensor, as :meth:`nn.Module._apply` does for ``.to``, ``.cuda`` and the like."""
+        self.model._apply(apply)
+
+    def features(
+        self, batched_inputs: list[dict], levels: list[str], *, with_gradients: bool, scale: float = 1.0
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The teacher's features and the gradient of its own detection loss with respect to them.
+
+        Args:
+            batched_inputs: the student's augmented batch with its ground truth.
+            levels: names of the teacher's levels.
+            with_gradients: whether the losses and gradients are computed at all.
+            scale: of the gradients; see :func:`gkd_d2.modeling.split.feature_gradients`.
+
+        Returns:
+            One feature N,C,H,W a level, and one gradient N,C,H,W a level, times ``scale``, or None.
+
+        Raises:
+            RuntimeError: a level has no part in the losses.
+            FloatingPointError: its region proposals are infinite or NaN.
+        """
+        with torch.no_grad():
+            images, features = self.split.features(batched_inputs)
+        wanted = [features[name] for name in levels]
+        if not with_gradients:
+            return wanted, None
+        leaves = {name: feature.detach().requires_grad_(name in levels) for name, feature in features.items()}
+        with self._own_streams():
+            try:
+                losses = self.split.losses(images, leaves, batched_inputs)
+            except FloatingPointError as error:
+                # Detectron2's text would blame the training.
+                raise FloatingPointError(
+                    "The teacher's own losses can't be computed: its predicted boxes or scores are infinite or NaN."
+                ) from error
+        return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
+
+    @contextlib.contextmanager
+    def _own_streams(self):
+        """The teacher's own random draws, names of scalars and moving averages, none of which outlives the call."""
+        storage = get_event_storage()
+        attributes = vars(self.model)
+        averages = {k: attributes[k] for k in self.split.running_attributes if k in attributes}
+        seed = self._seed + storage.iter * comm.get_world_size() + comm.get_rank()
+        with separate_random_stream(self.model.device, seed), storage.name_scope("teacher"):
+            yield
+        for name in self.split.running_attributes:
+            attributes.pop(name, None)
+        attributes.update(averages)

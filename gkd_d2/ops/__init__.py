@@ -1,1 +1,0 @@
-"""The imitation losses as computations on tensors: ``reference`` in plain PyTorch, ``fused`` in the extension."""

@@ -1,0 +1,236 @@
+"""What can't be exported is an error before anything is written."""
+
+import logging
+import resource
+
+import detectron2
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import cat
+from detectron2.modeling import build_model
+from PIL import Image
+from tiny import calm, detector_config, needs_exporter
+
+from gkd_d2.export import ExportError, export_student, sample_image
+from gkd_d2.export.checkpoint import stock_config, to_half
+from gkd_d2.export.torchscript import make_script
+from gkd_d2.modeling.student import load_student
+
+
+@pytest.fixture
+def retinanet(tmp_path):
+    """The config of a tiny RetinaNet that detects something, and a checkpoint of it."""
+    cfg = detector_config("retinanet")
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": calm(build_model(cfg)).state_dict()}, path)
+    return cfg, path
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A file of 200 x 60 pixels, blue on the left, red on the right."""
+    image = Image.new("RGB", (200, 60), "red")
+    image.paste("blue", (0, 0, 100, 60))
+    image.save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def keys(cfg, start=""):
+    for key, value in cfg.items():
+        yield start + key
+        if hasattr(value, "items"):
+            yield from keys(value, f"{start}{key}.")
+
+
+def test_config_has_the_keys_of_a_stock_config_alone(distiller_config, tmp_path):
+    cfg = distiller_config("faster")
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.MODEL.MINE = 1
+    cfg.SOLVER.MAX_ITER = 77
+    cfg.OUTPUT_DIR = "output/gkd_frcnn"
+    plain = stock_config(cfg, tmp_path / "model.pth")
+    assert list(keys(plain)) == list(keys(get_cfg()))
+    assert plain.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert plain.MODEL.WEIGHTS == str(tmp_path / "model.pth")
+    assert plain.OUTPUT_DIR == get_cfg().OUTPUT_DIR
+    # The rest is as it was, the device that the student was trained on too.
+    assert plain.MODEL.DEVICE == "cuda"
+    assert plain.MODEL.RPN == cfg.MODEL.RPN
+    assert plain.INPUT == cfg.INPUT
+    assert plain.SOLVER.MAX_ITER == 77
+
+
+def test_an_export_stays_unless_forced(retinanet, tmp_path):
+    cfg, path = retinanet
+    output = tmp_path / "out"
+    export_student(cfg, path, output)
+    (output / "model.ts").write_text("of an earlier export")
+    first = (output / "model.pth").read_bytes()
+    with pytest.raises(FileExistsError, match=r"out holds model.pth, config.yaml, model.ts already: .* --force"):
+        export_student(cfg, path, output, half=True)
+    assert (output / "model.pth").read_bytes() == first
+    export_student(cfg, path, output, half=True, force=True)
+    assert len((output / "model.pth").read_bytes()) < 0.6 * len(first)
+    # It would not be the script of the new weights.
+    assert not (output / "model.ts").exists()
+
+
+def test_an_export_that_can_not_be_written_changes_nothing(retinanet, tmp_path):
+    cfg, path = retinanet
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    export_student(cfg, path, tmp_path / "out")
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        for folder in ("out", "new/below"):
+            with pytest.raises(OSError, match=rf"{folder}/model.pth can't be written \(.*File too large\)"):
+                export_student(cfg, path, tmp_path / folder, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == kept
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_not_replaced_by_its_export(retinanet, tmp_path):
+    cfg, path = retinanet
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    with pytest.raises(ValueError, match="is the folder of the checkpoint, whose config.yaml must stay"):
+        export_student(cfg, path, tmp_path, force=True)
+    assert (tmp_path / "config.yaml").read_text() == cfg.dump()
+    assert not (tmp_path / "model.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda state: state.pop("head.cls_score.bias"), ValueError, "fit the student .* unset: head.cls_score.bias"),
+        (
+            lambda state: state["head.cls_score.weight"].fill_(7e4),
+            ValueError,
+            "up to 7e.04, beyond the 65504 .* --fp16",
+        ),
+    ],
+)
+def test_nothing_is_written_where_something_is_wrong(retinanet, tmp_path, spoil, error, message):
+    cfg, path = retinanet
+    state = torch.load(path)["model"]
+    spoil(state)
+    torch.save({"model": state}, path)
+    with pytest.raises(error, match=message):
+        export_student(cfg, path, tmp_path / "out", half=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_broken_checkpoints_are_named(retinanet, tmp_path):
+    cfg, path = retinanet
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no last_checkpoint: name a checkpoint"):
+        load_student(cfg, tmp_path / "empty")
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*model_0000009.pth"):
+        load_student(cfg, tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="the checkpoint .*model_final.pth is damaged: it ends too early"):
+        load_student(cfg, path)
+
+
+def test_a_folder_whose_last_checkpoint_is_unreadable_gives_its_newest(retinanet, tmp_path, caplog, monkeypatch):
+    cfg, path = retinanet
+    # A tool that ran in this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff")
+    state = load_student(cfg, tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in torch.load(path)["model"].items() if name in state)
+    assert f"{tmp_path}/last_checkpoint is no text: {path} is taken, the newest checkpoint there" in caplog.text
+
+
+def test_half_precision_changes_the_outputs_a_little(retinanet, tmp_path):
+    cfg, path = retinanet
+    exact = load_student(cfg, path)
+    rounded = load_student(cfg, export_student(cfg, path, tmp_path / "out", half=True)["checkpoint"])
+    state = torch.load(tmp_path / "out" / "model.pth")["model"]
+    assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
+    image = 255 * torch.rand(1, 3, 96, 128)
+    outputs = []
+    for model in (exact, rounded):
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        features = model.backbone((image - model.pixel_mean) / model.pixel_std)
+        outputs.append(cat([level.flatten() for part in model.head(list(features.values())) for level in part]))
+    difference = (outputs[0] - outputs[1]).abs().max().item()
+    assert 0 < difference < 2e-3 * outputs[0].abs().max().item()
+
+
+def test_half_precision_keeps_the_modules_versions(retinanet):
+    state = load_student(*retinanet).state_dict()
+    assert to_half(state)._metadata == state._metadata
+
+
+def test_sample_image_is_what_the_predictor_sees(retinanet, picture):
+    cfg, _ = retinanet
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 50, 120
+    image = sample_image(cfg, picture)
+    # 60 x 200 scaled by 120 / 200. Its left half is blue, the first channel of BGR.
+    assert image.shape == (3, 36, 120)
+    assert image.dtype == torch.float32
+    assert image[:, 18, 10].tolist() == [255, 0, 0]
+    cfg.DATASETS.TEST = ("unheard_of",)
+    with pytest.raises(ExportError, match="DATASETS.TEST names unheard_of, .* name an image by --image"):
+        sample_image(cfg)
+
+
+@needs_exporter
+def test_a_script_that_detects_differently_is_refused(retinanet):
+    model = load_student(*retinanet)
+    image = 255 * torch.rand(3, 96, 128)
+    make_script(model, image)
+
+    # The tracer takes the float for a constant: it is the width of the first image that the script sees.
+    def shift(module, inputs, outputs):
+        outputs[0]["instances"].pred_boxes.tensor += float(inputs[0][0]["image"].shape[2])
+
+    model.register_forward_hook(shift)
+    with pytest.raises(
+        ExportError, match=r"of 72 x 96 pixels: (\d+) of the model's \1 detections and \1 of the script's"
+    ):
+        make_script(model, image)
+
+
+@needs_exporter
+def test_the_order_of_detections_does_not_matter(retinanet):
+    model = load_student(*retinanet)
+
+    def turn_round(module, inputs, outputs):
+        if torch.jit.is_tracing():
+            outputs[0]["instances"] = outputs[0]["instances"][torch.arange(99, -1, -1)]
+
+    model.register_forward_hook(turn_round)
+    image = 255 * torch.rand(3, 96, 128)
+    scores = make_script(model, image)(image)[2]
+    assert scores[0] < scores[-1]
+
+
+@needs_exporter
+def test_a_script_that_was_not_checked_is_refused(retinanet):
+    cfg, path = retinanet
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 1.0
+    with pytest.raises(ExportError, match="detects nothing on the sample image, .* by --image"):
+        make_script(load_student(cfg, path), 255 * torch.rand(3, 96, 128))
+
+
+def test_scripts_of_other_detectors_are_refused():
+    with pytest.raises(ExportError, match="knows GeneralizedRCNN and RetinaNet, the student is a Linear"):
+        make_script(torch.nn.Linear(1, 1), torch.rand(3, 96, 128))
+
+
+@needs_exporter
+def test_what_detectron2_can_not_script_is_named():
+    """v0.5 leaves a Python function in Cascade R-CNN's inference."""
+    model = calm(build_model(detector_config("cascade"))).eval()
+    image = 255 * torch.rand(3, 96, 128)
+    if detectron2.__version__ != "0.5":
+        assert len(make_script(model, image)(image)) == 4
+        return
+    with pytest.raises(ExportError, match="2 0.5 can't make a TorchScript of a GeneralizedRCNN with CascadeROIHeads: "):
+        make_script(model, image)

@@ -1,0 +1,95 @@
+"""What a run says it distils."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import calm, training_batch
+
+from gkd_d2.losses import fused
+
+
+def summary(cfg, caplog, steps=1):
+    """The lines that a training logs at its beginning."""
+    distiller = build_model(cfg).train()
+    calm(distiller.student)
+    with EventStorage(), caplog.at_level(logging.INFO, logger="gkd_d2"):
+        for _ in range(steps):
+            distiller(training_batch())
+    (text,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Training a student")]
+    return text.splitlines()
+
+
+def test_five_lines(distiller_config, caplog):
+    cfg = distiller_config("faster", channels=8)
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
+    cfg.GKD.WARMUP_ITERS = 500
+    cfg.GKD.FEATURES = ["p3", "p4"]
+    assert summary(cfg, caplog, steps=2) == [
+        "Training a student GeneralizedRCNN with a teacher GeneralizedRCNN:",
+        "  method:  gkd, weights gradient 0.02, box 0.001, image 0.001 (off: attention); weights ramp up over 500 "
+        "iterations",
+        "  levels:  p3 (8 to 16 channels, aligned), p4 (8 to 16 channels, aligned)",
+        "  losses:  computed by the compiled extension, on cpu",
+        "  heads:   not inherited from the teacher (GKD.STUDENT.INIT_FROM_TEACHER is False)",
+        f"  teacher: {cfg.GKD.TEACHER.WEIGHTS}, described by {cfg.GKD.TEACHER.CONFIG_FILE}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "text"),
+    [
+        (("GKD.IMPLEMENTATION", "reference"), 3, "PyTorch (GKD.IMPLEMENTATION is reference)"),
+        (("GKD.METHOD", "fitnet"), 1, "fitnet, weights fitnet 1"),
+        (("GKD.METHOD", "fitnet"), 3, "computed by PyTorch"),
+        (("GKD.METHOD", "none"), 1, "none, without a loss of a weight above 0: the student learns from the ground"),
+        (("GKD.STUDENT.INIT_FROM_TEACHER", True), 4, "inherited from the teacher: proposal_generator, roi_heads.box"),
+    ],
+)
+def test_other_choices(options, line, text, distiller_config, caplog):
+    cfg = distiller_config()
+    cfg.merge_from_list(list(options))
+    assert text in summary(cfg, caplog)[line]
+
+
+def test_missing_extension_is_the_reason(distiller_config, caplog, monkeypatch):
+    monkeypatch.setattr(fused, "_load_error", "the extension gkd_d2._C is not built: build it")
+    assert summary(distiller_config(), caplog)[3].endswith(
+        "computed by PyTorch, which is slower: the extension gkd_d2._C is not built: build it"
+    )
+
+
+USER_SCRIPT = """
+import sys
+from detectron2.engine import default_setup
+from detectron2.config import get_cfg
+import gkd_d2, logging
+cfg = get_cfg()
+cfg.OUTPUT_DIR = sys.argv[1]
+default_setup(cfg, None)
+logging.getLogger("gkd_d2.modeling.distiller").info("a message of the package")
+"""
+
+
+def python(*arguments) -> subprocess.CompletedProcess:
+    """Run Python with its warnings on."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_messages_appear_where_detectron2s_do(tmp_path):
+    """In a user's own script, which knows Detectron2's set-up alone."""
+    done = python("-c", USER_SCRIPT, tmp_path)
+    assert done.stdout.count("gkd_d2.modeling.distiller]: a message of the package") == 1
+    assert "gkd_d2.modeling.distiller INFO: a message of the package" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("tool", ["compare_runs.py", "train_net.py"])
+def test_no_warning_comes_before_a_tools_output(tool, project):
+    assert python(project / "tools" / tool, "--help").stderr == ""

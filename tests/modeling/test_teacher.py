@@ -1,0 +1,141 @@
+"""A teacher gives features and gradients, and nothing of it changes."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import ARCHITECTURES, detector_config, training_batch
+
+from gkd_d2.config import teacher_config
+from gkd_d2.modeling.split import split_detector
+from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher
+
+
+def plain_state(model):
+    """Every tensor and every plain number that the model holds."""
+    numbers = {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float))
+    }
+    return copy.deepcopy(dict(model.state_dict())), numbers
+
+
+@pytest.mark.parametrize("kind", ["faster", "cascade", "mask", "retinanet"])
+def test_nothing_changes(kind):
+    teacher = FrozenTeacher(build_model(detector_config(kind)), seed=0)
+    before, numbers = plain_state(teacher.model)
+    level = "p4"
+    with EventStorage():
+        for _ in range(3):
+            features, gradients = teacher.features(training_batch(masks=kind == "mask"), [level], with_gradients=True)
+    after, numbers_after = plain_state(teacher.model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert numbers == numbers_after
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    assert not features[0].requires_grad
+    assert not gradients[0].requires_grad
+    assert gradients[0].abs().sum() > 0
+
+
+def test_norm_and_dropout_of_the_heads_stay_in_evaluation():
+    model = build_model(detector_config("retinanet"))
+    model.head.cls_subnet.append(torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.Dropout()))
+    teacher = FrozenTeacher(model, seed=0)
+    norm, dropout = teacher.model.head.cls_subnet[-1]
+    assert teacher.model.head.training
+    assert not (norm.training or dropout.training or teacher.model.backbone.training)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gradients_equal_an_independent_computation(kind):
+    model = build_model(detector_config(kind))
+    teacher = FrozenTeacher(copy.deepcopy(model), seed=5)
+    batch = training_batch()
+    levels = ["p3", "p5"]
+    with EventStorage():
+        features, gradients = teacher.features(batch, levels, with_gradients=True)
+        split = split_detector(model.eval())
+        for head in split.head_modules():
+            head.train()
+        images, own = split.features(batch)
+        own = {name: f.detach().requires_grad_() for name, f in own.items()}
+        torch.manual_seed(5)
+        sum(split.losses(images, own, batch).values()).backward()
+    for level, feature, gradient in zip(levels, features, gradients):
+        assert torch.equal(feature, own[level])
+        assert torch.equal(gradient, own[level].grad)
+
+
+def test_own_random_stream_and_names(distiller_config):
+    teacher_cfg = teacher_config(distiller_config("faster"))
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    teacher = build_teacher(teacher_cfg, seed=0)
+    batch = training_batch()
+    torch.manual_seed(11)
+    with EventStorage() as storage:
+        first = teacher.features(batch, ["p2"], with_gradients=True)[1]
+        again = teacher.features(batch, ["p2"], with_gradients=True)[1]
+        storage.step()
+        later = teacher.features(batch, ["p2"], with_gradients=True)[1]
+        assert storage.histories()
+        assert all(name.startswith("teacher/") for name in storage.histories())
+    assert torch.equal(expected, torch.rand(3))
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], later[0])
+
+
+def test_no_losses_without_need():
+    teacher = FrozenTeacher(build_model(detector_config("faster")), seed=0)
+    features, gradients = teacher.features(training_batch(), ["p2"], with_gradients=False)
+    assert gradients is None
+    assert features[0].shape[:2] == (2, 16)
+
+
+def test_number_of_proposals(distiller_config):
+    """The student goes on with its own."""
+    cfg = distiller_config("faster")
+    cfg.GKD.TEACHER.ROI_BATCH_SIZE = 8
+    distiller = build_model(cfg).train()
+    with EventStorage() as storage:
+        distiller(training_batch())
+    for prefix, count in (("teacher/", 8), ("", 32)):
+        sampled = [storage.history(f"{prefix}roi_head/num_{kind}_samples").latest() for kind in ("fg", "bg")]
+        assert sum(sampled) == count
+
+
+def test_unset_parameters_are_listed(distiller_config, tmp_path):
+    cfg = distiller_config("faster")
+    state = torch.load(tmp_path / "teacher.pth")
+    del state["model"]["roi_heads.box_predictor.cls_score.bias"]
+    state["model"]["backbone.fpn_output3.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match="leaves 2 of the model's parameters unset") as error:
+        build_teacher(teacher_config(cfg), seed=0)
+    for part in (
+        "GKD.TEACHER.WEIGHTS",
+        "roi_heads.box_predictor.cls_score.bias",
+        "backbone.fpn_output3.weight: (2, 2) in the checkpoint, (16, 16, 3, 3) in the model",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["weights", "config"])
+def test_a_teacher_that_is_not_finite_is_refused(part, distiller_config, tmp_path):
+    """Numbers that float32 can't hold become infinite as they are loaded."""
+    cfg = distiller_config("faster")
+    if part == "weights":
+        state = torch.load(tmp_path / "teacher.pth")
+        name = "roi_heads.box_predictor.bbox_pred.weight"
+        state["model"][name] = state["model"][name].double().fill_(1e300)
+        torch.save(state, tmp_path / "teacher.pth")
+    else:
+        path, name = tmp_path / "teacher.yaml", "pixel_std"
+        path.write_text(path.read_text().replace("57.375", ".nan"))
+    with pytest.raises(ValueError, match=f"infinite or NaN values in the teacher's {name}: GKD.TEACHER.WEIGHTS must"):
+        build_teacher(teacher_config(cfg), seed=0)
