@@ -1,4 +1,4 @@
-"""The table of the config's keys, with each default and the comment that stands above it in gkd_d2/config.py.
+"""The table of the config's keys, with each default and the comment that stands above it in gkd_d2/config/keys.py.
 
 python -m gkd_d2.config_docs > docs/configuration.md
 """
@@ -23,7 +23,7 @@ HEAD = f"""\
 
 The keys that `gkd_d2.add_gkd_config` adds to those of Detectron2. They are set in a config file, or as `KEY VALUE` at
 the end of the command line. Of Detectron2's own, `MODEL.DEVICE` may also be `auto` for the tools of this project:
-`cuda` where torch finds a GPU, else `cpu`. This page is made from the comments in gkd_d2/config.py by
+`cuda` where torch finds a GPU, else `cpu`. This page is made from the comments in gkd_d2/config/keys.py by
 
     {COMMAND}
 """

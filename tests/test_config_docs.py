@@ -1,4 +1,4 @@
-"""docs/configuration.md is made from the comments of gkd_d2/config.py."""
+"""docs/configuration.md is made from the comments of gkd_d2/config/keys.py."""
 
 import pytest
 from detectron2.config import CfgNode, get_cfg

@@ -18,9 +18,10 @@ import sys
 from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.resume import ResumeError, settle_seed
 from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
-from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
+from gkd_d2.engine.trainer import Trainer
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.command_line import parse_options_first
 from gkd_d2.utils.finite import check_finite

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gkd_d2.config import read_distiller_config
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.engine.hooks.pictures import picture_of
+from gkd_d2.engine.pictures import take_picture
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.teacher import hold_norms
@@ -107,7 +107,7 @@ def picture(distiller: GKDDistiller, mapper: FileNamingMapper, record: dict, see
     batch = [mapper(record)]
     with EventStorage(), separate_random_stream(distiller.device, seed):
         seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
-    return picture_of(distiller, seen)
+    return take_picture(distiller, seen)
 
 
 def main() -> None:

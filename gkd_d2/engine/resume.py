@@ -1,14 +1,16 @@
-"""What a checkpoint tells of the run that wrote it, and what a run that resumes it does otherwise."""
+"""What a resumed run takes over: its seed, and what its checkpoint tells of the run that wrote it."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import DISTILLER, config_differences, teacher_config, with_absolute_teacher
+from gkd_d2.utils.config_merge import read_yaml
 
 # Keys that may change at a resume without changing what is trained.
 _IRRELEVANT = (
@@ -30,6 +32,51 @@ _IRRELEVANT = (
 # Nodes of a teacher's config that say how it was trained, or what the student's config says for both.
 _IRRELEVANT_OF_TEACHER = (*_IRRELEVANT, "CUDNN_BENCHMARK", "DATALOADER", "DATASETS", "GKD", "INPUT", "SEED", "SOLVER")
 _COUNTS = ("number of processes", "number of images")
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint can't be resumed with the config of the run."""
+
+
+def settle_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
+    """Draw a seed where SEED is negative, for all processes alike; a resumed run keeps the one it had.
+
+    Args:
+        cfg: of the run; its OUTPUT_DIR/config.yaml names the seed of the run that is resumed.
+        resume: whether a run in OUTPUT_DIR is resumed.
+
+    Returns:
+        A frozen config whose SEED is >= 0.
+
+    Raises:
+        ResumeError: OUTPUT_DIR/config.yaml is damaged, or no config.
+    """
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if resume and os.path.isfile(path):
+        cfg.SEED = _seed_of(path)
+    # The main process writes the file anew soon after.
+    comm.synchronize()
+    cfg.freeze()
+    return cfg
+
+
+def _seed_of(path: str) -> int:
+    """SEED of the config of an earlier start."""
+    try:
+        seed = read_yaml(path)["SEED"]
+        if isinstance(seed, int) and seed >= 0:
+            return seed
+        reason = f"{path}: SEED is {seed!r}, but must be a whole number >= 0"
+    except (KeyError, TypeError):
+        reason = f"{path} holds no SEED"
+    except ValueError as error:
+        reason = str(error)
+    raise ResumeError(f"{reason}. The run draws its seed, and can't be resumed without the one it had: set SEED to it")
 
 
 def describe_run(cfg: CfgNode, images: int) -> dict:

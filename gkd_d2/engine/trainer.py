@@ -8,10 +8,9 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -21,66 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.data.build import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.engine.first_lines import FirstLines
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
-from gkd_d2.engine.hooks import PeriodicSaver, add_distillation_hooks, release_sigterm
+from gkd_d2.engine.hooks import FirstLines, PeriodicSaver, add_distillation_hooks, release_sigterm
 from gkd_d2.engine.output import naming_output
-from gkd_d2.engine.resume import describe_run, run_differences
+from gkd_d2.engine.resume import ResumeError, describe_run, run_differences, settle_seed
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.engine.writers import build_writers
-from gkd_d2.evaluation import CompletingCOCOEvaluator, KITTIEvaluator, evaluator_type
+from gkd_d2.evaluation import build_evaluator
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.split import load_running_state, running_state
 from gkd_d2.utils.checkpoint import StudentCheckpointer
-from gkd_d2.utils.config_merge import read_yaml
 from gkd_d2.utils.finite import check_finite
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ResumeError(RuntimeError):
-    """A checkpoint can't be resumed with the config of the run."""
-
-
-def settle_seed(cfg: CfgNode, *, resume: bool) -> CfgNode:
-    """Draw a seed where SEED is negative, for all processes alike; a resumed run keeps the one it had.
-
-    Args:
-        cfg: of the run; its OUTPUT_DIR/config.yaml names the seed of the run that is resumed.
-        resume: whether a run in OUTPUT_DIR is resumed.
-
-    Returns:
-        A frozen config whose SEED is >= 0.
-
-    Raises:
-        ResumeError: OUTPUT_DIR/config.yaml is damaged, or no config.
-    """
-    if cfg.SEED >= 0:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = comm.shared_random_seed()
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if resume and os.path.isfile(path):
-        cfg.SEED = _seed_of(path)
-    # The main process writes the file anew soon after.
-    comm.synchronize()
-    cfg.freeze()
-    return cfg
-
-
-def _seed_of(path: str) -> int:
-    """SEED of the config of an earlier start."""
-    try:
-        seed = read_yaml(path)["SEED"]
-        if isinstance(seed, int) and seed >= 0:
-            return seed
-        reason = f"{path}: SEED is {seed!r}, but must be a whole number >= 0"
-    except (KeyError, TypeError):
-        reason = f"{path} holds no SEED"
-    except ValueError as error:
-        reason = str(error)
-    raise ResumeError(f"{reason}. The run draws its seed, and can't be resumed without the one it had: set SEED to it")
 
 
 class Trainer(DefaultTrainer):
@@ -323,16 +275,8 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: the dataset's ``evaluator_type`` is another.
         """
-        metadata = MetadataCatalog.get(dataset_name)
-        kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        if not metadata.get("kitti_labelled", True):
-            return KITTIEvaluator(dataset_name, folder, write_results=True)
-        _convert_to_coco(dataset_name, folder)
-        coco = CompletingCOCOEvaluator(dataset_name, output_dir=folder)
-        if kind == "coco":
-            return coco
-        return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=cfg.GKD.KITTI_RESULTS), coco])
+        return build_evaluator(dataset_name, folder, kitti_results=cfg.GKD.KITTI_RESULTS)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
@@ -360,21 +304,6 @@ class Trainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}
-
-
-def _convert_to_coco(dataset_name: str, folder: str) -> None:
-    """Write a dataset's ground truth in COCO's form anew, once a process.
-
-    COCOEvaluator would do so, but takes a file that an earlier run left in ``folder`` even if the data have changed.
-    """
-    metadata = MetadataCatalog.get(dataset_name)
-    if metadata.get("json_file") is not None:
-        return
-    path = os.path.join(folder, f"{dataset_name}_coco_format.json")
-    if comm.is_main_process():
-        convert_to_coco_json(dataset_name, path, allow_cached=False)
-    comm.synchronize()
-    metadata.json_file = path
 
 
 def _distributed(model: nn.Module) -> nn.Module:

@@ -15,7 +15,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from gkd_d2.config import config_differences, detector_config
-from gkd_d2.engine.trainer import ResumeError, Trainer, settle_seed
+from gkd_d2.engine.resume import ResumeError, settle_seed
+from gkd_d2.engine.trainer import Trainer
 
 
 def test_a_given_seed_stays_and_a_drawn_one_is_kept_at_a_resume(training, tmp_path):

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 
 from gkd_d2.analysis.runs import Run
-from gkd_d2.config import get_cfg
 from gkd_d2.engine.preflight import _weights
 from gkd_d2.modeling.student import find_checkpoint
 from gkd_d2.utils.checkpoint import CompleteCheckpointer, DamagedCheckpointError, StudentCheckpointer

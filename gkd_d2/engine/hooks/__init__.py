@@ -2,12 +2,14 @@
 
 from gkd_d2.engine.hooks.checkpoints import PeriodicSaver, SaveOnSigterm, release_sigterm
 from gkd_d2.engine.hooks.distillation import add_distillation_hooks
+from gkd_d2.engine.hooks.first_lines import FirstLines
 from gkd_d2.engine.hooks.gradient_scale import GradientScale
 from gkd_d2.engine.hooks.pictures import PeriodicPicture
 from gkd_d2.engine.hooks.watch import DeadLossError, LossWatch
 
 __all__ = [
     "DeadLossError",
+    "FirstLines",
     "GradientScale",
     "LossWatch",
     "PeriodicPicture",

@@ -16,8 +16,8 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
     """Give a trainer what a distillation needs of it and hooks can do, ahead of what saves, evaluates and writes.
 
     These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch`,
-    :class:`PeriodicPicture` where GKD.VIS_PERIOD asks for it and, for Detectron2's AMPTrainer, :class:`GradientScale`.
-    To be called in all processes, before ``train``; a second call adds nothing.
+    :class:`PeriodicPicture` and, for Detectron2's AMPTrainer, :class:`GradientScale`. To be called in all processes,
+    before ``train``; a second call adds nothing.
 
     Args:
         trainer: Detectron2's DefaultTrainer or a class derived from it.
@@ -33,8 +33,7 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
         if isinstance(trainer._trainer, AMPTrainer):
             added.append(GradientScale(distiller))
         keys = trainer.cfg.GKD
-        if keys.VIS_PERIOD != 0:
-            added.append(PeriodicPicture(distiller, keys.VIS_PERIOD))
+        added.append(PeriodicPicture(distiller, keys.VIS_PERIOD))
         added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
     on_sigterm = SaveOnSigterm()
     added.append(on_sigterm)

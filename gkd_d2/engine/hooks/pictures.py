@@ -6,10 +6,9 @@ from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from gkd_d2.engine.pictures import take_picture
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Listener, Observation
-from gkd_d2.modeling.split import split_detector
-from gkd_d2.visualize.picture import Picture, take_picture
 
 
 class PeriodicPicture(HookBase, Listener):
@@ -17,16 +16,16 @@ class PeriodicPicture(HookBase, Listener):
 
     Args:
         distiller: some weight is above 0.
-        period: in iterations.
+        period: in iterations; 0: never.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: ``period`` is negative.
     """
 
     needs_teacher_grad = True
 
     def __init__(self, distiller: GKDDistiller, period: int):
-        if period < 1:
+        if period < 0:
             raise ValueError(f"GKD.VIS_PERIOD is {period}, but must be >= 0")
         self._distiller = distiller
         self._period = period
@@ -38,33 +37,13 @@ class PeriodicPicture(HookBase, Listener):
     def due(self) -> bool:
         # An iteration may consist of several forwards, of which the first is drawn.
         iteration = get_event_storage().iter
-        return iteration % self._period == 0 and iteration != self._last
+        return self._period > 0 and iteration % self._period == 0 and iteration != self._last
 
     def __call__(self, seen: Observation) -> None:
         self._last = get_event_storage().iter
-        picture = picture_of(self._distiller, seen)
+        picture = take_picture(self._distiller, seen)
         if comm.is_main_process():
             # matplotlib is for runs that draw.
             from gkd_d2.visualize.draw import draw, render
 
             get_event_storage().put_image("gkd/maps_and_detections", render(draw(picture)).transpose(2, 0, 1))
-
-
-def picture_of(distiller: GKDDistiller, seen: Observation) -> Picture:
-    """The first image of a batch as both networks see it. Nothing of the distiller changes, nor a random stream.
-
-    Args:
-        distiller: that made the observation.
-        seen: with the gradients of both networks.
-    """
-    shapes = split_detector(distiller.student).output_shape()
-    return take_picture(
-        seen.batched_inputs[0],
-        seen.image_size,
-        {name: shapes[name].stride for name in distiller.student_features},
-        (seen.student, seen.student_grad),
-        (seen.teacher, seen.teacher_grad),
-        student=distiller.student,
-        teacher=distiller.teacher,
-        rectifier=distiller.method.rectifier,
-    )

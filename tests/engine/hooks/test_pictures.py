@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage, TensorboardXWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import ARCHITECTURES, training_batch
 
-from gkd_d2.engine.hooks.pictures import PeriodicPicture, picture_of
+from gkd_d2.engine.hooks import PeriodicPicture
+from gkd_d2.engine.pictures import take_picture
 from gkd_d2.losses import box_context_mask, gradient_map
 
 TAG = "gkd/maps_and_detections"
@@ -96,7 +97,7 @@ def test_a_picture_holds_what_both_networks_make_of_the_first_image(kind, half, 
     batch[0].update(height=900, width=1200)
     with EventStorage(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
-        taken = picture_of(distiller, seen)
+        taken = take_picture(distiller, seen)
     assert seen.student[0].dtype == (torch.bfloat16 if half else torch.float32)
 
     assert taken.image.shape == (90, 120, 3)
@@ -132,7 +133,7 @@ def test_differences_add_up_to_the_loss_of_an_aligned_student(distiller_config):
     distiller = build_model(cfg).train()
     batch = training_batch(((96, 128),))
     with EventStorage():
-        taken = picture_of(distiller, distiller.observe(batch, student_grad=True, teacher_grad=True))
+        taken = take_picture(distiller, distiller.observe(batch, student_grad=True, teacher_grad=True))
         loss = distiller(batch)["loss_gkd_gradient"]
     total = sum((level.teacher - level.student).abs().mean() for level in taken.levels)
     assert 0.5 * total.item() == pytest.approx(loss.item(), rel=1e-3)

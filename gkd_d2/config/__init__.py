@@ -1,0 +1,19 @@
+"""The config node GKD and what follows from it."""
+
+from gkd_d2.config.detectors import architecture_key, detector_architecture, detector_config, teacher_config
+from gkd_d2.config.differences import config_differences
+from gkd_d2.config.keys import DISTILLER, add_gkd_config
+from gkd_d2.config.read import read_config, read_distiller_config, with_absolute_teacher
+
+__all__ = [
+    "DISTILLER",
+    "add_gkd_config",
+    "architecture_key",
+    "config_differences",
+    "detector_architecture",
+    "detector_config",
+    "read_config",
+    "read_distiller_config",
+    "teacher_config",
+    "with_absolute_teacher",
+]

@@ -1,0 +1,128 @@
+"""The keys that this project adds to those of Detectron2."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+# MODEL.META_ARCHITECTURE of a config of this project.
+DISTILLER = "GKDDistiller"
+
+
+def add_gkd_config(cfg: CfgNode) -> None:
+    """Add the node GKD, and two keys of SOLVER, with their defaults to a Detectron2 config.
+
+    Args:
+        cfg: changed in place; the student is described by its MODEL node.
+    """
+    cfg.GKD = CfgNode()
+
+    # Python modules of your own, imported before the config is used: what they register can be named in it, such as
+    # datasets, meta-architectures, backbones and methods. In a teacher's config file: those that the teacher needs.
+    cfg.GKD.IMPORTS = []
+
+    cfg.GKD.STUDENT = CfgNode()
+    # Meta-architecture of the student: GeneralizedRCNN or RetinaNet. All else about it stands in MODEL.
+    cfg.GKD.STUDENT.META_ARCHITECTURE = ""
+    # Start the student with the teacher's heads, as the authors' configs do; recommended. A head is copied whole where
+    # all its tensors have equal shapes in both networks; a warning names each head that is not. MODEL.WEIGHTS and a
+    # resumed checkpoint are loaded later and replace what they hold.
+    cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
+
+    cfg.GKD.TEACHER = CfgNode()
+    # The teacher's own training config. A relative path is looked for in the working folder, then in the folder of the
+    # config file that sets this key, which may be a _BASE_ of --config-file.
+    cfg.GKD.TEACHER.CONFIG_FILE = ""
+    # The teacher's checkpoint; it must set every parameter of the teacher. A relative path is looked for in the same
+    # two folders.
+    cfg.GKD.TEACHER.WEIGHTS = ""
+    # Names of the teacher's levels, one for each of GKD.FEATURES, where they differ from the student's.
+    cfg.GKD.TEACHER.FEATURES = []
+    # Proposals an image that a teacher with ROI heads samples for its gradients; 0: as many as its own config says.
+    # Fewer are cheaper and make its gradient maps noisier: docs/benchmarks.md.
+    cfg.GKD.TEACHER.ROI_BATCH_SIZE = 0
+
+    # Levels to distil. Empty: those that the heads of both networks use, without max-pooled copies of others.
+    cfg.GKD.FEATURES = []
+
+    # What the student imitates: gkd (gradient maps and BMFI), fitnet (all cells alike), fgfi (cells near objects), fgd
+    # (foreground and background, by the teacher's attention), pkd (correlation of channels), none (nothing: the student
+    # is trained alone), or a method of your own, see docs/own_method.md.
+    cfg.GKD.METHOD = "gkd"
+    # Options of a method of your own: whatever keys it reads.
+    cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
+
+    # Of gkd: weights of its four losses; at 0.0 a loss is not computed. The defaults, without the attention loss,
+    # are those that taught both kinds of detector on toy scenes: docs/results.md. tools/suggest_weights.py measures how
+    # hard they pull with yours.
+    cfg.GKD.LOSS_WEIGHTS = CfgNode()
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.02
+    cfg.GKD.LOSS_WEIGHTS.BOX = 1e-2
+    cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
+    cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
+    # Of gkd: temperature of the attention softmax, > 0.
+    cfg.GKD.TEMPERATURE = 0.5
+    # Of gkd: what weighs channels and cells in the imitation: gradient, attention or uniform.
+    cfg.GKD.WEIGHTING = "gradient"
+    # Of gkd: what makes the gradient maps non-negative: abs or relu.
+    cfg.GKD.RECTIFIER = "abs"
+    # Of gkd: who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
+    cfg.GKD.IMPLEMENTATION = "auto"
+
+    cfg.GKD.FITNET = CfgNode()
+    # Of fitnet: weight of its loss. The paper has none for detectors; tools/suggest_weights.py proposes one.
+    cfg.GKD.FITNET.WEIGHT = 1.0
+
+    cfg.GKD.FGFI = CfgNode()
+    # Of fgfi: weight of its loss, as in the authors' code.
+    cfg.GKD.FGFI.WEIGHT = 0.01
+    # Of fgfi: a cell is near an object if one of its anchors overlaps it by more than this part of the largest overlap
+    # of any anchor; at least 0 and below 1. The paper's psi, and its value.
+    cfg.GKD.FGFI.THRESHOLD = 0.5
+    # Of fgfi: whether the largest overlap, and the number of cells by which the loss is divided, are those of all
+    # levels (together), or those of each level by itself (separate), so that each object is imitated at each level.
+    cfg.GKD.FGFI.LEVELS = "together"
+
+    cfg.GKD.FGD = CfgNode()
+    # Of fgd: weights of its three losses, alpha, beta and gamma of the paper. The values are those of the public code
+    # for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4 and 5e-4.
+    cfg.GKD.FGD.FOREGROUND_WEIGHT = 5e-5
+    cfg.GKD.FGD.BACKGROUND_WEIGHT = 2.5e-5
+    cfg.GKD.FGD.ATTENTION_WEIGHT = 5e-5
+    # Of fgd: temperature of the attention softmax, > 0, as in the public code.
+    cfg.GKD.FGD.TEMPERATURE = 0.5
+
+    cfg.GKD.PKD = CfgNode()
+    # Of pkd: weight of its loss. MMRazor's configs have 6 for Faster R-CNN and 10 for RetinaNet.
+    cfg.GKD.PKD.WEIGHT = 6.0
+
+    # Over so many iterations the weights of the method's losses grow linearly to their values; 0: no ramp.
+    cfg.GKD.WARMUP_ITERS = 0
+
+    # One backward pass through the student's heads serves both the gradients that the method needs and the training
+    # step. It is the gradient of the sum of the detection losses: a trainer that weighs them must set this to False,
+    # for a second pass, and gets an error otherwise.
+    cfg.GKD.ONE_PASS = True
+
+    # Every so many iterations each loss is measured at each level: its value and its gradient's size in proportion to
+    # the detection loss's, as gkd_value/* and gkd_ratio/* in metrics.json and TensorBoard; the ratios are logged too.
+    cfg.GKD.WATCH_PERIOD = 20
+    # So many iterations in a row in which the gradient of a loss at a level is exactly 0 or not finite stop the run.
+    # A gradient of 0 does not count where no image of the batch has a box.
+    cfg.GKD.WATCH_PATIENCE = 20
+    # A loss whose gradient is more than this many times that of the detection losses is warned of, once in a run, with
+    # the weight that would suit; > 0.
+    cfg.GKD.WATCH_MAX_RATIO = 10.0
+
+    # Every so many iterations a picture of the first image of the batch goes to TensorBoard: gradient maps, box context
+    # mask and detections of both networks; 0: never. It needs a loss weight above 0 and changes nothing else.
+    cfg.GKD.VIS_PERIOD = 0
+
+    # Write the detections of datasets of KITTI's form in KITTI's result format too, one file an image, into
+    # OUTPUT_DIR/inference/<dataset>/kitti_results. For kitti_test, which has no labels, that is always done.
+    cfg.GKD.KITTI_RESULTS = False
+
+    # A batch of SOLVER.IMS_PER_BATCH images is computed in so many parts one after the other, to save memory; their
+    # gradients are averaged, as those of so many GPUs would be. An iteration stays one batch and one step.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Of autocast where SOLVER.AMP.ENABLED is set: float16 (on GPUs, with a gradient scaler) or bfloat16.
+    cfg.SOLVER.AMP.DTYPE = "float16"

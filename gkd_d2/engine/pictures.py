@@ -1,0 +1,88 @@
+"""Pictures of what both networks see in an image, taken without a trace in a training."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import Instances
+from PIL import Image
+from torch import Tensor, nn
+
+from gkd_d2.losses import box_context_mask, gradient_map
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.observation import Observation
+from gkd_d2.modeling.split import split_detector
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.visualize.picture import LevelMaps, Picture
+
+
+@torch.no_grad()
+def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
+    """The first image of a batch as both networks see it.
+
+    It changes nothing of the distiller: no parameter, buffer, mode or random stream. The student's maps are those of
+    its features before alignment, which equal those of the aligned ones.
+
+    Args:
+        distiller: in training mode.
+        seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
+    """
+    batched_input, rectifier = seen.batched_inputs[0], distiller.method.rectifier
+    truth = batched_input["instances"].to("cpu")
+    shapes = split_detector(distiller.student).output_shape()
+    levels = []
+    for level, name in enumerate(distiller.student_features):
+        ours, theirs = (
+            gradient_map(features[level][:1], gradients[level][:1], rectifier)[0].float().cpu()
+            for features, gradients in ((seen.student, seen.student_grad), (seen.teacher, seen.teacher_grad))
+        )
+        mask = box_context_mask([truth.gt_boxes.tensor.float()], seen.image_size, tuple(ours.shape))[0]
+        levels.append(LevelMaps(name, shapes[name].stride, teacher=theirs, student=ours, mask=mask))
+    return Picture(
+        image=_rgb(batched_input["image"], distiller.student.input_format),
+        padded_size=seen.image_size,
+        levels=levels,
+        truth=truth,
+        teacher=detect(distiller.teacher, batched_input),
+        student=detect(distiller.student, batched_input),
+    )
+
+
+def detect(model: nn.Module, batched_input: dict) -> Instances:
+    """The detections of a model in evaluation mode, which is left as it was, with the random streams.
+
+    Args:
+        model: a Detectron2 meta-architecture, in any mode.
+        batched_input: the image.
+
+    Returns:
+        Instances on the CPU, in pixels of ``batched_input["image"]`` itself.
+    """
+    height, width = batched_input["image"].shape[-2:]
+    # Evaluation knows no autocast.
+    autocast = torch.autocast(model.device.type, enabled=False)
+    with _evaluating(model), separate_random_stream(model.device, 0), autocast:
+        (output,) = model([{**batched_input, "height": height, "width": width}])
+    return output["instances"].to("cpu")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    """Evaluation mode without gradients; then every module's own mode again, as they may differ."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _rgb(image: Tensor, channel_order: str) -> np.ndarray:
+    """C,H,W in INPUT.FORMAT -> H,W,3 of uint8."""
+    pixels = convert_image_to_rgb(image.permute(1, 2, 0).to("cpu", torch.uint8), channel_order)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).convert("RGB"))

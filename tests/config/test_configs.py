@@ -1,0 +1,110 @@
+"""The configs of this project."""
+
+import os
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+
+from gkd_d2.config import config_differences, detector_config, read_config, teacher_config
+
+DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
+
+
+def read(path, *opts):
+    return read_config(str(path), list(opts))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_kitti_configs(project, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = read(project / "configs" / f"gkd_{name}_kitti.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "GKDDistiller"
+    assert cfg.GKD.STUDENT.INIT_FROM_TEACHER
+    student, teacher = detector_config(cfg), teacher_config(cfg)
+    baseline = read(project / "configs" / "baselines" / f"{name}_kitti.yaml")
+    assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert (student.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (50, 101)
+    assert student.MODEL.WEIGHTS.endswith("ImageNetPretrained/MSRA/R-50.pkl")
+    assert teacher.MODEL.WEIGHTS == cfg.GKD.TEACHER.WEIGHTS
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).OUTPUT_DIR == os.path.dirname(cfg.GKD.TEACHER.WEIGHTS)
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.WARMUP_ITERS) == (16, 500)
+    # Of RetinaNet as in Detectron2's own config, and with the authors' limit on gradients.
+    assert solver.BASE_LR == (0.02 if name == "frcnn" else 0.01)
+    assert solver.CLIP_GRADIENTS.ENABLED == (name == "retinanet")
+    # floor(0.8 * 7481) images.
+    epoch = 5984 / 16
+    assert solver.MAX_ITER == pytest.approx(12 * epoch, abs=2)
+    assert solver.STEPS == pytest.approx((8 * epoch, 11 * epoch), abs=2)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).SOLVER.MAX_ITER == pytest.approx(24 * epoch, abs=4)
+    # Baseline and distilled student differ in nothing but the distillation.
+    for key in ("SOLVER", "INPUT", "DATASETS", "SEED"):
+        assert baseline[key] == cfg[key]
+    model = cfg.MODEL.clone()
+    model.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
+    assert model == baseline.MODEL
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_configs_with_the_settings_of_the_authors(project, name):
+    """They differ from the project's own in nothing but the distillation."""
+    ours, theirs = (read(project / "configs" / f"gkd_{name}_kitti{end}.yaml") for end in ("", "_authors"))
+    weights = theirs.GKD.LOSS_WEIGHTS
+    assert weights.GRADIENT == {"frcnn": 0.5, "retinanet": 0.1}[name]
+    assert weights.BOX == weights.ATTENTION == weights.IMAGE == 0
+    assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
+    assert set(config_differences(ours, theirs)) <= {
+        "OUTPUT_DIR",
+        "GKD.WEIGHTING",
+        "GKD.RECTIFIER",
+        *(f"GKD.LOSS_WEIGHTS.{term}" for term in weights),
+    }
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_coco_traffic_configs(project, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = read(project / "configs" / f"gkd_{name}_coco_traffic.yaml")
+    baseline = read(project / "configs" / "baselines" / f"{name}_coco_traffic.yaml")
+    assert cfg.GKD.STUDENT.INIT_FROM_TEACHER
+    student, teacher = detector_config(cfg), teacher_config(cfg)
+    assert student.MODEL.META_ARCHITECTURE == teacher.MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert (student.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.DEPTH) == (50, 101)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).OUTPUT_DIR == os.path.dirname(cfg.GKD.TEACHER.WEIGHTS)
+    for config in (student, teacher):
+        head = config.MODEL.ROI_HEADS if name == "frcnn" else config.MODEL.RETINANET
+        assert head.NUM_CLASSES == 13 == len(MetadataCatalog.get(config.DATASETS.TRAIN[0]).thing_classes)
+        assert config.DATASETS.TEST == ("coco_traffic_val",)
+        assert (config.INPUT.MIN_SIZE_TRAIN, config.INPUT.MAX_SIZE_TRAIN) == ((800,), 1333)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02 if name == "frcnn" else 0.01)
+    assert read(cfg.GKD.TEACHER.CONFIG_FILE).SOLVER.MAX_ITER == 2 * cfg.SOLVER.MAX_ITER
+    for key in ("SOLVER", "INPUT", "DATASETS", "SEED"):
+        assert baseline[key] == cfg[key]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_toy_configs(project, name):
+    cfg = read(project / "configs" / "toy" / f"gkd_{name}.yaml")
+    baseline = read(project / "configs" / "toy" / "baselines" / f"{name}.yaml")
+    teacher = teacher_config(cfg)
+    assert teacher.MODEL.META_ARCHITECTURE == detector_config(cfg).MODEL.META_ARCHITECTURE == DETECTORS[name]
+    assert cfg.SOLVER == baseline.SOLVER
+    assert teacher.SOLVER.MAX_ITER > cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize(("found", "device"), [(True, "cuda"), (False, "cpu")])
+def test_toy_configs_take_a_gpu_where_there_is_one(project, found, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    toy = project / "configs" / "toy"
+    for path in (*toy.glob("*.yaml"), *toy.glob("*/*.yaml"), *(project / "configs/studies/networks").glob("*.yaml")):
+        cfg = read(path)
+        assert cfg.MODEL.DEVICE == device, path
+        assert read(path, "MODEL.DEVICE", "cpu").MODEL.DEVICE == "cpu"
+        assert read(path, "MODEL.DEVICE", "cuda:1").MODEL.DEVICE == "cuda:1"
+        if cfg.GKD.TEACHER.CONFIG_FILE:
+            cfg.GKD.TEACHER.WEIGHTS = "teacher.pth"
+            assert teacher_config(cfg).MODEL.DEVICE == device
+    # The others ask for GPUs, and get an error without one.
+    assert read(project / "configs" / "gkd_frcnn_kitti.yaml").MODEL.DEVICE == "cuda"
+    assert read(project / "configs" / "gkd_frcnn_kitti.yaml", "MODEL.DEVICE", "auto").MODEL.DEVICE == device
