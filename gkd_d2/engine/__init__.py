@@ -1,1 +1,1 @@
-"""What runs a training: the trainer and the checks before it."""
+"""Training: what happens before the first step, in each step, and at the end of a run."""

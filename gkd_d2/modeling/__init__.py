@@ -1,0 +1,1 @@
+"""The distiller: a student, its frozen teacher, and what pairs the two."""

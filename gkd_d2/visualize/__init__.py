@@ -1,0 +1,1 @@
+"""Pictures of gradient maps, masks and detections: what is drawn, and how."""
