@@ -25,7 +25,9 @@ def imports(root):
     modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
     found = {}
     for name, path in modules.items():
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         for node in (node for node in nodes if isinstance(node, ast.ImportFrom)):
             assert node.level == 0, f"{name} has a relative import"

@@ -1,6 +1,5 @@
 """What Detectron2's own trainer gives to a distillation, with the hooks that can be added to it and without."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer
 from detectron2.engine.hooks import CallbackHook, EvalHook, LRScheduler, PeriodicCheckpointer, PeriodicWriter
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from short_runs import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import training_batch
 
@@ -48,13 +48,6 @@ class UsersTrainer(DefaultTrainer):
         return hooks
 
 
-def metrics(cfg):
-    """Iteration -> what metrics.json says of it."""
-    with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {row["iteration"]: row for row in rows}
-
-
 @pytest.mark.parametrize("kind", [DefaultTrainer, UsersTrainer])
 def test_the_hooks_make_a_plain_trainer_watch(kind, training, caplog):
     """Every scalar of an iteration in which Detectron2 writes is written, ratios are logged, and pictures drawn."""
@@ -64,7 +57,7 @@ def test_the_hooks_make_a_plain_trainer_watch(kind, training, caplog):
     add_distillation_hooks(trainer)
     with caplog.at_level("INFO", logger="gkd_d2.engine.hooks"):
         trainer.train()
-    rows = metrics(cfg)
+    rows = metrics(cfg.OUTPUT_DIR)
     losses = {f"gkd_ratio/{name}" for name in ("gradient", "box", "attention", "image")}
     assert losses | {"gkd_value/box/p3", "gkd_ratio/image/p4"} <= rows[19].keys() & rows[20].keys()
     assert sum(line.startswith("gkd_ratio at iteration ") for line in caplog.messages) == 3

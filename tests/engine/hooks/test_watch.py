@@ -1,27 +1,20 @@
-"""Checkpoints and the watch over the distillation losses, in real short trainings on toy scenes."""
+"""The watch over the distillation losses, in short real trainings on toy scenes."""
 
 import dataclasses
 import itertools
-import json
 import logging
 import re
-import shutil
-import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine.hooks import PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from short_runs import checkpoints, metrics, train
 from tiny import TOY_SCENES
 
-from gkd_d2.config import detector_config
 from gkd_d2.data.datasets.kitti import load_kitti
 from gkd_d2.engine.hooks import DeadLossError
 from gkd_d2.engine.trainer import Trainer
@@ -55,86 +48,9 @@ def without_boxes(datasets):
     MetadataCatalog.remove(name)
 
 
-def train(cfg):
-    trainer = Trainer(cfg)
-    trainer.train()
-    return trainer
-
-
 def history(trainer, name):
     """Iteration -> value of a scalar."""
     return {iteration: value for value, iteration in trainer.storage.history(name).values()}
-
-
-def metrics(tmp_path):
-    """Iteration -> what metrics.json says of it."""
-    rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.json").read_text().splitlines()]
-    return {row["iteration"]: row for row in rows}
-
-
-def checkpoints(tmp_path):
-    return {path.name for path in (tmp_path / "output").glob("*.pth")}
-
-
-# --- checkpoints and signals
-
-# An iteration that never ends, as where another process died.
-HANGING = """
-import os, signal, time
-from gkd_d2.engine import hooks, sigterm
-
-sigterm.GRACE_SECONDS = 0.2
-hooks.SaveOnSigterm().before_train()
-os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(600)
-"""
-
-
-def test_training_in_another_thread(training, caplog):
-    """As job servers do; Python handles signals in the main thread alone."""
-    trainer = Trainer(training(iterations=1))
-    with ThreadPoolExecutor() as pool:
-        pool.submit(trainer.train).result()
-    assert "SIGTERM will end the process without saving" in caplog.text
-    assert trainer.iter == 1
-
-
-def test_sigterm_does_not_wait_for_ever():
-    assert subprocess.run([sys.executable, "-c", HANGING], timeout=300).returncode == 128 + signal.SIGTERM
-
-
-def test_the_signal_is_free_again_after_a_training(training):
-    before = signal.getsignal(signal.SIGTERM)
-    train(training(iterations=1))
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_the_signal_is_free_again_after_an_evaluation_that_fails(training, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("no evaluation")
-
-    monkeypatch.setattr(Trainer, "test", fail)
-    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
-    cfg = training(iterations=1)
-    cfg.DATASETS.TEST = ("toy_kitti_val",)
-    with pytest.raises(RuntimeError, match="no evaluation"):
-        train(cfg)
-    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
-
-
-@pytest.mark.parametrize(
-    ("iterations", "expected"),
-    [(5, {"model_0000001.pth": 1, "model_0000003.pth": 3, "model_final.pth": 4}), (2, {"model_final.pth": 1})],
-)
-def test_checkpoints_are_named_after_their_iteration(iterations, expected, training, tmp_path):
-    cfg = detector_config(training(iterations=iterations))
-    cfg.defrost()
-    cfg.SOLVER.CHECKPOINT_PERIOD = 2
-    train(cfg)
-    assert checkpoints(tmp_path) == set(expected)
-    for name, iteration in expected.items():
-        assert torch.load(tmp_path / "output" / name)["iteration"] == iteration
-    assert (tmp_path / "output" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_a_ratio_limit_that_is_not_above_0_is_refused(training):
@@ -144,63 +60,12 @@ def test_a_ratio_limit_that_is_not_above_0_is_refused(training):
         Trainer(cfg)
 
 
-@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_PERIOD", "GKD.WATCH_PERIOD", "GKD.WATCH_PATIENCE"])
+@pytest.mark.parametrize("key", ["GKD.WATCH_PERIOD", "GKD.WATCH_PATIENCE"])
 def test_periods_below_1_are_refused(key, training):
     cfg = training(iterations=1)
     cfg.merge_from_list([key, 0])
     with pytest.raises(ValueError, match=f"{key} is 0, but must be >= 1"):
         Trainer(cfg)
-
-
-def train_from_one_start(cfg):
-    torch.manual_seed(5)
-    return train(cfg)
-
-
-def precise(cfg):
-    cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, 2
-    return cfg
-
-
-def test_a_distilled_run_ends_with_precise_statistics(training, tmp_path):
-    final = tmp_path / "output" / "model_final.pth"
-    cfg = training(iterations=3)
-    train_from_one_start(cfg)
-    plain = torch.load(final)
-    trainer = train_from_one_start(precise(cfg))
-    saved = torch.load(final)
-    assert saved["iteration"] == 2
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(saved["model"][name], value), name
-    for name, value in plain["model"].items():
-        moved = name.endswith(("running_mean", "running_var"))
-        assert moved or "num_batches" in name or torch.equal(saved["model"][name], value), name
-        assert not (moved and torch.equal(saved["model"][name], value)), name
-
-
-def test_precise_statistics_that_fail_leave_the_trained_model(training, tmp_path, monkeypatch):
-    cfg = training(iterations=3)
-    cfg.SOLVER.CHECKPOINT_PERIOD = 2
-    train_from_one_start(cfg)
-    whole = torch.load(tmp_path / "output" / "model_final.pth")
-    shutil.rmtree(tmp_path / "output")
-    (tmp_path / "output").mkdir()
-
-    def fail(hook):
-        raise OSError("an image can't be read")
-
-    monkeypatch.setattr(PreciseBN, "update_stats", fail)
-    with pytest.raises(OSError, match="an image can't be read"):
-        train_from_one_start(precise(cfg))
-    assert checkpoints(tmp_path) == {"model_0000001.pth", "model_final.pth"}
-    left = torch.load(tmp_path / "output" / "model_final.pth")
-    assert left["iteration"] == 2
-    assert all(torch.equal(left["model"][name], value) for name, value in whole["model"].items())
-    states = [checkpoint["trainer"]["_trainer"]["optimizer"]["state"] for checkpoint in (left, whole)]
-    assert states[0].keys() == states[1].keys() != set()
-
-
-# --- the watch
 
 
 def test_the_watch_writes_values_and_ratios(training, tmp_path):
@@ -217,7 +82,7 @@ def test_the_watch_writes_values_and_ratios(training, tmp_path):
             levels = sum(history(trainer, f"gkd_value/{term}/{level}")[iteration] for level in ("p3", "p4"))
             assert levels == pytest.approx(history(trainer, loss)[iteration], rel=1e-5)
     # Detectron2 writes the latest value of every scalar once in 20 iterations.
-    row = metrics(tmp_path)[19]
+    row = metrics(tmp_path / "output")[19]
     assert values | ratios <= row.keys()
     assert all(row[name] > 0 for name in ratios)
     for name in values:
@@ -290,7 +155,7 @@ def test_no_watch_without_distillation(training, tmp_path):
     cfg = training(iterations=2)
     cfg.merge_from_list([item for term in TERMS for item in (f"GKD.LOSS_WEIGHTS.{term.upper()}", 0.0)])
     train(cfg)
-    assert not any(name.startswith("gkd_") for row in metrics(tmp_path).values() for name in row)
+    assert not any(name.startswith("gkd_") for row in metrics(tmp_path / "output").values() for name in row)
 
 
 def test_a_dead_level_stops_the_run_and_keeps_its_checkpoints(training, tmp_path):
@@ -310,9 +175,9 @@ def test_a_dead_level_stops_the_run_and_keeps_its_checkpoints(training, tmp_path
     assert "Take p7 out of GKD.FEATURES" in text
     assert "raise GKD.WATCH_PATIENCE, which is 3, for instance by the arguments GKD.WATCH_PATIENCE 30" in text
     # Every scalar is written before the end.
-    assert metrics(tmp_path)[2]["gkd_ratio/gradient/p7"] == 0
-    assert metrics(tmp_path)[2]["gkd_ratio/image/p7"] > 0
-    assert checkpoints(tmp_path) == {"model_0000001.pth", "model_stopped.pth"}
+    assert metrics(tmp_path / "output")[2]["gkd_ratio/gradient/p7"] == 0
+    assert metrics(tmp_path / "output")[2]["gkd_ratio/image/p7"] > 0
+    assert checkpoints(tmp_path / "output") == {"model_0000001.pth", "model_stopped.pth"}
     assert torch.load(tmp_path / "output" / "model_stopped.pth")["iteration"] == 2
     assert (tmp_path / "output" / "last_checkpoint").read_text() == "model_0000001.pth"
     resumed = Trainer(cfg)
