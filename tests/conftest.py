@@ -21,6 +21,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_mod
 from tiny import calm, detector_config
 
 from gkd_d2.analysis.runs import Run
+from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.methods import METHOD_REGISTRY
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,22 @@ def demo(project, tmp_path_factory) -> tuple[Path, str]:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
             printed.write_text(done.stdout, encoding="utf-8")
     return folder, printed.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def _toy_scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy_scenes")
+    make_toy_kitti(folder / "toy_kitti", 2, 2, image_size=(160, 64))
+    return folder
+
+
+@pytest.fixture
+def toy_scenes(_toy_scenes, monkeypatch) -> Path:
+    """Two scenes each of toy_kitti_train and toy_kitti_val, to be read alone: all tests share them."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(_toy_scenes))
+    yield _toy_scenes
+    # An evaluation has left its ground truth there, which is the process's own.
+    vars(MetadataCatalog.get("toy_kitti_val")).pop("json_file", None)
 
 
 @pytest.fixture

@@ -5,15 +5,12 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tiny import detector_config
 
-from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 
 
 @pytest.fixture
-def ready(tmp_path, monkeypatch):
+def ready(toy_scenes, tmp_path):
     """The config of a run that can start."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    make_toy_kitti(tmp_path / "toy_kitti", 1, 1, 0)
     cfg = detector_config("retinanet")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
     cfg.OUTPUT_DIR = str(tmp_path / "output")
@@ -86,7 +83,8 @@ def test_missing_coco_files(ready, tmp_path):
     assert "image_root" not in text
 
 
-def test_missing_coco_traffic_says_what_to_run(ready, tmp_path):
+def test_missing_coco_traffic_says_what_to_run(ready, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     ready.DATASETS.TRAIN, ready.DATASETS.TEST = ("coco_traffic_train",), ("coco_traffic9_val",)
     text = problems(ready)
     assert f"no images of COCO 2017 at {tmp_path}/coco/train2017" in text
@@ -99,9 +97,9 @@ def test_missing_coco_traffic_says_what_to_run(ready, tmp_path):
     assert text.count("\n- ") == 2
 
 
-def test_missing_testing_images(ready, tmp_path):
+def test_missing_testing_images(ready, toy_scenes):
     ready.DATASETS.TEST = ("kitti_test",)
-    assert f"{tmp_path}/kitti/testing/image_2 holds no .png, .jpg or .jpeg file" in problems(ready)
+    assert f"{toy_scenes}/kitti/testing/image_2 holds no .png, .jpg or .jpeg file" in problems(ready)
 
 
 def test_missing_weights(ready, tmp_path):

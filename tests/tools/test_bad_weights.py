@@ -5,11 +5,9 @@ import pickle
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
 from hostile import Touch
 
 from gkd_d2.config import read_config
-from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.modeling.student import build_student
 
 FAULTS = {
@@ -34,19 +32,15 @@ TOOLS = {
 
 
 @pytest.fixture
-def work(distiller_config, tmp_path, monkeypatch):
+def work(distiller_config, toy_scenes, tmp_path, monkeypatch):
     """The working folder, with student.yaml and its data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    make_toy_kitti(tmp_path / "toy_kitti", 2, 2, 0, image_size=(160, 64))
     cfg = distiller_config("retinanet")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
     cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 2
     cfg.OUTPUT_DIR = "output"
     (tmp_path / "student.yaml").write_text(cfg.dump())
-    yield tmp_path
-    # An evaluation has left its ground truth there, which is the process's own.
-    vars(MetadataCatalog.get("toy_kitti_val")).pop("json_file", None)
+    return tmp_path
 
 
 @pytest.mark.parametrize("tool", TOOLS)

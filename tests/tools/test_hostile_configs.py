@@ -2,8 +2,6 @@
 
 import pytest
 
-from gkd_d2.data.toy import make_toy_kitti
-
 HOSTILE = 'SEED: -1\nOUTPUT_DIR: !!python/object/apply:os.mkdir ["hacked"]\n'
 PLAIN = ("--config-file", "student.yaml", "--num-gpus", 0)
 PLACES = {
@@ -19,10 +17,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_config_runs_no_code(place, distiller_config, run_here, tmp_path, monkeypatch):
+def test_a_config_runs_no_code(place, distiller_config, toy_scenes, run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    make_toy_kitti(tmp_path / "toy_kitti", 2, 1, 0, image_size=(160, 64))
     cfg = distiller_config("retinanet")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
     cfg.SEED, cfg.SOLVER.IMS_PER_BATCH = -1, 2

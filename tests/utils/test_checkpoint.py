@@ -21,7 +21,6 @@ from hostile import Touch, hostile_pickles
 from tiny import detector_config
 
 from gkd_d2 import config
-from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.utils.checkpoint import (
     CheckpointError,
@@ -625,10 +624,8 @@ def test_weights_are_loaded_where_nothing_is_resumed(written, tmp_path_factory):
 
 
 @pytest.fixture
-def run_config(tmp_path, monkeypatch):
+def run_config(toy_scenes, tmp_path):
     """A function that makes any config one of two iterations on two toy scenes."""
-    make_toy_kitti(tmp_path / "toy_kitti", 2, 1, 0)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
 
     def change(cfg, output):
         (tmp_path / output).mkdir()
