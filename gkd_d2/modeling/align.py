@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from fvcore.nn import weight_init
@@ -57,11 +58,11 @@ class AlignConvs(nn.ModuleDict):
     def __init__(self, channels: dict[str, tuple[int, int]]):
         super().__init__({name: AlignConv(*pair) for name, pair in channels.items() if pair[0] != pair[1]})
 
-    def align_features(self, names: list[str], features: list[Tensor]) -> list[Tensor]:
+    def align_features(self, names: Sequence[str], features: Sequence[Tensor]) -> list[Tensor]:
         """The student's features N,C,H,W of some levels, brought to the teacher's number of channels."""
         return [self[name](feature) if name in self else feature for name, feature in zip(names, features)]
 
-    def align_gradients(self, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+    def align_gradients(self, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
         """Gradients N,C,H,W at features of some levels -> those at :meth:`align_features` of them; see AlignConv."""
         return [
             self[name].align_gradient(gradient) if name in self else gradient

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -195,7 +195,7 @@ class GKDDistiller(nn.Module):
         )
         for listener in listeners:
             listener(seen)
-        losses = self.distil(seen, seen.student, range(len(seen.student)))
+        losses = self.distil(seen)
         taken = seen.losses.keys() & losses.keys()
         if taken:
             raise ValueError(f"GKD.METHOD calls a loss {taken.pop()}, which is the name of one of the student's own")
@@ -248,18 +248,18 @@ class GKDDistiller(nn.Module):
             anchors=self._anchors(student) if self.method.needs_anchors else None,
         )
 
-    def distil(self, seen: Observation, student: list[Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
-        """The method's losses of some levels of a batch, weighted.
+    def distil(self, seen: Observation, features: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """The method's losses of a batch, weighted.
 
         Args:
             seen: by :meth:`observe`, with the gradients that the method needs.
-            student: the student's features of these levels, before alignment; they may be other tensors than those in
-                ``seen``, of the same values.
-            levels: their numbers among the distilled ones.
+            features: number of a distilled level -> the student's feature there, N,C,H,W, before alignment; of these
+                levels alone. By default all levels, as they were seen.
 
         Returns:
             Key of a loss -> scalar, for the losses of a weight above 0.
         """
+        levels, student = zip(*(enumerate(seen.student) if features is None else features.items()))
         names = [self.student_features[level] for level in levels]
         teacher = [seen.teacher[level] for level in levels]
         student_grad = teacher_grad = None

@@ -115,7 +115,7 @@ class Measurement(Listener):
     def __call__(self, seen: Observation) -> None:
         distiller = self._distiller
         self.report = measure_terms(
-            lambda level, feature: distiller.distil(seen, [feature], [level]),
+            lambda level, feature: distiller.distil(seen, {level: feature}),
             dict(zip(distiller.student_features, seen.student)),
             seen.student_grad,
             terms=distiller.method.active(),
