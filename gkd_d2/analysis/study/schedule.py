@@ -29,7 +29,7 @@ from gkd_d2.utils.last_checkpoint import has_checkpoint
 from gkd_d2.utils.progress import duration
 from gkd_d2.utils.text import counted
 
-TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
+TRAIN = Path(__file__).resolve().parents[3] / "tools" / "train_net.py"
 # What the operating system knows of a training, beside its own metrics.
 COST_FILE = "study_cost.json"
 # Holds the number of the process that trains in a study's folder.
