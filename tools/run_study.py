@@ -17,7 +17,8 @@ import signal
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.study.plan import Study, read_study
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.read import read_study
 from gkd_d2.analysis.study.report import study_section, write_sections
 from gkd_d2.analysis.study.schedule import Scheduler, lock_folder, prepare_data
 from gkd_d2.utils.files import check_writable, naming

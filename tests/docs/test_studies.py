@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pytest
 from documents import fenced_blocks
 
-from gkd_d2.analysis.study.plan import Study, read_study
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.read import read_study
 from gkd_d2.analysis.study.schedule import prepare_data
 
 

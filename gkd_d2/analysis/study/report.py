@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from gkd_d2.analysis.comparison import METRICS, NONE, markdown
 from gkd_d2.analysis.runs import HEADLINE
-from gkd_d2.analysis.study.plan import Job, Study
+from gkd_d2.analysis.study.job import Job
+from gkd_d2.analysis.study.plan import Study
 from gkd_d2.analysis.study.schedule import COST_FILE
 from gkd_d2.config import detector_config
 from gkd_d2.modeling.student import build_student
@@ -215,7 +216,7 @@ def _how(study: Study) -> str:
 def _networks(study: Study, detector: str, teacher: Job) -> str:
     """A table of the two networks."""
     pair = study.detectors[detector]
-    student = study.student_config(detector)
+    student = study.student_config(detector, next(iter(study.settings)))
     rows = []
     for name, cfg, ap in (
         ("teacher", teacher.config, f"{teacher.metrics()[HEADLINE]:.1f}"),

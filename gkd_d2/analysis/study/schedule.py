@@ -23,7 +23,8 @@ from typing import IO
 import torch
 
 from gkd_d2.analysis.runs import HEADLINE
-from gkd_d2.analysis.study.plan import Job, Study
+from gkd_d2.analysis.study.job import Job
+from gkd_d2.analysis.study.plan import Study
 from gkd_d2.utils.files import write_whole
 from gkd_d2.utils.last_checkpoint import has_checkpoint
 from gkd_d2.utils.progress import duration
