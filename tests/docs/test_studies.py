@@ -10,7 +10,7 @@ from documents import fenced_blocks
 
 from gkd_d2.analysis.study.plan import Study
 from gkd_d2.analysis.study.read import read_study
-from gkd_d2.analysis.study.schedule import prepare_data
+from gkd_d2.analysis.study.processes import prepare_data
 
 
 @pytest.fixture
