@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def _read_files(path: Path) -> dict[Path, dict]:
         if not isinstance(base, str):
             raise ValueError(f"{path}: {BASE} is {base!r}, but must be text")
         below = path.parent / base
-        if below.resolve() in [other.resolve() for other in files]:
+        if os.path.realpath(below) in map(os.path.realpath, files):
             raise ValueError(f"{path}: its {BASE} {below} is based on it in turn")
         try:
             files[below] = _read_file(below)
