@@ -11,15 +11,15 @@ training that fails does not stop the others, but the exit status is then 1. Exa
 """
 
 import argparse
-import contextlib
 import logging
 import signal
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.study.plan import Study, read_study
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.read import read_study
 from gkd_d2.analysis.study.report import study_section, write_sections
-from gkd_d2.analysis.study.schedule import Scheduler, lock_folder, prepare_data
+from gkd_d2.analysis.study.schedule import Scheduler
 from gkd_d2.utils.files import check_writable, naming
 from gkd_d2.utils.user_modules import add_import_option, import_modules
 
@@ -118,13 +118,7 @@ def main() -> int:
 
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop)
-            with contextlib.ExitStack() as locks:
-                for study in studies.values():
-                    locks.enter_context(lock_folder(study.output))
-                for study in studies.values():
-                    prepare_data(study)
-                for study in studies.values():
-                    failed |= scheduler.run(study)
+            failed = scheduler.run_all(list(studies.values()))
             if stopped_by:
                 print("Stopped; the same command goes on.", file=sys.stderr)
                 return 128 + stopped_by[0]

@@ -1,4 +1,4 @@
-"""The example of docs/studies.md is a study, and its table has all keys."""
+"""The examples of docs/studies.md are studies, and its table has all keys."""
 
 import dataclasses
 import re
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import pytest
 from documents import fenced_blocks
 
-from gkd_d2.analysis.study.plan import Study, read_study
-from gkd_d2.analysis.study.schedule import prepare_data
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.processes import prepare_data
+from gkd_d2.analysis.study.read import BASE, read_study
 
 
 @pytest.fixture
@@ -18,15 +19,18 @@ def document(project):
 
 
 @pytest.fixture
-def study(document, project, tmp_path, monkeypatch):
-    (example,) = (block for block in fenced_blocks(document) if block.language == "yaml")
-    path = tmp_path / "my_study.yaml"
-    path.write_text(example.text)
+def studies(document, project, tmp_path, monkeypatch):
+    """The example, and the one that is based on it."""
+    examples = [block.text for block in fenced_blocks(document) if block.language == "yaml"]
+    paths = [tmp_path / name for name in ("my_study.yaml", "new_seeds.yaml")]
+    for path, text in zip(paths, examples, strict=True):
+        path.write_text(text)
     monkeypatch.chdir(project)
-    return read_study(path, tmp_path / "my_study")
+    return [read_study(path, path.with_suffix("")) for path in paths]
 
 
-def test_the_example_consists_of_what_is_said(document, study, tmp_path):
+def test_the_example_consists_of_what_is_said(document, studies, tmp_path):
+    study, _ = studies
     text = document.read_text()
     assert f"runs {len(study.lengths())} trainings" in text and f" of {len(study.lengths())}, AP " in text
     # The baseline is the student alone, and the others have the teacher's heads.
@@ -38,6 +42,14 @@ def test_the_example_consists_of_what_is_said(document, study, tmp_path):
     assert study.student_jobs("frcnn", "alone")[1].folder == tmp_path / folder
     prepare_data(study)
     assert len(list((tmp_path / "my_study" / "datasets" / "toy_kitti").rglob("*.png"))) == 50
+
+
+def test_the_second_example_has_what_is_said_of_the_first(studies):
+    first, second = studies
+    for same in ("dataset", "prepare", "detectors", "options", "settings"):
+        assert getattr(second, same) == getattr(first, same)
+    assert second.tuning.seeds == first.tuning.seeds
+    assert (second.seeds, second.tuning.scales) == ((4, 5, 6), (5, 25))
 
 
 def keys(kind, place=""):
@@ -56,4 +68,4 @@ def keys(kind, place=""):
 
 def test_the_table_has_all_keys(document):
     rows = re.findall(r"^\| `([\w.]+)` \|", document.read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(keys(Study))
+    assert sorted(rows) == sorted([BASE, *keys(Study)])

@@ -35,7 +35,7 @@ def write(path: Path, base: Path, *lines: str) -> str:
 
 @pytest.fixture(scope="module")
 def workplace(project, tmp_path_factory) -> Path:
-    """A folder with the configs of a small pair of networks, and the file of a study of two settings."""
+    """A folder with the configs of a small pair of networks, and the file of a study of two settings and its base."""
     folder = tmp_path_factory.mktemp("study")
     toy = project / "configs" / "toy"
     teacher = write(folder / "teacher.yaml", toy / "teachers" / "frcnn.yaml")
@@ -44,16 +44,20 @@ def workplace(project, tmp_path_factory) -> Path:
         toy / "gkd_frcnn.yaml",
         f"GKD: {{TEACHER: {{CONFIG_FILE: {teacher}}}, STUDENT: {{INIT_FROM_TEACHER: false}}}}",
     )
-    data = {
-        "title": "Two settings",
+    base = {
         "dataset": "toy_kitti_val",
-        "seeds": [1],
         "detectors": {"frcnn": {"config": student, "teacher": {"config": teacher, "options": {"SOLVER.MAX_ITER": 3}}}},
+    }
+    data = {
+        "base": "Base-Two.yaml",
+        "title": "Two settings",
+        "seeds": [1],
         "settings": {
             "alone": {"options": {"GKD.METHOD": "none"}},
             "fitnet": {"options": {"GKD.METHOD": "fitnet"}},
         },
     }
+    (folder / "Base-Two.yaml").write_text(yaml.safe_dump(base))
     (folder / "two.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     make_toy_kitti(folder / "datasets" / "toy_kitti", 6, 2, 0)
     return folder

@@ -1,10 +1,7 @@
-"""What a study shows: tables and plots of its finished trainings."""
+"""What a study shows: its part of a Markdown file."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -12,104 +9,18 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from fvcore.nn import parameter_count
-from matplotlib.figure import Figure
 
 from gkd_d2.analysis.comparison import METRICS, NONE, markdown
 from gkd_d2.analysis.runs import HEADLINE
-from gkd_d2.analysis.study.plan import Job, Study
-from gkd_d2.analysis.study.schedule import COST_FILE
+from gkd_d2.analysis.study.gains import paired_gain
+from gkd_d2.analysis.study.job import Job
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.plot import plot_settings
+from gkd_d2.analysis.study.rows import Row, read_rows
 from gkd_d2.config import detector_config
 from gkd_d2.modeling.student import build_student
 from gkd_d2.utils.files import write_whole
 from gkd_d2.utils.text import counted
-
-# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gain:
-    """How much better one setting is than another.
-
-    Attributes:
-        mean: of the differences of trainings with one seed.
-        margin: half the width of the 95 % confidence interval of the mean; None with fewer than 2 seeds.
-        seeds: number of seeds that both have.
-    """
-
-    mean: float
-    margin: float | None
-    seeds: int
-
-    def __str__(self) -> str:
-        if self.margin is None:
-            return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} ({self.mean - self.margin:+.1f} to {self.mean + self.margin:+.1f})"
-
-
-def paired_gain(values: dict[int, float], baseline: dict[int, float]) -> Gain | None:
-    """The mean difference of what has one seed, with Student's 95 % interval; None where no seed is shared.
-
-    Args:
-        values: seed -> metric.
-        baseline: the same of what the gain is over.
-    """
-    differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
-    if not differences:
-        return None
-    margin = None
-    if len(differences) > 1:
-        # Beyond the table the last quantile makes the interval a little too wide.
-        quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
-        margin = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
-    return Gain(statistics.fmean(differences), margin, len(differences))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is there of one setting of one detector.
-
-    Attributes:
-        name: of the setting.
-        scale: what the weights of its config are multiplied by; None where it is not chosen yet.
-        metrics: seed -> metric -> percent.
-        seconds: of an iteration, the median of the trainings' medians; None without any.
-        megabytes: that a training takes at most; None without any.
-        cuda: whether they are those that torch holds on a GPU, not those of the process.
-        at_once: numbers of trainings that ran at the same time as one of its own, itself included.
-    """
-
-    name: str
-    scale: float | None
-    metrics: dict[int, dict[str, float]]
-    seconds: float | None
-    megabytes: float | None
-    cuda: bool
-    at_once: frozenset[int]
-
-    def values(self, metric: str) -> dict[int, float]:
-        """Seed -> percent, of the seeds that have the metric."""
-        return {seed: found[metric] for seed, found in self.metrics.items() if metric in found}
-
-
-def read_rows(study: Study, detector: str) -> dict[str, Row]:
-    """Setting -> what is there of it."""
-    rows = {}
-    for name in study.settings_of(detector):
-        jobs = {seed: job for seed, job in study.student_jobs(detector, name).items() if job.finished()}
-        times = [list(job.finished().curve("time").values()) for job in jobs.values()]
-        costs = [cost for cost in map(_cost, jobs.values()) if cost]
-        rows[name] = Row(
-            name,
-            study.scale(detector, name),
-            {seed: job.metrics() for seed, job in jobs.items()},
-            # Detectron2 times none of the first iterations.
-            statistics.median(map(statistics.median, filter(None, times))) if any(times) else None,
-            max((cost["megabytes"] for cost in costs), default=None),
-            any(cost["device"] == "cuda" for cost in costs),
-            frozenset(cost["at_once"] for cost in costs),
-        )
-    return rows
 
 
 def study_section(study: Study, images: Path) -> str:
@@ -139,34 +50,6 @@ def study_section(study: Study, images: Path) -> str:
             plot_settings(rows, teacher.metrics()[HEADLINE], detector, path)
             parts.append(f"![AP of each seed]({images.name}/{path.name})")
     return "\n\n".join(parts) + "\n"
-
-
-def plot_settings(rows: dict[str, Row], teacher: float, title: str, path: Path) -> None:
-    """Draw the AP of every seed and their mean, a line a setting; the teacher's and the baseline's as marks.
-
-    Args:
-        rows: setting -> what is there of it; the first is the baseline.
-        teacher: AP of the teacher.
-        title: of the picture.
-        path: of the PNG file to write.
-    """
-    found = {name: list(row.values(HEADLINE).values()) for name, row in rows.items() if row.values(HEADLINE)}
-    figure = Figure(figsize=(7, 1.2 + 0.24 * len(found)), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(teacher, color="black", linestyle=":", linewidth=1, label="teacher")
-    first = next(iter(rows))
-    if first in found:
-        axes.axvspan(min(found[first]), max(found[first]), color="C7", alpha=0.2, label=f"range of {first}")
-    for height, values in enumerate(found.values()):
-        axes.plot(values, [height] * len(values), "o", color="C0", markersize=4, alpha=0.6)
-        axes.plot(statistics.fmean(values), height, "|", color="C3", markersize=12, markeredgewidth=2)
-    axes.set_yticks(range(len(found)), list(found), fontsize=8)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("AP (%): each seed as a dot, their mean as a stroke")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=110)
 
 
 def write_sections(path: Path, sections: dict[str, str]) -> None:
@@ -215,7 +98,7 @@ def _how(study: Study) -> str:
 def _networks(study: Study, detector: str, teacher: Job) -> str:
     """A table of the two networks."""
     pair = study.detectors[detector]
-    student = study.student_config(detector)
+    student = study.student_config(detector, next(iter(study.settings)))
     rows = []
     for name, cfg, ap in (
         ("teacher", teacher.config, f"{teacher.metrics()[HEADLINE]:.1f}"),
@@ -314,20 +197,6 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def _cost(job: Job) -> dict | None:
-    """Megabytes that a finished training took, the device, and how many ran at once; None where it is not known."""
-    path = job.folder / COST_FILE
-    if not path.is_file():
-        return None
-    try:
-        cost = json.loads(path.read_text(encoding="utf-8"))
-        if cost["device"] == "cuda":
-            return cost | {"megabytes": max(job.finished().curve("max_mem").values())}
-        return cost | {"megabytes": cost["resident_megabytes"], "at_once": cost["at_once"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the report leaves the costs out") from error
 
 
 def _slug(text: str) -> str:

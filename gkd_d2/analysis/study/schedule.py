@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import logging
 import os
-import platform
 import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import torch
 
-from gkd_d2.analysis.runs import HEADLINE
-from gkd_d2.analysis.study.plan import Job, Study
+from gkd_d2.analysis.study.job import COST_FILE, Job
+from gkd_d2.analysis.study.lock import lock_folder
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.processes import TOOLS, end_with, prepare_data, study_environment
+from gkd_d2.analysis.study.progress import Progress
 from gkd_d2.utils.files import write_whole
 from gkd_d2.utils.last_checkpoint import has_checkpoint
-from gkd_d2.utils.progress import duration
 from gkd_d2.utils.text import counted
 
-TRAIN = Path(__file__).resolve().parents[2] / "tools" / "train_net.py"
-# What the operating system knows of a training, beside its own metrics.
-COST_FILE = "study_cost.json"
-# Holds the number of the process that trains in a study's folder.
-LOCK_FILE = "study.lock"
+TRAIN = TOOLS / "train_net.py"
 # Between two looks whether a folder is free.
 LOCK_SECONDS = 1.0
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
-# Loaded here, as a child of a process with threads must do as little as possible before it becomes another program.
-_libc = ctypes.CDLL(None)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +61,25 @@ class Scheduler:
         # A second signal may come while the first one is handled, in the same thread.
         self._lock = threading.RLock()
 
+    def run_all(self, studies: Sequence[Study]) -> dict[Path, str]:
+        """Make the data of studies and train all that they lack, while no other process trains in their folders.
+
+        Returns:
+            As of :meth:`run`, of all studies.
+
+        Raises:
+            ValueError: a folder is taken or holds another training, or data can't be made.
+        """
+        failed = {}
+        with contextlib.ExitStack() as locks:
+            for study in studies:
+                locks.enter_context(lock_folder(study.output))
+            for study in studies:
+                prepare_data(study)
+            for study in studies:
+                failed |= self.run(study)
+        return failed
+
     def run(self, study: Study) -> dict[Path, str]:
         """Train all that a study still lacks: teachers, then what chooses weights, then what is reported.
 
@@ -81,7 +92,7 @@ class Scheduler:
         Raises:
             ValueError: a folder holds another training.
         """
-        progress = _Progress(study)
+        progress = Progress(study)
         teachers = {detector: study.teacher_job(detector) for detector in study.detectors}
         failed = self._train_all(study, teachers.values(), progress)
         ready = [detector for detector, teacher in teachers.items() if teacher.finished()]
@@ -108,7 +119,7 @@ class Scheduler:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
 
-    def _train_all(self, study: Study, jobs: Iterable[Job], progress: _Progress) -> dict[Path, str]:
+    def _train_all(self, study: Study, jobs: Iterable[Job], progress: Progress) -> dict[Path, str]:
         """Train what is not finished; folder -> why it failed."""
         # Settings that do not differ in weights are one training.
         missing = {job.folder: job for job in jobs if not job.finished()}
@@ -119,7 +130,7 @@ class Scheduler:
             reasons = list(pool.map(lambda job: self._train_one(study, job, progress), missing.values()))
         return {folder: reason for folder, reason in zip(missing, reasons) if reason}
 
-    def _train_one(self, study: Study, job: Job, progress: _Progress) -> str:
+    def _train_one(self, study: Study, job: Job, progress: Progress) -> str:
         """Train in a slot of one's own; why it failed."""
         slot = self._slots.get()
         try:
@@ -200,7 +211,7 @@ class Scheduler:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with(os.getpid()),
+                preexec_fn=end_with(os.getpid()),
             )
             self._pids.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
@@ -211,113 +222,3 @@ class Scheduler:
             cost = {"resident_megabytes": usage.ru_maxrss / 1024, "at_once": self._at_once, "device": self._device}
             write_whole({job.folder / COST_FILE: json.dumps(cost) + "\n"})
         return process.returncode
-
-
-class _Progress:
-    """How many trainings of a study are done, and when the rest will be.
-
-    Args:
-        study: its finished trainings are counted, and take no more time.
-    """
-
-    def __init__(self, study: Study):
-        lengths = study.lengths()
-        finished = [job for job in study.jobs() if job.finished()]
-        self._number, self._done = len(lengths), len(finished)
-        # In iterations.
-        self._left = sum(lengths) - sum(job.config.SOLVER.MAX_ITER for job in finished)
-        self._trained = 0
-        self._begin = time.monotonic()
-        self._lock = threading.Lock()
-
-    def ended(self, job: Job, trained: int) -> str:
-        """Count a finished training, and say so.
-
-        Args:
-            job: of the training.
-            trained: iterations that it was trained for since this object was made.
-        """
-        with self._lock:
-            self._done += 1
-            self._left -= job.config.SOLVER.MAX_ITER
-            self._trained += trained
-            text = f"{self._done} of {self._number}, AP {job.metrics()[HEADLINE]:.1f}"
-            if self._left > 0 and self._trained > 0:
-                text += f", {duration((time.monotonic() - self._begin) / self._trained * self._left)} left"
-            return text
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in the folder of a study, which is made if need be.
-
-    The lock ends with this process, however that ends.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # The other one may have locked it just now, and not have written its number yet.
-            time.sleep(1)
-            file.seek(0)
-            raise ValueError(
-                f"{folder}: another run_study.py trains there, process {file.read()}: wait for its end, stop it, "
-                "or choose another --output"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-def _end_with(parent: int) -> Callable[[], None] | None:
-    """What a child process is to do first, so that it gets SIGTERM as soon as this process is gone, even if killed.
-
-    The kernel means the thread that starts the child: it has to live as long.
-
-    Args:
-        parent: number of this process.
-    """
-    if sys.platform != "linux":
-        return None
-
-    def prepare() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return prepare
-
-
-def study_environment(study: Study) -> dict[str, str]:
-    """What the environment of a study's trainings has beside that of this process."""
-    # Today's torch warns of much that Detectron2 does.
-    environment = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
-    if study.prepare:
-        environment["DETECTRON2_DATASETS"] = str(study.output.resolve() / "datasets")
-    return environment
-
-
-def prepare_data(study: Study) -> None:
-    """Run the tool that makes a study's data.
-
-    Raises:
-        ValueError: it failed.
-    """
-    if not study.prepare:
-        return
-    tool, *arguments = map(str, study.prepare)
-    command = [sys.executable, str(TRAIN.parent / tool), *arguments]
-    done = subprocess.run(
-        command,
-        env=os.environ | study_environment(study),
-        capture_output=True,
-        text=True,
-        preexec_fn=_end_with(os.getpid()),
-    )
-    if done.returncode:
-        raise ValueError(f"{' '.join(command[1:])} failed:\n{done.stdout}{done.stderr}")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from gkd_d2.analysis.study.plan import Job, Study, read_study
+from gkd_d2.analysis.study.job import Job
+from gkd_d2.analysis.study.plan import Study
+from gkd_d2.analysis.study.read import read_study
 
 
 @pytest.fixture
@@ -28,14 +30,26 @@ def small_study(project) -> dict:
 
 @pytest.fixture
 def make_study(small_study, tmp_path) -> Callable[..., Study]:
-    """A function that writes the small study, with top-level keys changed, and reads it."""
+    """A function that writes the small study, with top-level keys changed, and reads it.
 
-    def make(**changes) -> Study:
+    ``beside`` are its settings beside the student alone.
+    """
+
+    def make(*, beside: dict | None = None, **changes) -> Study:
+        if beside is not None:
+            changes["settings"] = {"alone": small_study["settings"]["alone"]} | beside
         path = tmp_path / "small.yaml"
         path.write_text(yaml.safe_dump(small_study | changes, sort_keys=False))
         return read_study(path, tmp_path / "small")
 
     return make
+
+
+@pytest.fixture
+def tuned_study(make_study) -> Study:
+    """The student alone, a tuned setting and one that takes over its weights: nine trainings with the teacher's."""
+    beside = {"gkd": {"tune": True}, "half": {"scale_of": "gkd", "scale": 0.5}}
+    return make_study(seeds=[1, 2], tuning={"seeds": [101], "scales": [1, 5]}, beside=beside)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Gains, tables and the parts of a results file."""
+"""Tables and the parts of a results file."""
 
 import json
 import math
@@ -6,12 +6,11 @@ import math
 import pytest
 from PIL import Image
 
-from gkd_d2.analysis.study.report import paired_gain, read_rows, study_section, write_sections
-from gkd_d2.analysis.study.schedule import COST_FILE
+from gkd_d2.analysis.study.job import COST_FILE
+from gkd_d2.analysis.study.report import study_section, write_sections
+from gkd_d2.analysis.study.rows import read_rows
 from gkd_d2.config import detector_config
 from gkd_d2.modeling.student import build_student
-
-ALONE = {"options": {"GKD.METHOD": "none"}}
 
 
 def cells(section: str, name: str) -> dict[str, str]:
@@ -24,44 +23,9 @@ def cells(section: str, name: str) -> dict[str, str]:
     raise AssertionError(f"no row {name} in {section}")
 
 
-def test_one_seed_has_a_gain_without_an_interval():
-    gain = paired_gain({1: 30.0}, {1: 28.0, 2: 5.0})
-    assert (gain.mean, gain.margin, gain.seeds) == (2.0, None, 1)
-    assert str(gain) == "+2.0"
-
-
-def test_two_seeds():
-    # Differences 2 and 4: standard deviation sqrt(2), of the mean 1; quantile with one degree of freedom 12.706.
-    gain = paired_gain({1: 30.0, 2: 32.0}, {1: 28.0, 2: 28.0})
-    assert (gain.mean, gain.seeds) == (3.0, 2)
-    assert gain.margin == pytest.approx(12.706)
-    assert str(gain) == "+3.0 (-9.7 to +15.7)"
-
-
-def test_three_seeds():
-    # Differences 1, 2 and 3: standard deviation 1, of the mean 1 / sqrt(3); quantile 4.303.
-    gain = paired_gain({5: 11.0, 6: 22.0, 7: 33.0}, {7: 30.0, 6: 20.0, 5: 10.0})
-    assert (gain.mean, gain.seeds) == (2.0, 3)
-    assert gain.margin == pytest.approx(4.303 / math.sqrt(3))
-
-
-def test_only_shared_seeds_are_compared():
-    gain = paired_gain({1: 100.0, 2: 12.0, 3: 10.0}, {2: 13.0, 3: 14.0, 4: -100.0})
-    assert (gain.mean, gain.seeds) == (-2.5, 2)
-    assert gain.margin == pytest.approx(12.706 * 1.5)
-    assert paired_gain({1: 1.0}, {2: 1.0}) is None
-    assert paired_gain({}, {2: 1.0}) is None
-
-
-def test_beyond_the_table_the_interval_is_rather_too_wide():
-    gain = paired_gain({seed: float(seed % 2) for seed in range(16)}, dict.fromkeys(range(16), 0.0))
-    # 8 times 0 and 8 times 1: the standard deviation is sqrt(16 / 15) / 2. The quantile of 15 degrees is 2.131.
-    assert gain.margin == pytest.approx(2.228 * math.sqrt(16 / 15) / 2 / 4)
-
-
 def test_the_section_holds_what_the_folders_hold(make_study, finish, tmp_path):
-    heads = {"scale_of": "gkd", "baseline": "gkd"}
-    study = make_study(settings={"alone": ALONE, "gkd": {"tune": True}, "heads": heads})
+    beside = {"gkd": {"tune": True}, "heads": {"scale_of": "gkd", "baseline": "gkd"}}
+    study = make_study(beside=beside)
     assert "Its teacher is not trained yet." in study_section(study, tmp_path / "images")
     finish(study.teacher_job("retinanet"), 61.25)
     for scale, ap in {0.2: 10.0, 1: 30.0, 5: 50.0}.items():
@@ -113,8 +77,7 @@ def test_the_section_holds_what_the_folders_hold(make_study, finish, tmp_path):
     assert (row["gain over alone"], row["gain over another"]) == ("+8.0", "gkd: +3.0")
     assert "Not trained yet" not in section
     # Nothing is read from what was seen before.
-    fresh = make_study(settings={"alone": ALONE, "gkd": {"tune": True}, "heads": heads})
-    assert study_section(fresh, tmp_path / "images") == section
+    assert study_section(make_study(beside=beside), tmp_path / "images") == section
 
 
 def test_a_scale_that_is_not_chosen_yet_leaves_the_row_empty(make_study, finish, tmp_path):
@@ -162,13 +125,3 @@ def test_a_part_without_end_swallows_nothing(broken, tmp_path):
     with pytest.raises(ValueError, match="results.md: below one line <!-- study: one -->"):
         write_sections(path, {"one": "new\n"})
     assert path.read_text() == broken
-
-
-def test_damaged_costs_are_named(make_study, finish):
-    study = make_study(settings={"alone": {"options": {"GKD.METHOD": "none"}}}, seeds=[1])
-    job = study.student_jobs("retinanet", "alone")[1]
-    finish(job, 1.0)
-    for content in ('{"resident_mega', "3", "{}"):
-        (job.folder / "study_cost.json").write_text(content)
-        with pytest.raises(ValueError, match=r"study_cost.json is damaged .*: remove it"):
-            read_rows(study, "retinanet")

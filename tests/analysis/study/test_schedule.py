@@ -3,17 +3,15 @@
 import fcntl
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from gkd_d2.analysis.study import schedule
-from gkd_d2.analysis.study.schedule import Scheduler, lock_folder, prepare_data, study_environment
+from gkd_d2.analysis.study.schedule import Scheduler
 
 # In the place of tools/train_net.py: what a training leaves, without a training.
 TRAINING = """
@@ -43,34 +41,18 @@ with (folder / "metrics.json").open("a") as file:
     file.write(json.dumps({"iteration": 399, "total_loss": 1.0, "bbox/AP": 10.0}) + "\\n")
 """
 
-# In another process.
-HOLD = """
-import pathlib, sys, time
-from gkd_d2.analysis.study.schedule import lock_folder
-with lock_folder(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 @pytest.fixture
-def study(make_study, tmp_path, monkeypatch):
-    """Three settings of a study whose trainings last a moment."""
+def study(tuned_study, tmp_path, monkeypatch):
+    """The tuned study, whose trainings last a moment."""
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
     monkeypatch.setattr(schedule, "TRAIN", script)
     monkeypatch.setattr(schedule, "LOCK_SECONDS", 0.05)
-    tuning = {"seeds": [101], "scales": [1, 5]}
-    settings = {
-        "alone": {"options": {"GKD.METHOD": "none"}},
-        "gkd": {"tune": True},
-        "half": {"scale_of": "gkd", "scale": 0.5},
-    }
-    study = make_study(seeds=[1, 2], tuning=tuning, settings=settings)
-    for job in study._possible_jobs():
+    for job in tuned_study._possible_jobs():
         job.folder.mkdir(parents=True)
         (job.folder / "config.yaml").write_text(job.config.dump())
-    return study
+    return tuned_study
 
 
 @pytest.fixture
@@ -78,6 +60,15 @@ def started(tmp_path):
     """A function that returns the folders of the trainings that were started, in their order."""
     path = tmp_path / "started"
     return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """What the package logs."""
+    # A tool that ran in this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
+    caplog.set_level("INFO", "gkd_d2")
+    return caplog
 
 
 def wait_until(condition):
@@ -108,45 +99,17 @@ def test_each_training_is_run_once_and_seed_by_seed(study, started):
     assert len(started()) == len(expected)
 
 
-def test_the_end_of_each_training_is_said(study, caplog, monkeypatch):
+def test_the_end_of_each_training_is_said(study, logged):
     (folder(study, "alone", "weights_x1", "seed_1") / "fail").touch()
-    # A tool that ran in this process may have turned it off.
-    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
-    caplog.set_level("INFO", "gkd_d2")
     Scheduler("cpu", 1).run(study)
-    ends = [message for message in caplog.messages if " of 9, " in message]
+    ends = [message for message in logged.messages if " of 9, " in message]
     assert len(ends) == 8
     assert ends[0].startswith(f"{folder(study, 'teacher')}: 1 of 9, AP 10.0, ") and ends[0].endswith(" left")
     assert ends[-1].startswith(f"{folder(study, 'half', 'weights_x0.5', 'seed_2')}: 8 of 9, AP 10.0")
-    caplog.clear()
+    logged.clear()
     (folder(study, "alone", "weights_x1", "seed_1") / "fail").unlink()
     Scheduler("cpu", 1).run(study)
-    assert f"{folder(study, 'alone', 'weights_x1', 'seed_1')}: 9 of 9, AP 10.0" in caplog.messages
-
-
-def test_the_time_left_follows_the_iterations(study, finish, monkeypatch):
-    """A teacher of 400 iterations is finished, eight students of 200 are not; two are trained in 10 minutes."""
-    now = [0.0]
-    monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    teacher, alone = study.teacher_job("retinanet"), study.student_jobs("retinanet", "alone")
-    tuning = [jobs[0] for jobs in study.tuning_jobs("retinanet", "gkd").values()]
-    # The weights of the others are not chosen yet.
-    assert study.jobs() == [teacher, *alone.values(), *tuning]
-    assert study.lengths() == [400, *[200] * 8]
-
-    def end(job, ap):
-        (job.folder / "config.yaml").unlink()
-        job.folder.rmdir()
-        finish(job, ap)
-
-    end(teacher, 20.0)
-    progress = schedule._Progress(study)
-    for job, ap in zip(tuning, (12.0, 34.56)):
-        end(job, ap)
-    now[0] += 600
-    # It had been interrupted after the first 100 of its iterations.
-    assert progress.ended(tuning[0], 100) == "2 of 9, AP 12.0, 2 h 20 min left"
-    assert progress.ended(tuning[1], 200) == "3 of 9, AP 34.6, 40 min left"
+    assert f"{folder(study, 'alone', 'weights_x1', 'seed_1')}: 9 of 9, AP 10.0" in logged.messages
 
 
 def test_a_failure_stops_only_what_needs_it(study, started):
@@ -198,19 +161,16 @@ def test_stop_ends_what_runs_and_starts_nothing(study, started):
     assert Scheduler("cpu", 1).run(study) == {}
 
 
-def test_a_folder_in_which_another_process_trains_is_waited_for(study, started, caplog, monkeypatch):
+def test_a_folder_in_which_another_process_trains_is_waited_for(study, started, logged):
     """As one that lives on when the study that started it is killed: it holds its output open."""
     job = study.teacher_job("retinanet")
     with (job.folder / "console.txt").open("a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log)
     result = []
-    # A tool that ran in this process may have turned it off.
-    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
-    caplog.set_level("INFO", "gkd_d2")
     thread = threading.Thread(target=lambda: result.append(Scheduler("cpu", 1).run(study)))
     thread.start()
-    wait_until(lambda: "another process trains there" in caplog.text)
+    wait_until(lambda: "another process trains there" in logged.text)
     assert started() == []
     for name in ("model_final.pth", "last_checkpoint"):
         (job.folder / name).touch()
@@ -237,31 +197,3 @@ def test_nothing_of_an_attempt_without_checkpoint_goes_on(study):
     (job.folder / "metrics.json").write_text('{"iteration": 7, "total_loss": 5.0, "loss_of_another_method": 1.0}\n')
     assert Scheduler("cpu", 1).run(study) == {}
     assert list(job.finished().history) == [399]
-
-
-def test_the_data_are_made_where_the_trainings_look_for_them(make_study, tmp_path):
-    study = make_study(prepare=["make_toy_kitti.py", "--train", 2, "--val", 1])
-    prepare_data(study)
-    assert study_environment(study)["DETECTRON2_DATASETS"] == str(tmp_path / "small" / "datasets")
-    assert len(list((tmp_path / "small" / "datasets" / "toy_kitti").rglob("*.png"))) == 3
-
-
-def test_a_tool_that_can_not_make_the_data_is_quoted(make_study):
-    study = make_study(prepare=["make_toy_kitti.py", "--train", 0])
-    with pytest.raises(ValueError, match=r"make_toy_kitti.py --train 0 failed:\n(?s:.)*num_train is 0"):
-        prepare_data(study)
-
-
-def test_one_process_trains_in_a_folder(study):
-    """Until it ends, even if it is killed."""
-    command = [sys.executable, "-c", HOLD, str(study.output)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"{study.output}: another run_study.py trains there, process {other.pid} on "):
-        lock_folder(study.output).__enter__()
-    other.kill()
-    other.wait()
-    with lock_folder(study.output), pytest.raises(ValueError, match=f"process {os.getpid()} on "):
-        lock_folder(study.output).__enter__()
-    with lock_folder(study.output):
-        pass
