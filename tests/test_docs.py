@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 # What a run leaves in the tree.
-LEFTOVERS = (".*", "build", "datasets", "output", "*.egg-info", "__pycache__")
+LEFTOVERS = (".*", "*.egg-info", "__pycache__")
+# The same, in the root alone.
+ROOT_LEFTOVERS = ("build", "datasets", "output")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FOLDERS = "|".join(("configs", "csrc", "docs", "gkd_d2", "tests", "tools"))
@@ -86,7 +88,12 @@ def marks(document: Path) -> int:
 @pytest.mark.parametrize("document", filter(marks, DOCUMENTS), ids=name)
 def test_marked_commands_run(document, tmp_path):
     tree = tmp_path / "gkd_d2"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFTOVERS))
+    anywhere = shutil.ignore_patterns(*LEFTOVERS)
+    shutil.copytree(
+        ROOT,
+        tree,
+        ignore=lambda folder, names: anywhere(folder, names) | (set(ROOT_LEFTOVERS) if folder == str(ROOT) else set()),
+    )
     # `python` and `.venv/bin/python` of a document are the Python that runs the test.
     (tree / ".venv").symlink_to(sys.prefix)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
