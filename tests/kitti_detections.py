@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 
 from gkd_d2.data import register_kitti
-from gkd_d2.data.datasets.kitti import CLASSES
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 from gkd_d2.evaluation import KITTIEvaluator
 
 

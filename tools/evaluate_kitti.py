@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from gkd_d2.data.datasets.kitti import read_lines
+from gkd_d2.data.datasets.kitti_labels import read_lines
 from gkd_d2.evaluation.kitti_evaluation import table
 from gkd_d2.evaluation.kitti_results import evaluate_folders, images_without_result
 from gkd_d2.utils.files import check_file_writable, naming

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from gkd_d2.data.datasets.builtin import COCO_TRAFFIC_PREFIXES, resolve_root
-from gkd_d2.data.datasets.coco_traffic import CLASS_SETS, SPLITS, prepare_coco_traffic
+from gkd_d2.data.datasets.coco_traffic import CLASS_SETS, SPLITS
+from gkd_d2.data.prepare.coco_traffic import prepare_coco_traffic
 from gkd_d2.utils.files import check_writable
 
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from gkd_d2.data.datasets.builtin import resolve_root
-from gkd_d2.data.datasets.kitti import DIFFICULTIES, SPLITS, check_kitti_root, load_kitti
+from gkd_d2.data.datasets.kitti import SPLITS, check_kitti_root, load_kitti
+from gkd_d2.data.datasets.kitti_labels import DIFFICULTIES
 from gkd_d2.data.prepare.kitti import check_images, coco_paths, count_objects, export_coco, unpack, write_split
 from gkd_d2.utils.files import check_writable
 from gkd_d2.utils.progress import track

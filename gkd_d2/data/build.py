@@ -7,11 +7,7 @@ uninterrupted one would, two runs of one seed see the same, and the number of wo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 
 from detectron2.config import CfgNode
@@ -19,6 +15,7 @@ from detectron2.data import DatasetFromList, get_detection_dataset_dicts, sample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gkd_d2.data.workers import init_worker
 from gkd_d2.utils.random_streams import mix_seed, separate_data_stream
 from gkd_d2.utils.text import counted
 
@@ -120,7 +117,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         batch_sampler=BatchSampler(_build_sampler(cfg, dicts), batch_size, groups),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=init_worker,
     )
 
 
@@ -173,36 +170,3 @@ def _wide(dicts: list[dict]) -> list[bool]:
                 "DATALOADER.ASPECT_RATIO_GROUPING needs them: add them, or set it to False"
             )
     return [record["width"] > record["height"] for record in dicts]
-
-
-@contextlib.contextmanager
-def outliving_sigterm() -> Iterator[None]:
-    """Within it a loader's workers start such that SIGTERM does not end them before they can handle it; see below.
-
-    Where the trainer's own process was spawned they are, too, and import all modules anew: that takes seconds.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """Slurm signals every process of a job; a worker that died of it would keep the trainer from saving.
-
-    Only the trainer's own SIGTERM, which Python sends to its workers when it ends, is obeyed.
-    """
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    if not hasattr(signal, "sigwaitinfo"):
-        return  # macOS, which has no Slurm either
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, daemon=True).start()

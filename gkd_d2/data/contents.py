@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.data.datasets.classes import class_names
+from gkd_d2.data.classes import class_names
 from gkd_d2.data.datasets.coco import elements
 from gkd_d2.data.datasets.coco_check import check_coco_file
 from gkd_d2.utils.text import counted, listed

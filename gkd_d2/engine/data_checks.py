@@ -12,9 +12,9 @@ from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import detector_architecture
+from gkd_d2.data.classes import known_class_names
 from gkd_d2.data.contents import DatasetContents, read_contents
 from gkd_d2.data.datasets.builtin import check_datasets
-from gkd_d2.data.datasets.classes import known_class_names
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
 from gkd_d2.modeling.pairing import check_class_names
 from gkd_d2.utils.registries import architecture_class

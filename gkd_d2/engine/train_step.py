@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from gkd_d2.data.build import outliving_sigterm
+from gkd_d2.data.workers import outliving_sigterm
 from gkd_d2.engine.blame import Blame
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.utils.finite import running_statistics

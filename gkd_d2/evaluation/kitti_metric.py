@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_d2.data.datasets.kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, Difficulty
+from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, IGNORED_TYPES, Difficulty
 from gkd_d2.utils.text import counted
 
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
@@ -56,7 +56,7 @@ class GroundTruth:
 
     @classmethod
     def from_objects(cls, objects: Sequence[dict]) -> GroundTruth:
-        """From what :func:`gkd_d2.data.datasets.kitti.parse_label_line` returns, one dictionary an object."""
+        """From what :func:`gkd_d2.data.datasets.kitti_labels.parse_label_line` returns, one dictionary an object."""
         return cls(
             [obj["type"] for obj in objects],
             np.array([obj["bbox"] for obj in objects], dtype=np.float64).reshape(-1, 4),

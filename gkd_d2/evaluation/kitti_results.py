@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gkd_d2.data.datasets.kitti import parse_number, parse_type, read_labels, read_lines
+from gkd_d2.data.datasets.kitti_labels import LABEL_FIELDS, parse_number, parse_type, read_labels, read_lines
 from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
 from gkd_d2.utils.text import counted
 
-_FIELDS = (
-    "type", "truncated", "occluded", "alpha", "left", "top", "right", "bottom",
-    "height", "width", "length", "x", "y", "z", "rotation_y", "score",
-)  # fmt: skip
+_FIELDS = (*LABEL_FIELDS, "score")
 
 
 def read_results(path: Path) -> Detections:

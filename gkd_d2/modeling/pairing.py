@@ -7,7 +7,7 @@ import itertools
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from gkd_d2.data.datasets.classes import known_class_names
+from gkd_d2.data.classes import known_class_names
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
 

@@ -1,80 +1,14 @@
 """Batches are functions of the seed, the process and the iteration, whoever loads them."""
 
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
 from itertools import islice
-from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
 import torch
+from batches import build, equal, load, numbers
 from detectron2.data import DatasetCatalog, samplers
 from detectron2.utils import comm
-from PIL import Image
-from tiny import detector_config
-
-from gkd_d2.data.build import build_train_loader, outliving_sigterm
-from gkd_d2.data.mapper import FileNamingMapper
-
-# Width and height: 7 wide images, 5 tall ones.
-SIZES = [(60, 40)] * 5 + [(40, 60)] * 4 + [(50, 30)] * 2 + [(40, 40)]
-
-
-@pytest.fixture
-def records(tmp_path):
-    """Dataset dicts of 12 images, registered as "loader_test"; a test may change them."""
-    generator = np.random.default_rng(0)
-    made = []
-    for number, (width, height) in enumerate(SIZES):
-        path = tmp_path / f"{number}.png"
-        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-        box = {"bbox": [5, 5, 30, 20], "bbox_mode": 0, "category_id": 0}
-        made.append(
-            {"file_name": str(path), "image_id": number, "width": width, "height": height, "annotations": [box]}
-        )
-    DatasetCatalog.register("loader_test", lambda: made)
-    yield made
-    DatasetCatalog.remove("loader_test")
-
-
-@pytest.fixture
-def cfg(records):
-    """Batches of 2 with random sizes and flips, loaded in the trainer's own process."""
-    cfg = detector_config("retinanet")
-    cfg.DATASETS.TRAIN = ("loader_test",)
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.SOLVER.IMS_PER_BATCH = 2
-    cfg.INPUT.MIN_SIZE_TRAIN = (24, 32, 40)
-    return cfg
-
-
-def build(cfg):
-    return build_train_loader(cfg, FileNamingMapper(cfg, is_train=True))
-
-
-def load(cfg, count, *, first=0):
-    """``count`` batches from the one with number ``first``."""
-    loader = build(cfg)
-    loader.batch_sampler.first = first
-    return list(islice(loader, count))
-
-
-def numbers(batches):
-    return [[sample["image_id"] for sample in batch] for batch in batches]
-
-
-def equal(batches, others):
-    """Whether the images are the same, pixel for pixel, with the same boxes."""
-    return numbers(batches) == numbers(others) and all(
-        torch.equal(a["image"], b["image"])
-        and torch.equal(a["instances"].gt_boxes.tensor, b["instances"].gt_boxes.tensor)
-        for batch, other in zip(batches, others)
-        for a, b in zip(batch, other)
-    )
 
 
 def test_workers_and_the_first_batch_change_nothing(cfg):
@@ -221,66 +155,3 @@ def test_images_without_objects_alone_are_refused(cfg, records):
         build(cfg)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert build(cfg).dataset
-
-
-def test_workers_outlive_sigterm(cfg):
-    """Slurm sends it to all processes of a job, and the trainer needs its batch to finish the iteration."""
-    cfg.DATALOADER.NUM_WORKERS = 2
-    whole = load(cfg, 20)
-    batches = iter(build(cfg))
-    # One of each worker, which is then set up.
-    assert equal([next(batches), next(batches)], whole[:2])
-    # This process is the trainer, whose own signals a worker obeys.
-    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in batches._workers)], check=True)
-    assert equal(list(islice(batches, 18)), whole[2:])
-
-
-def test_workers_that_are_still_starting_outlive_sigterm(cfg):
-    """They import all modules first where the trainer's process was spawned, as each of several on a machine is."""
-    cfg.DATALOADER.NUM_WORKERS = 2
-    loader = build(cfg)
-    loader.multiprocessing_context = "spawn"
-    # A process that was spawned has Python's tracker of resources already, whose start would unblock the signal.
-    resource_tracker.ensure_running()
-    with outliving_sigterm():
-        batches = iter(loader)
-    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in batches._workers)], check=True)
-    assert equal(list(islice(batches, 4)), load(cfg, 4))
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-# One worker of two dies; the error, which nothing catches, keeps the loader and with it the other worker alive.
-FAILING_RUN = """
-import os, signal
-from detectron2.data import DatasetCatalog
-from tiny import detector_config
-from gkd_d2.data.build import build_train_loader
-
-DatasetCatalog.register("failing", lambda: [{"width": 2, "height": 1, "annotations": []}] * 9)
-cfg = detector_config("retinanet")
-cfg.DATASETS.TRAIN = ("failing",)
-cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-cfg.DATALOADER.NUM_WORKERS = 2
-
-def train():
-    batches = iter(build_train_loader(cfg, dict))
-    next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGKILL)
-    while True:
-        next(batches)
-
-train()
-"""
-
-
-def test_a_run_whose_worker_is_killed_ends(project):
-    """As by the kernel, when memory runs out."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FAILING_RUN],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(project / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert re.search(r"RuntimeError: DataLoader worker \(pid.*\) is killed by signal: Killed", done.stderr)

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from kitti_folder import write_kitti
 
-from gkd_d2.data.datasets.coco_traffic import TRAFFIC_IDS, load_coco_traffic, prepare_coco_traffic
-from gkd_d2.data.datasets.kitti import CLASSES, IGNORED_TYPES, load_kitti, read_labels
+from gkd_d2.data.datasets.coco_traffic import TRAFFIC_IDS, load_coco_traffic
+from gkd_d2.data.datasets.kitti import load_kitti
+from gkd_d2.data.datasets.kitti_labels import CLASSES, IGNORED_TYPES, read_labels
+from gkd_d2.data.prepare.coco_traffic import prepare_coco_traffic
 from gkd_d2.data.prepare.kitti import unpack
 from gkd_d2.evaluation.kitti_metric import GroundTruth, average_precision
 from gkd_d2.evaluation.kitti_results import read_results
@@ -164,14 +166,7 @@ def test_results(folder, content):
 
 @pytest.fixture(scope="module")
 def small_root(folder) -> Path:
-    root = folder / "kitti"
-    for name in ("training/image_2", "training/label_2", "ImageSets"):
-        (root / name).mkdir(parents=True)
-    for name in "abcd":
-        Image.new("L", (8, 8)).save(root / f"training/image_2/{name}.png")
-        (root / f"training/label_2/{name}.txt").touch()
-    (root / "ImageSets/val.txt").write_text("d\n")
-    return root
+    return write_kitti(folder / "kitti", dict.fromkeys("abcd", ""), {"val": "d\n"})
 
 
 list_ids = st.one_of(*[st.sampled_from("abc")] * 3, st.sampled_from(["d", "", " ", "../a", "a/../a", "\x00", "A"]))

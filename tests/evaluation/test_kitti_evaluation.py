@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from kitti_detections import detect, evaluate, evaluate_part
 
 from gkd_d2.data import register_kitti
-from gkd_d2.data.datasets.kitti import CLASSES
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.evaluation import KITTIEvaluator
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from kitti_reference import reference_average_precision
 
-from gkd_d2.data.datasets.kitti import CLASSES, DIFFICULTIES, IGNORED_TYPES, load_kitti
+from gkd_d2.data.datasets.kitti import load_kitti
+from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, IGNORED_TYPES
 from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision, recall_thresholds
 
 # Below 41 objects not even perfect detections reach every recall point.

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from gkd_d2.data.datasets.kitti import CLASSES
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 from gkd_d2.evaluation.kitti_metric import Detections
 from gkd_d2.evaluation.kitti_results import evaluate_folders, read_results, write_results
 

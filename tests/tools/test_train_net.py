@@ -13,6 +13,7 @@ from tiny import calm
 
 from gkd_d2.config import read_config, teacher_config
 from gkd_d2.data.datasets import coco_traffic
+from gkd_d2.data.prepare.coco_traffic import prepare_coco_traffic
 from gkd_d2.data.toy import make_toy_kitti
 from gkd_d2.evaluation.kitti_evaluation import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
@@ -208,7 +209,7 @@ def coco(request, tmp_path):
                 Image.effect_noise((96, 64), 50).convert("RGB").save(images / f"{number}.jpg")
             source.write_text(json.dumps(TOY_TRAFFIC))
         target = tmp_path / "datasets" / "coco_traffic" / "annotations" / f"instances_{split}.json"
-        coco_traffic.prepare_coco_traffic(source, target)
+        prepare_coco_traffic(source, target)
     return tmp_path / "datasets"
 
 

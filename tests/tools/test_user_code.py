@@ -18,7 +18,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from gkd_d2 import METHOD_REGISTRY, LevelwiseMethod, Term
-from gkd_d2.data.datasets.kitti import CLASSES, load_kitti
+from gkd_d2.data.datasets.kitti import load_kitti
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 
 
 @META_ARCH_REGISTRY.register()

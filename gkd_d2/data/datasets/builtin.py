@@ -10,14 +10,8 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gkd_d2.data.datasets import coco_traffic
-from gkd_d2.data.datasets.kitti import (
-    CLASSES,
-    SPLITS,
-    check_kitti_root,
-    check_kitti_testing,
-    load_kitti,
-    load_kitti_testing,
-)
+from gkd_d2.data.datasets.kitti import SPLITS, check_kitti_root, check_kitti_testing, load_kitti, load_kitti_testing
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 from gkd_d2.utils.registries import not_registered
 
 _DATASETS = "$DETECTRON2_DATASETS"

@@ -1,0 +1,1 @@
+"""What makes downloads usable as datasets, for the tools."""

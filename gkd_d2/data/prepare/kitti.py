@@ -18,15 +18,8 @@ from typing import Any
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from gkd_d2.data.datasets.kitti import (
-    CLASSES,
-    DIFFICULTIES,
-    IGNORED_TYPES,
-    IMAGE_SUFFIXES,
-    SPLITS,
-    load_kitti,
-    split_folder,
-)
+from gkd_d2.data.datasets.kitti import IMAGE_SUFFIXES, SPLITS, load_kitti, split_folder
+from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, IGNORED_TYPES
 from gkd_d2.utils.files import nearest_folder, replacing, write_whole
 from gkd_d2.utils.progress import track
 

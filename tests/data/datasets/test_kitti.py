@@ -12,41 +12,22 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from kitti_folder import CAR, CYCLIST, DONT_CARE, PEDESTRIAN, SIZE, VAN, write_kitti
 from PIL import Image
 
 from gkd_d2.data import register_kitti
 from gkd_d2.data.datasets.kitti import (
-    CLASSES,
     check_kitti_root,
     check_kitti_testing,
     load_kitti,
     load_kitti_testing,
-    parse_label_line,
     split_by_hash,
 )
+from gkd_d2.data.datasets.kitti_labels import CLASSES
 
-SIZE = (200, 100)  # width, height
-TAIL = "1.5 1.6 3.9 1.0 1.5 20.0 -1.57"  # the 7 fields of a 3D box
-CAR = f"Car 0.00 0 -1.50 10.00 20.00 60.00 50.00 {TAIL}"
-PEDESTRIAN = f"Pedestrian 0.25 1 0.30 100.00 10.00 120.00 70.00 {TAIL}"
-CYCLIST = f"Cyclist 0.00 2 0.30 130.00 10.00 150.00 50.00 {TAIL}"
-VAN = f"Van 0.00 0 0.30 80.00 60.00 99.00 90.00 {TAIL}"
 # Of the ids 000000 to 000009, those with the largest SHA-256, computed outside the project. Another split by hash would
 # silently move users' images between training and validation.
 EXPECTED_VAL = ["000002", "000008"]
-DONT_CARE = "DontCare -1 -1 -10 155.00 5.00 195.00 45.00 -1 -1 -1 -1000 -1000 -1000 -10"
-
-
-def make_root(root: Path, labels: dict[str, str], lists: dict[str, str] | None = None, suffix: str = ".png") -> Path:
-    """Write a folder of KITTI's form: text of each label file by id, text of each list by split."""
-    for folder in ("training/image_2", "training/label_2", "ImageSets"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for image_id, text in labels.items():
-        Image.new("RGB", SIZE, (90, 120, 60)).save(root / "training/image_2" / f"{image_id}{suffix}")
-        (root / "training/label_2" / f"{image_id}.txt").write_bytes(text.encode())
-    for split, text in (lists or {}).items():
-        (root / "ImageSets" / f"{split}.txt").write_bytes(text.encode())
-    return root
 
 
 @pytest.fixture
@@ -56,7 +37,7 @@ def root(tmp_path: Path) -> Path:
         "000003": "",
         "000009": CAR + "\n",
     }
-    return make_root(tmp_path / "data", labels, {"train": "000007\n000003\n", "val": "000009\n"})
+    return write_kitti(tmp_path / "data", labels, {"train": "000007\n000003\n", "val": "000009\n"})
 
 
 def test_records(root: Path) -> None:
@@ -86,71 +67,13 @@ def test_records(root: Path) -> None:
     assert records[1]["annotations"] == [] and records[1]["kitti_objects"] == []
 
 
-def test_parse_a_line_of_the_benchmark() -> None:
-    # a line of KITTI's training image 000008, 1242 x 375
-    line = "Car 0.88 3 -0.69 0.00 192.37 402.31 374.00 1.60 1.57 3.23 -2.70 1.74 3.68 -1.29"
-    assert parse_label_line(line, "000008.txt:1", (1242, 375)) == {
-        "type": "Car",
-        "truncation": 0.88,
-        "occlusion": 3,
-        "bbox": [0.0, 192.37, 402.31, 374.0],
-    }
-
-
 def test_jpg_windows_line_ends_and_a_last_line_without_end(tmp_path: Path) -> None:
     labels = {"a": f"{CAR}\r\n{VAN}", "b": CAR}
-    root = make_root(tmp_path, labels, {"train": "a\r\n", "val": "b"}, suffix=".jpg")
+    root = write_kitti(tmp_path, labels, {"train": "a\r\n", "val": "b"}, suffix=".jpg")
     record = load_kitti(root, "train")[0]
     assert [obj["type"] for obj in record["kitti_objects"]] == ["Car", "Van"]
     assert record["file_name"].endswith("a.jpg")
     assert [record["image_id"] for record in load_kitti(root, "val")] == ["b"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (" ".join(CAR.split()[:14]), "14 fields"),
-        (CAR + " 0.93", "16 fields are a detection result"),
-        ("", "0 fields"),
-        (CAR.replace("Car", "car"), "unknown type 'car'"),
-        (CAR.replace("10.00", "ten"), "left is 'ten', not a finite number"),
-        (CAR.replace("10.00", "nan"), "left is 'nan', not a finite number"),
-        (CAR.replace("10.00", "1_0"), "left is '1_0', not a finite number"),
-        (CAR.replace("-1.57", "1e999"), "rotation_y is '1e999', not a finite number"),
-        (CAR.replace("0.00 0 ", "1.01 0 ", 1), r"truncated is 1.01, not in \[0, 1\]"),
-        (CAR.replace("0.00 0 ", "-1 0 ", 1), r"truncated is -1, not in \[0, 1\]"),
-        (CAR.replace("0.00 0 ", "0.00 4 ", 1), "occluded is 4"),
-        (CAR.replace("0.00 0 ", "0.00 0.5 ", 1), "occluded is 0.5"),
-        (CAR.replace("0.00 0 ", "0.00 -1 ", 1), "occluded is -1"),
-        (CAR.replace("60.00", "10.00"), "the box is empty"),
-        (CAR.replace("50.00", "19.00"), "the box is empty"),
-        (CAR.replace("10.00", "-0.01"), "outside its image of 200 x 100"),
-        (CAR.replace("20.00 60", "-3.00 60"), "outside its image of 200 x 100"),
-        (CAR.replace("60.00", "200.01"), "outside its image of 200 x 100"),
-        (CAR.replace("50.00", "100.01"), "outside its image of 200 x 100"),
-        (DONT_CARE.replace("195.00", "201.00"), "outside its image of 200 x 100"),
-    ],
-)
-def test_a_wrong_label_line_is_named(root: Path, line: str, message: str) -> None:
-    path = root / "training/label_2/000007.txt"
-    path.write_text(f"{CAR}\n{line}\n{CAR}\n")
-    with pytest.raises(ValueError, match=message) as error:
-        load_kitti(root, "train")
-    assert str(error.value).startswith(f"{path}:2: ")
-
-
-def test_a_box_may_end_at_the_image_border(root: Path) -> None:
-    line = CAR.replace("10.00 20.00 60.00 50.00", "0.00 0.00 200.00 100.00")
-    (root / "training/label_2/000007.txt").write_text(line)
-    assert load_kitti(root, "train")[0]["annotations"][0]["bbox"] == [0, 0, 200, 100]
-
-
-def test_a_label_file_that_is_no_text(root: Path) -> None:
-    path = root / "training/label_2/000007.txt"
-    path.write_bytes(CAR.encode() + b"\n\xff\xfe\n")
-    with pytest.raises(ValueError, match="not a text file") as error:
-        load_kitti(root, "train")
-    assert str(error.value).startswith(f"{path}:2: ")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +87,7 @@ def test_a_label_file_that_is_no_text(root: Path) -> None:
     ],
 )
 def test_a_wrong_list_is_named(root: Path, train: str, val: str, kind: type, place: str, message: str) -> None:
-    make_root(root, {}, {"train": train, "val": val})
+    write_kitti(root, {}, {"train": train, "val": val})
     with pytest.raises(kind, match=message) as error:
         load_kitti(root, "train")
     assert str(error.value).startswith(f"{root}/ImageSets/{place}")
@@ -245,7 +168,7 @@ def test_split_by_hash() -> None:
 
 def test_without_lists_the_split_is_by_hash(tmp_path: Path) -> None:
     ids = [f"{number:06d}" for number in range(10)]
-    root = make_root(tmp_path, dict.fromkeys(ids, CAR))
+    root = write_kitti(tmp_path, dict.fromkeys(ids, CAR))
     assert [record["image_id"] for record in load_kitti(root, "val")] == EXPECTED_VAL
     assert len(load_kitti(root, "train")) == 8
     (root / "training/image_2/000004.png").unlink()  # its label file still speaks of it
@@ -256,11 +179,11 @@ def test_without_lists_the_split_is_by_hash(tmp_path: Path) -> None:
 
 def test_one_image_is_too_few_for_a_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train would be empty"):
-        load_kitti(make_root(tmp_path, {"000000": CAR}), "val")
+        load_kitti(write_kitti(tmp_path, {"000000": CAR}), "val")
 
 
 def test_the_summary_leaves_nothing_out(root: Path, caplog) -> None:
-    make_root(root, {"000011": CAR})  # in no list
+    write_kitti(root, {"000011": CAR})  # in no list
     with caplog.at_level(logging.INFO, logger="gkd_d2.data.datasets.kitti"):
         load_kitti(root, "train")
     text = caplog.text

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
+from kitti_folder import SIZE, TAIL, write_kitti
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -22,14 +23,12 @@ from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.data.prepare.kitti import check_images, count_objects, export_coco, unpack, write_split
 from gkd_d2.utils import progress
 
-TAIL = "1.5 1.6 3.9 1.0 1.5 20.0 -1.57"
-
 
 def car(truncation=0.0, occlusion=0, height=50, kind="Car"):
     return f"{kind} {truncation} {occlusion} 0 10 10 60 {10 + height} {TAIL}\n"
 
 
-def png(path: Path, mode="RGB", size=(200, 100)) -> Path:
+def png(path: Path, mode="RGB", size=SIZE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size).save(path)
     return path
@@ -38,12 +37,7 @@ def png(path: Path, mode="RGB", size=(200, 100)) -> Path:
 @pytest.fixture
 def root(tmp_path):
     """Ten images with a car and a van each."""
-    root = tmp_path / "kitti"
-    for i in range(10):
-        png(root / f"training/image_2/{i:06d}.png")
-        (root / "training/label_2").mkdir(exist_ok=True)
-        (root / f"training/label_2/{i:06d}.txt").write_text(car() + car(kind="Van"))
-    return root
+    return write_kitti(tmp_path / "kitti", {f"{i:06d}": car() + car(kind="Van") for i in range(10)})
 
 
 def archive(path, entries):
@@ -198,7 +192,7 @@ def test_export(root, tmp_path):
     export_coco(root, tmp_path / "coco", force=True)
 
 
-def sideways(path, orientation=6, size=(200, 100)):
+def sideways(path, orientation=6, size=SIZE):
     image = Image.new("RGB", size)
     exif = image.getexif()
     exif[0x0112] = orientation

@@ -6,7 +6,7 @@ import pytest
 from coco_json import COCO
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from gkd_d2.data.datasets.classes import class_names, known_class_names
+from gkd_d2.data.classes import class_names, known_class_names
 
 
 def test_in_the_annotation_file_before_it_is_loaded(coco_dataset):
