@@ -15,7 +15,7 @@ waits for the device can't be captured: events around its calls time it, waits i
 
 import argparse
 
-from gkd_d2.analysis.benchmark.command_line import add_output_options, check_device, show
+from gkd_d2.analysis.benchmark.command_line import add_output_options, check_device, write_results
 from gkd_d2.analysis.benchmark.inputs import SHAPES, FeatureSpec
 from gkd_d2.analysis.benchmark.losses import WEIGHTS, measure_losses
 from gkd_d2.analysis.benchmark.plots import plot_losses
@@ -66,7 +66,7 @@ def main() -> None:
         compiled=args.compile,
         sweeps=args.sweeps,
     )
-    show(args, result, loss_tables(result), plot_losses)
+    write_results(args, result, loss_tables(result), plot_losses)
 
 
 if __name__ == "__main__":

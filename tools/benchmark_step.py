@@ -15,7 +15,7 @@ docs/benchmarks.md shows: fresh memory costs more than much of the arithmetic, a
 import argparse
 import sys
 
-from gkd_d2.analysis.benchmark.command_line import add_output_options, check_device, show
+from gkd_d2.analysis.benchmark.command_line import add_output_options, check_device, write_results
 from gkd_d2.analysis.benchmark.plots import plot_step
 from gkd_d2.analysis.benchmark.step import measure_step
 from gkd_d2.analysis.benchmark.tables import step_tables
@@ -71,7 +71,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    show(args, result, step_tables(result), plot_step)
+    write_results(args, result, step_tables(result), plot_step)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--device cuda needs a GPU that torch can use, and there is none")
 
 
-def show(args: argparse.Namespace, result: dict, tables: str, plot: Callable[[dict, Path], None]) -> None:
+def write_results(args: argparse.Namespace, result: dict, tables: str, plot: Callable[[dict, Path], None]) -> None:
     """Print the tables, and write what the options of :func:`add_output_options` ask for.
 
     Args:

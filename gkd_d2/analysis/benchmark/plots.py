@@ -7,7 +7,7 @@ from pathlib import Path
 from gkd_d2.analysis.benchmark.phases import PHASES
 
 # How many times as long as what it cannot avoid a distilled step may take.
-GOAL = 1.20
+_GOAL = 1.20
 _DPI = 150
 
 
@@ -55,9 +55,9 @@ def plot_step(result: dict, path: Path) -> None:
                 for phase, milliseconds in phases[kind].items():
                     axes.barh(height, milliseconds, left=left, color=colours[phase], height=0.9)
                     left += milliseconds
-        goals.append((3 * index + 1, GOAL * (setting["plain_ms"] + setting["teacher_ms"])))
+        goals.append((3 * index + 1, _GOAL * (setting["plain_ms"] + setting["teacher_ms"])))
     heights, limits = zip(*goals)
-    mark = axes.scatter(limits, heights, marker="|", s=250, color="black", label=f"{GOAL:.2f} of the unavoidable")
+    mark = axes.scatter(limits, heights, marker="|", s=250, color="black", label=f"{_GOAL:.2f} of the unavoidable")
     axes.set_yticks(*zip(*labels), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
