@@ -11,11 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.comparison import Cost, find_roles, gain_table, markdown_table, notes, plot_curves, plot_detections
-from gkd_d2.analysis.cost import gflops, milliseconds, random_image
-from gkd_d2.analysis.runs import Run, find_runs, shared_dataset
+from gkd_d2.analysis.comparison import gain_table, markdown_table, notes
+from gkd_d2.analysis.cost import measure_costs
+from gkd_d2.analysis.plots import plot_curves, plot_detections
+from gkd_d2.analysis.roles import find_roles
+from gkd_d2.analysis.runs import find_runs, shared_dataset
 from gkd_d2.utils.files import check_writable, naming
-from gkd_d2.utils.progress import track
 from gkd_d2.utils.user_modules import add_import_option, import_modules
 
 import torch
@@ -56,41 +57,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure(runs: list[Run], args: argparse.Namespace) -> tuple[dict[str, Cost], str]:
-    """The cost of every run's detector, and in words how it was measured."""
-    test = runs[0].config.INPUT
-    size = tuple(args.input_size or (test.MIN_SIZE_TEST, test.MAX_SIZE_TEST))
-    # What the heads do depends on the weights, so that only trained ones tell a cost.
-    trained = [run for run in runs if run.has_checkpoint]
-    counted = track(trained, total=len(trained), title="runs whose operations are counted")
-    operations = {run.name: gflops(run.network, random_image(size)) for run in counted}
-    text = (
-        "GFLOPs are billions of multiply-adds by fvcore's counter, for one image of random pixels, "
-        f"{size[0]} x {size[1]}"
-    )
-    times: dict[str, float] = {}
-    if not args.no_speed:
-        networks = [run.network.to(args.device) for run in trained]
-        medians = milliseconds(networks, random_image(size, args.device), repeats=args.repeats)
-        times = dict(zip((run.name for run in trained), medians))
-        device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "the CPU"
-        text += (
-            f"; ms is the median of {args.repeats} times on {device} (threads: {torch.get_num_threads()}), that image "
-            "by itself, the runs taking turns"
-        )
-    text += "."
-    for run in runs:
-        if run not in trained:
-            text += f" {run.name} holds no last_checkpoint, so that its GFLOPs and time were not measured."
-    return {run.name: Cost(run.parameters, operations.get(run.name), times.get(run.name)) for run in runs}, text
-
-
 def compare(args: argparse.Namespace) -> None:
     """Write the report and print its text."""
     runs = find_runs(args.runs)
     dataset = args.dataset or shared_dataset(runs)
     gains = gain_table(runs, dataset)
-    costs, measured = measure(runs, args)
+    test = runs[0].config.INPUT
+    size = tuple(args.input_size or (test.MIN_SIZE_TEST, test.MAX_SIZE_TEST))
+    costs, measured = measure_costs(runs, size, device=None if args.no_speed else args.device, repeats=args.repeats)
     table = markdown_table(runs, dataset, roles=find_roles(runs), costs=costs)
     args.output.mkdir(parents=True, exist_ok=True)
     with naming(args.output):

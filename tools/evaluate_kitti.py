@@ -21,8 +21,8 @@ from gkd_d2.utils.files import check_file_writable, naming
 from gkd_d2.utils.text import counted
 
 
-def main() -> int:
-    """Run the command."""
+def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=Path, required=True, metavar="FOLDER", help="label files, as in label_2")
     parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="result files, ID.txt an image")
@@ -38,7 +38,12 @@ def main() -> int:
         action="store_true",
         help="count an image without a result file as one without detections, rather than leave it out",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the command."""
+    args = parse_args()
     try:
         if args.json is not None:
             check_file_writable(args.json, "--json")

@@ -20,6 +20,7 @@ from gkd_d2.analysis.study.plan import Study
 from gkd_d2.analysis.study.read import read_study
 from gkd_d2.analysis.study.report import study_section, write_sections
 from gkd_d2.analysis.study.schedule import Scheduler
+from gkd_d2.utils.command_line import check_at_least, check_device
 from gkd_d2.utils.files import check_writable, naming
 from gkd_d2.utils.user_modules import add_import_option, import_modules
 
@@ -60,12 +61,10 @@ def parse_args() -> argparse.Namespace:
     )
     add_import_option(parser)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use, and there is none")
+    check_device(parser, args)
     if args.at_once is None:
         args.at_once = torch.cuda.device_count() if args.device == "cuda" else max(1, torch.get_num_threads() // 2)
-    if args.at_once < 1:
-        parser.error(f"--at-once is {args.at_once}, but must be at least 1")
+    check_at_least(parser, args, {"at_once": 1})
     return args
 
 

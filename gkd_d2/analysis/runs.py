@@ -1,4 +1,4 @@
-"""What finished trainings left in their folders, and which of them belong together."""
+"""What finished trainings left in their folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from detectron2.utils.logger import log_first_n
 from fvcore.nn import parameter_count
 from torch import nn
 
-from gkd_d2.config import DISTILLER, config_differences, detector_config, read_config, teacher_config
+from gkd_d2.config import DISTILLER, detector_config, read_config
 from gkd_d2.modeling.student import build_student, load_student
 from gkd_d2.utils.last_checkpoint import has_checkpoint
 from gkd_d2.utils.text import counted, listed
@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def architecture(self) -> CfgNode:
         """The MODEL node of the detector it trained, the student's where it distilled, without weights and device."""
-        return _architecture(self.config)
+        return architecture_of(self.config)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -169,15 +169,12 @@ class Run:
         return found
 
 
-def _row(line: bytes) -> dict | None:
-    """A line of metrics.json; None where it is none."""
-    try:
-        row = json.loads(line)
-    except (RecursionError, ValueError):
-        return None
-    if not (isinstance(row, dict) and type(row.get("iteration")) is int):
-        return None
-    return row if all(isinstance(value, (int, float)) for value in row.values()) else None
+def architecture_of(cfg: CfgNode) -> CfgNode:
+    """The MODEL node of a config's detector, the student's of a distiller, without weights and device."""
+    model = detector_config(cfg).MODEL.clone()
+    for key in ("WEIGHTS", "DEVICE"):
+        model.pop(key)
+    return model
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -201,48 +198,12 @@ def shared_dataset(runs: Sequence[Run]) -> str:
     raise ValueError(f"there is no dataset that all runs are evaluated on. DATASETS.TEST of {tested}")
 
 
-def find_baselines(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """The runs that trained the student of a distilled run alone: their MODEL nodes are alike."""
-    teacher = _named_teacher(run, runs)
-    return [r for r in runs if r is not teacher and not r.distilled and r.architecture == run.architecture]
-
-
-def find_teacher(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that trained the teacher of a distilled run.
-
-    It is the one whose folder holds GKD.TEACHER.WEIGHTS, else one of the architecture of GKD.TEACHER.CONFIG_FILE, else
-    the largest that is larger than the student.
-    """
-    named = _named_teacher(run, runs)
-    if named is not None:
-        return named
-    others = [r for r in runs if not r.distilled]
-    if os.path.isfile(run.config.GKD.TEACHER.CONFIG_FILE):
-        architecture = _architecture(teacher_config(run.config))
-        alike = [r for r in others if r.architecture == architecture]
-        if alike:
-            return alike[0]
-    larger = [r for r in others if r.parameters > run.parameters]
-    return max(larger, key=lambda r: r.parameters, default=None)
-
-
-def _named_teacher(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that wrote GKD.TEACHER.WEIGHTS."""
-    folder = Path(run.config.GKD.TEACHER.WEIGHTS).resolve().parent
-    return next((r for r in runs if not r.distilled and r.folder.resolve() == folder), None)
-
-
-def training_differences(run: Run, baseline: Run) -> dict[str, tuple]:
-    """Key -> value in ``run`` and in ``baseline``, for what may explain a gain beside the distillation.
-
-    The keys of GKD, the folder, the device, the loader's workers and how often is evaluated are left out.
-    """
-    ignored = ("GKD", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD", "VIS_PERIOD")
-    return config_differences(detector_config(run.config), detector_config(baseline.config), ignored)
-
-
-def _architecture(cfg: CfgNode) -> CfgNode:
-    model = detector_config(cfg).MODEL.clone()
-    for key in ("WEIGHTS", "DEVICE"):
-        model.pop(key)
-    return model
+def _row(line: bytes) -> dict | None:
+    """A line of metrics.json; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (RecursionError, ValueError):
+        return None
+    if not (isinstance(row, dict) and type(row.get("iteration")) is int):
+        return None
+    return row if all(isinstance(value, (int, float)) for value in row.values()) else None

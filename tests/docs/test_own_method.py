@@ -13,8 +13,8 @@ from documents import fenced_blocks
 from levels import random_level
 from tiny import ARCHITECTURES, training_batch, watched
 
+from gkd_d2.analysis.gradient_ratios import unit_weights
 from gkd_d2.analysis.runs import Run
-from gkd_d2.analysis.tuning import unit_weights
 from gkd_d2.config import read_config
 from gkd_d2.losses import box_context_mask
 from gkd_d2.methods import METHOD_REGISTRY, build_method

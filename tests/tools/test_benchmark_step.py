@@ -1,8 +1,6 @@
 """The benchmark of a step through the command line, with tiny detectors."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
@@ -20,25 +18,24 @@ PHASES = {
 
 
 @pytest.fixture
-def benchmark(project, monkeypatch, tmp_path):
-    """Run tools/benchmark_step.py on the config of ``cfg``; returns what it wrote as JSON."""
+def benchmark(run_here, monkeypatch, tmp_path):
+    """Run tools/benchmark_step.py on the config of ``cfg``; returns its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
 
     def run(cfg, *arguments):
         (tmp_path / "distiller.yaml").write_text(cfg.dump())
-        command = ["benchmark_step.py", "--config-file", "distiller.yaml", "--batch", "1", "--size", "64", "96"]
-        command += ["--rounds", "1", "--warm-up", "1", "--json", "step.json", "--plot", "step.png", *arguments]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", command)
-        runpy.run_path(str(project / "tools" / "benchmark_step.py"), run_name="__main__")
-        return json.loads((tmp_path / "step.json").read_text())
+        options = ["--config-file", "distiller.yaml", "--batch", 1, "--size", 64, 96, "--rounds", 1, "--warm-up", 1]
+        return run_here("benchmark_step.py", *options, "--json", "step.json", "--plot", "step.png", *arguments)
 
     return run
 
 
-def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path, capsys):
+def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path):
     cfg = distiller_config("faster", channels=8)
     names = ["default", "two passes", "half the proposals", "channels_last", "bfloat16"]
-    result = benchmark(cfg, *(argument for name in names for argument in ("--setting", name)))
+    status, printed = benchmark(cfg, *(argument for name in names for argument in ("--setting", name)))
+    assert status == 0, printed
+    result = json.loads((tmp_path / "step.json").read_text())
     teacher = torch.load(tmp_path / "teacher.pth")["model"].values()
     # p2 to p5 of 64 x 96 pixels, 16 channels, 4 bytes.
     features = 16 * 4 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3)
@@ -61,23 +58,26 @@ def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path, capsys):
         parts = [memory[f"{key}_megabytes"] for key in ("plain", "teacher_weights", "teacher_features")]
         assert memory["ratio"] == pytest.approx(memory["distilled_megabytes"] / sum(parts))
         assert memory["distilled_megabytes"] > memory["plain_megabytes"] > memory["teacher_features_megabytes"]
-    table = capsys.readouterr().out
-    assert "distiller.yaml, 1 x 64x96, 1 round; CPU with" in table
-    assert f"{result['settings']['default']['ratio']:.3f}" in table
+    assert "distiller.yaml, 1 x 64x96, 1 round; CPU with" in printed
+    assert f"{result['settings']['default']['ratio']:.3f}" in printed
     with Image.open(tmp_path / "step.png") as picture:
         assert picture.size[0] > 500
 
 
-def test_bad_arguments_are_refused(benchmark, distiller_config, capsys):
-    cfg = distiller_config("retinanet")
-    with pytest.raises(SystemExit, match="--setting half the proposals is none of this config's: default, two passes"):
-        benchmark(cfg, "--setting", "half the proposals")
-    with pytest.raises(SystemExit):
-        benchmark(cfg, "--rounds", "0")
-    assert "--rounds is 0, but must be at least 1" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        benchmark(cfg, "--plot", "nowhere/step.png")
-    assert "nowhere/step.png can't be written: there is no folder nowhere" in capsys.readouterr().err
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    with pytest.raises(SystemExit, match="distiller.yaml is no config of a GKDDistiller"):
-        benchmark(cfg)
+@pytest.mark.parametrize(
+    ("status", "arguments", "message"),
+    [
+        (
+            1,
+            ["--setting", "half the proposals"],
+            "--setting half the proposals is none of this config's: default, ",
+        ),
+        (1, ["MODEL.META_ARCHITECTURE", "RetinaNet"], "distiller.yaml is no config of a GKDDistiller"),
+        (2, ["--rounds", "0"], "--rounds is 0, but must be at least 1"),
+        (2, ["--size", "64", "0"], "--size is [64, 0], but both numbers must be at least 1"),
+        (2, ["--plot", "nowhere/step.png"], "nowhere/step.png can't be written: there is no folder nowhere"),
+    ],
+)
+def test_bad_arguments_are_refused(benchmark, distiller_config, status, arguments, message):
+    ended, said = benchmark(distiller_config("retinanet"), *arguments)
+    assert ended == status and message in said

@@ -1,8 +1,6 @@
 """Real runs compared through the command line."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,14 +90,12 @@ def test_a_run_that_was_never_evaluated_is_named(demo, run_tool, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_is_shown(demo, project, tmp_path, monkeypatch, capsys):
+def test_progress_is_shown(demo, run_here, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "FIRST_SECONDS", 0)
-    arguments = ["compare_runs.py", str(demo[0] / "student_alone"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--input-size", "64", "96", "--repeats", "2", "--device", "cpu"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(project / "tools" / "compare_runs.py"), run_name="__main__")
-    assert end.value.code == 0
-    lines = capsys.readouterr().err.splitlines()
+    options = ["--output", tmp_path / "out", "--input-size", 64, 96, "--repeats", 2, "--device", "cpu"]
+    status, printed = run_here("compare_runs.py", demo[0] / "student_alone", *options)
+    assert status == 0
+    lines = printed.splitlines()
     assert any(line.startswith("runs whose operations are counted: 1 of 1, ") for line in lines)
     # Two turns to warm up, and two that count.
     assert any(line.startswith("turns of the time's measurement: 4 of 4, ") for line in lines)

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, training_batch, watched
 
-from gkd_d2.analysis.tuning import Ratio, measure_ratios, suggest_weights, unit_weights
+from gkd_d2.analysis.gradient_ratios import Ratio, measure_ratios, suggest_weights, unit_weights
 from gkd_d2.utils.random_streams import mix_seed, seed_everything
 
 TERMS = ("gradient", "box", "attention", "image")

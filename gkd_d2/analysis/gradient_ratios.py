@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
+import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 
-from gkd_d2.methods import build_method
+from gkd_d2.methods import Term, build_method
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.measure import Measurement, TermReport, weight_for_ratio
 from gkd_d2.utils.random_streams import mix_seed, seed_everything
@@ -36,6 +38,33 @@ class Ratio:
     low: float
     high: float
     levels: dict[str, float]
+
+
+def wanted_ratios(method: str, terms: Sequence[Term], ratio: float, given: Mapping[str, float]) -> dict[str, float]:
+    """The ratios that are asked for, of the losses that are on or named.
+
+    Args:
+        method: GKD.METHOD, for errors.
+        terms: its losses.
+        ratio: for every loss.
+        given: name of a loss -> ratio instead.
+
+    Returns:
+        Name of a loss -> ratio.
+
+    Raises:
+        ValueError: ``given`` names a loss that is not among ``terms``, or no loss is left.
+    """
+    if not terms:
+        raise ValueError(f"GKD.METHOD is {method}, which has no loss to weigh")
+    names = [term.name for term in terms]
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"--term names {', '.join(unknown)}, but the method's losses are {', '.join(names)}")
+    wanted = {term.name: given.get(term.name, ratio) for term in terms if term.weight > 0 or term.name in given}
+    if not wanted:
+        raise ValueError(f"all weights of GKD.METHOD {method} are 0: name losses by --term {names[0]}=0.5")
+    return wanted
 
 
 def unit_weights(cfg: CfgNode, names: Collection[str]) -> CfgNode:
@@ -117,6 +146,41 @@ def suggest_weights(ratios: dict[str, Ratio], wanted: dict[str, float]) -> dict[
         Name of a loss -> weight, to two digits.
     """
     return {term: weight_for_ratio(UNIT, ratio.median, wanted[term]) for term, ratio in ratios.items()}
+
+
+def ratio_table(terms: Iterable[Term], ratios: Mapping[str, Ratio], weights: Mapping[str, float]) -> str:
+    """What was measured, at today's weights, and the weights that are proposed, as a Markdown table.
+
+    Args:
+        terms: a row each.
+        ratios: from :func:`measure_ratios`.
+        weights: from :func:`suggest_weights`.
+    """
+    rows = []
+    for term in terms:
+        now, found = term.weight, ratios[term.name]
+        levels = " ".join(f"{level} {now * value:.2g}" for level, value in found.levels.items())
+        spread = f"{now * found.low:.2g} to {now * found.high:.2g}"
+        rows.append([term.name, now, f"{now * found.median:.3g}", spread, levels, weights[term.name]])
+    headers = ["loss", "weight", "ratio: median", "10 % to 90 % of the batches", "median by level", "proposed weight"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def weights_as_yaml(terms: Iterable[Term], weights: Mapping[str, float]) -> str:
+    """The weights as they stand in a config file.
+
+    Args:
+        terms: of the weights.
+        weights: from :func:`suggest_weights`.
+    """
+    nested: dict = {}
+    for term in terms:
+        *path, key = term.key.split(".")
+        node = nested
+        for name in path:
+            node = node.setdefault(name, {})
+        node[key] = weights[term.name]
+    return yaml.safe_dump(nested, sort_keys=False)
 
 
 def _values(rows: list[dict[str, float]], name: str) -> np.ndarray:
