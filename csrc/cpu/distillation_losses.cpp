@@ -1,4 +1,4 @@
-// distillation_losses and its backward on the CPU: the work is cut into tasks here, and done in kernels_impl.h.
+// distillation_losses and its backward on the CPU: the work is cut into tasks here, for the kernels of kernels.h.
 // The cut depends on shapes alone and every task writes its own results, so the number of threads changes no bit.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
