@@ -25,7 +25,7 @@ GKD_INLINE void fill_gaussian(const GridSpan& span, int64_t begin, int64_t end, 
 }
 
 template <typename acc_t>
-void fill_mask_kernel(const MaskTask<acc_t>& task) {
+void box_masks_kernel(const BoxMaskTask<acc_t>& task) {
   for (int64_t i = task.begin * task.width; i < task.end * task.width; ++i) task.mask[i] = 0;
   acc_t* const mask_end = task.mask + task.end * task.width;
   alignas(64) acc_t gauss_y[kMaskRows], gauss_x[kMaskColumns], inside_x[kMaskColumns];

@@ -9,7 +9,7 @@ namespace {
 
 // What one channel of a contiguous map, or `kChannels` at a time, add to the cells' sums.
 template <typename scalar_t, int kChannels>
-GKD_INLINE void sum_contiguous(const SumTask<scalar_t>& task, int64_t channel,
+GKD_INLINE void sum_contiguous(const CellSumTask<scalar_t>& task, int64_t channel,
                                acc_type<scalar_t> (*cell_sums)[kSumCells]) {
   using acc_t = acc_type<scalar_t>;
   const int64_t start = channel * task.cells + task.begin;
@@ -72,7 +72,7 @@ GKD_INLINE void sum_contiguous(const SumTask<scalar_t>& task, int64_t channel,
 // What one cell of a channels_last map adds up to, and what it adds to the channels' sums. Memory is read in a straight
 // line: several cells at a time would save loads from the caches, but upset the prefetching into them.
 template <typename scalar_t>
-GKD_INLINE void sum_channels_last(const SumTask<scalar_t>& task, int64_t cell) {
+GKD_INLINE void sum_channels_last(const CellSumTask<scalar_t>& task, int64_t cell) {
   using acc_t = acc_type<scalar_t>;
   Vector<acc_t> sums[kCellSums] = {};
   for_each_vector<acc_t>(task.channels, [&](auto lanes, int64_t c) {
@@ -116,7 +116,7 @@ acc_type<scalar_t> map_noise(const scalar_t* feature, int64_t stride, const acc_
 }
 
 template <typename scalar_t>
-void sum_kernel(const SumTask<scalar_t>& task) {
+void cell_sums_kernel(const CellSumTask<scalar_t>& task) {
   using acc_t = acc_type<scalar_t>;
   if (task.maps && task.begin == 0) {
     const int64_t stride = task.channels_last ? 1 : task.cells;

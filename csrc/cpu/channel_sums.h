@@ -22,7 +22,7 @@ acc_type<scalar_t> sum_row(const scalar_t* row, int64_t count, bool absolute_val
 }
 
 template <typename scalar_t>
-void sum_channels_kernel(const ChannelSumTask<scalar_t>& task) {
+void channel_sums_kernel(const ChannelSumTask<scalar_t>& task) {
   using acc_t = acc_type<scalar_t>;
   if (!task.channels_last) {
     for (int64_t c = task.begin; c < task.end; ++c) {

@@ -15,8 +15,8 @@ namespace {
 template <typename scalar_t>
 constexpr Kernels<scalar_t> kernels_of() {
   using acc_t = acc_type<scalar_t>;
-  return {sum_channels_kernel<scalar_t>,   sum_kernel<scalar_t>, fill_mask_kernel<acc_t>,
-          attention_weights_kernel<acc_t>, finish_kernel<acc_t>, gradient_kernel<scalar_t>};
+  return {channel_sums_kernel<scalar_t>,   cell_sums_kernel<scalar_t>, box_masks_kernel<acc_t>,
+          attention_weights_kernel<acc_t>, finish_kernel<acc_t>,       gradient_kernel<scalar_t>};
 }
 
 constexpr KernelSet kKernels = {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(),
