@@ -105,6 +105,10 @@ def interface_version() -> str:
     return re.search(r"^INTERFACE_VERSION = (\d+)$", (ROOT / "gkd_d2/losses/fused.py").read_text(), re.M).group(1)
 
 
+def find_sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
 def extension():
     torch = import_torch()
     toolkit = None if flag("FORCE_CPU") else find_toolkit()
@@ -118,7 +122,7 @@ def extension():
     os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for p in (ROOT / folder).glob("*.cpp"))
+    sources = find_sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", f"-DGKD_INTERFACE_VERSION={interface_version()}"]
     link = []
     if torch.backends.openmp.is_available():
@@ -141,7 +145,7 @@ def extension():
     # Headers that the pip wheels of CUDA have and a small toolkit may lack; searched last, for they may be newer.
     for folder in sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/include")):
         cxx += ["-idirafter", str(folder)]
-    sources += ["csrc/cuda/distillation_losses.cpp", "csrc/cuda/kernels.cu"]
+    sources += find_sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
     compile_args = {"cxx": cxx, "nvcc": ["-O3", "--threads=2"]}
     return CUDAExtension("gkd_d2._C", sources, extra_compile_args=compile_args, extra_link_args=link), BuildExtension
 

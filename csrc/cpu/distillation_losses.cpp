@@ -1,4 +1,4 @@
-// distillation_losses and its backward on the CPU: the work is cut into tasks here, and done in kernels_impl.h.
+// distillation_losses and its backward on the CPU: the work is cut into tasks here, for the kernels of kernels.h.
 // The cut depends on shapes alone and every task writes its own results, so the number of threads changes no bit.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -214,7 +214,7 @@ class Forward {
       }
       if (terms_.weighs_by(Weighting::kAttention)) magnitudes.emplace_back(level.teacher, true, tasks);
     }
-    run_tasks(tasks.size(), [&](size_t i) { kernels_.sum_channels(tasks[i]); });
+    run_tasks(tasks.size(), [&](size_t i) { kernels_.channel_sums(tasks[i]); });
     run_tasks(levels_.size() * images_, [&](size_t i) {
       const size_t l = i / images_;
       const int64_t n = static_cast<int64_t>(i % images_);
@@ -242,15 +242,15 @@ class Forward {
 
   // Everything that is summed over channels, in one reading of S and T; and the masks beside it.
   void sum_cells(const at::Tensor& boxes, at::IntArrayRef box_counts, at::IntArrayRef image_size) {
-    std::vector<SumTask<scalar_t>> sums;
-    std::vector<MaskTask<acc_t>> masks;
+    std::vector<CellSumTask<scalar_t>> sums;
+    std::vector<BoxMaskTask<acc_t>> masks;
     for (size_t l = 0; l < levels_.size(); ++l) {
       const Level<scalar_t>& level = levels_[l];
       spare_maps_.push_back(at::empty({images_, kSpareMaps, level.cells}, options_));
       channel_sums_.push_back(at::empty({images_, level.blocks(), 2, level.channels}, options_));
       noises_.push_back(at::empty({images_, 2}, options_));
       for (int64_t n = 0; n < images_; ++n) {
-        SumTask<scalar_t> task{};
+        CellSumTask<scalar_t> task{};
         task.student = level.image(level.student, n);
         task.teacher = level.image(level.teacher, n);
         task.channels = level.channels;
@@ -275,8 +275,9 @@ class Forward {
       }
       if (terms_.has_box) add_masks(level, boxes, box_counts, image_size, masks);
     }
-    run_tasks(sums.size() + masks.size(),
-              [&](size_t i) { i < sums.size() ? kernels_.sum(sums[i]) : kernels_.fill_mask(masks[i - sums.size()]); });
+    run_tasks(sums.size() + masks.size(), [&](size_t i) {
+      i < sums.size() ? kernels_.cell_sums(sums[i]) : kernels_.box_masks(masks[i - sums.size()]);
+    });
   }
 
   // A sum lies where finish() writes what becomes of it, as far as backward keeps that; else in a spare map.
@@ -293,7 +294,7 @@ class Forward {
   }
 
   void add_masks(const Level<scalar_t>& level, const at::Tensor& boxes, at::IntArrayRef box_counts,
-                 at::IntArrayRef image_size, std::vector<MaskTask<acc_t>>& tasks) const {
+                 at::IntArrayRef image_size, std::vector<BoxMaskTask<acc_t>>& tasks) const {
     const int64_t rows = std::clamp<int64_t>(kMaskCells / level.width, 1, kMaskRows);
     const double* place = static_cast<const double*>(boxes.const_data_ptr());
     for (int64_t n = 0; n < images_; ++n) {

@@ -9,10 +9,10 @@
 
 namespace gkd_d2 {
 
-// The most cells that one SumTask and one GradientTask take: what they keep per cell stays in the cache of a core.
+// The most cells that one CellSumTask and one GradientTask take: what they keep per cell stays in the cache of a core.
 constexpr int64_t kSumCells = 4096;
 constexpr int64_t kGradientCells = 32768;
-// The most rows that one MaskTask takes.
+// The most rows that one BoxMaskTask takes.
 constexpr int64_t kMaskRows = 64;
 
 template <typename scalar_t>
@@ -25,7 +25,7 @@ struct ChannelSumTask {
 };
 
 template <typename scalar_t>
-struct SumTask {
+struct CellSumTask {
   using acc_t = acc_type<scalar_t>;
   const scalar_t *student, *teacher;  // one image
   int64_t channels, cells;
@@ -40,7 +40,7 @@ struct SumTask {
 
 // The rows [begin, end) of one image's box context mask.
 template <typename acc_t>
-struct MaskTask {
+struct BoxMaskTask {
   const double* boxes;  // count x 4
   int64_t count;
   int64_t height, width;
@@ -81,9 +81,9 @@ struct GradientTask {
 template <typename scalar_t>
 struct Kernels {
   using acc_t = acc_type<scalar_t>;
-  void (*sum_channels)(const ChannelSumTask<scalar_t>&);
-  void (*sum)(const SumTask<scalar_t>&);
-  void (*fill_mask)(const MaskTask<acc_t>&);
+  void (*channel_sums)(const ChannelSumTask<scalar_t>&);
+  void (*cell_sums)(const CellSumTask<scalar_t>&);
+  void (*box_masks)(const BoxMaskTask<acc_t>&);
   void (*attention_weights)(acc_t* values, int64_t count, double temperature);  // in place
   void (*finish)(FinishTask<acc_t>&);
   void (*gradient)(const GradientTask<scalar_t>&);

@@ -1,4 +1,4 @@
-// distillation_losses and its backward on CUDA: pointers and sizes are gathered here, for the kernels of kernels.cu.
+// distillation_losses and its backward on CUDA: pointers and sizes are gathered here, for the kernels of kernels.h.
 // Nothing waits for the device, and everything runs on the current stream, so that a CUDA graph may capture it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -231,6 +231,7 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
     }
   }
   C10_CUDA_CHECK(launch_finish<acc_t>(params, kTile<scalar_t>, stream));
+  C10_CUDA_CHECK(launch_losses<acc_t>(params, stream));
 }
 
 std::tuple<at::Tensor, at::Tensor> distillation_losses_cuda(at::TensorList student, at::TensorList teacher,

@@ -120,7 +120,8 @@ struct BackwardParams : Params<acc_t> {
   const acc_t* loss_gradients;  // 4
 };
 
-// The kernels of forward, in this order; instantiated for float, double, BFloat16 and Float16.
+// The kernels of forward, in this order, each in the file of its stage; instantiated for float, double, BFloat16 and
+// Float16.
 template <typename scalar_t>
 cudaError_t launch_channel_sums(const ForwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);
 template <typename acc_t>
@@ -131,6 +132,8 @@ template <typename acc_t>
 cudaError_t launch_box_masks(const ForwardParams<acc_t>& params, const BoxOffsets& offsets, cudaStream_t stream);
 template <typename acc_t>
 cudaError_t launch_finish(const ForwardParams<acc_t>& params, int tile, cudaStream_t stream);
+template <typename acc_t>
+cudaError_t launch_losses(const ForwardParams<acc_t>& params, cudaStream_t stream);
 
 template <typename scalar_t>
 cudaError_t launch_gradient(const BackwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);
