@@ -83,7 +83,7 @@ class FrozenTeacher:
             batched_inputs: the student's augmented batch with its ground truth.
             levels: names of the teacher's levels.
             with_gradients: whether the losses and gradients are computed at all.
-            scale: of the gradients; see :func:`gkd_d2.modeling.split.feature_gradients`.
+            scale: of the gradients; see :func:`gkd_d2.modeling.feature_gradients.feature_gradients`.
 
         Returns:
             One feature N,C,H,W a level, and one gradient N,C,H,W a level, times ``scale``, or None.
