@@ -38,8 +38,9 @@ The four losses of the method gkd by themselves, for features of one level or se
 
 Where to go next: ``python -m gkd_d2.config_docs`` lists the config's keys, ``python -m gkd_d2.collect_env`` says what
 is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN and RetinaNet, ``METHOD_REGISTRY``
-methods of distillation other than gkd, fitnet, fgfi, fgd and pkd. In the source folder README.md leads through a
-training, docs/method.md has the formulas and docs/datasets.md the data.
+methods of distillation other than gkd, fitnet, fgfi, fgd and pkd; a ``Listener`` is told what both networks make of
+each batch. In the source folder README.md leads through a training, docs/method.md has the formulas and
+docs/datasets.md the data.
 """
 
 import logging
@@ -66,6 +67,7 @@ from gkd_d2.data.datasets import builtin as _registered_datasets  # noqa: F401
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.methods import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term
 from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.observation import Listener, Observation
 from gkd_d2.modeling.split import SplitDetector, register_split
 
 # What Detectron2's setup_logger prints and writes to log.txt holds this package's messages too.
@@ -76,8 +78,10 @@ __all__ = [
     "GKDDistiller",
     "Level",
     "LevelwiseMethod",
+    "Listener",
     "LossWeights",
     "Method",
+    "Observation",
     "SplitDetector",
     "Term",
     "add_gkd_config",

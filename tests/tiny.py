@@ -110,7 +110,7 @@ def train(model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int) -
 
 def watched(distiller: GKDDistiller) -> Measurement:
     """Has every training batch measured from now on; the last report is in what is returned."""
-    measurement = Measurement(distiller)
+    measurement = Measurement()
     distiller.listen(measurement)
     return measurement
 

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.pictures import choose_images, take_pictures
+from gkd_d2.analysis.dataset_pictures import choose_images, take_pictures
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.utils.checkpoint import StudentCheckpointer

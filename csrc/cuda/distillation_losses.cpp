@@ -231,7 +231,6 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
     }
   }
   C10_CUDA_CHECK(launch_finish<acc_t>(params, kTile<scalar_t>, stream));
-  C10_CUDA_CHECK(launch_losses<acc_t>(params, stream));
 }
 
 std::tuple<at::Tensor, at::Tensor> distillation_losses_cuda(at::TensorList student, at::TensorList teacher,

@@ -132,8 +132,6 @@ template <typename acc_t>
 cudaError_t launch_box_masks(const ForwardParams<acc_t>& params, const BoxOffsets& offsets, cudaStream_t stream);
 template <typename acc_t>
 cudaError_t launch_finish(const ForwardParams<acc_t>& params, int tile, cudaStream_t stream);
-template <typename acc_t>
-cudaError_t launch_losses(const ForwardParams<acc_t>& params, cudaStream_t stream);
 
 template <typename scalar_t>
 cudaError_t launch_gradient(const BackwardParams<acc_type<scalar_t>>& params, cudaStream_t stream);

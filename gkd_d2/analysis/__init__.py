@@ -2,6 +2,6 @@
 
 Of runs: ``runs`` reads what they left, ``roles`` finds who is whose teacher and baseline, ``comparison`` and ``plots``
 show them side by side, ``cost`` measures their detectors, and ``study`` trains and reports many of them. Of a
-distiller: ``gradient_ratios`` proposes weights, ``pictures`` takes what both networks see, and ``benchmark`` times the
-losses and the training step.
+distiller: ``gradient_ratios`` proposes weights, ``dataset_pictures`` takes what both networks see, and
+``benchmark`` times the losses and the training step.
 """

@@ -104,15 +104,17 @@ def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed:
     """
     reports: list[TermReport] = []
     distiller.train()
-    measurement = Measurement(distiller)
-    before, distiller.listeners = distiller.listeners, [measurement]
-    with EventStorage() as storage:
-        for batch in batches:
-            seed_everything(mix_seed(seed, storage.iter))
-            distiller(batch)
-            reports.append(measurement.report)
-            storage.step()
-    distiller.listeners = before
+    measurement = Measurement()
+    distiller.listen(measurement)
+    try:
+        with EventStorage() as storage:
+            for batch in batches:
+                seed_everything(mix_seed(seed, storage.iter))
+                distiller(batch)
+                reports.append(measurement.report)
+                storage.step()
+    finally:
+        distiller.unlisten(measurement)
     if not reports:
         raise ValueError("there is no batch to measure the losses with")
     rows = [report.scalars() for report in reports]

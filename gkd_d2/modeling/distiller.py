@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 
@@ -13,29 +12,25 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from gkd_d2.config import architecture_key, detector_config, teacher_config
-from gkd_d2.methods import Level, Method, build_method
+from gkd_d2.methods import Level, Method
 from gkd_d2.modeling.align import AlignConvs, in_one_dtype
-from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
+from gkd_d2.modeling.build import build_parts
 from gkd_d2.modeling.observation import Listener, Observation, boxes_of
 from gkd_d2.modeling.one_pass import detection_losses
-from gkd_d2.modeling.pairing import check_pair, check_sizes, check_trained, pair_levels, without_unlabelled_heads
+from gkd_d2.modeling.pairing import check_sizes, check_trained
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.modeling.state_names import name_as_student
-from gkd_d2.modeling.summary import log_summary
-from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher
+from gkd_d2.modeling.teacher import FrozenTeacher
 from gkd_d2.modeling.trainer_keys import TrainerKeys
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.random_streams import separate_random_stream
-from gkd_d2.utils.registries import build_detector
-from gkd_d2.utils.user_modules import import_modules
 
 _NOT_WATCHED = """\
 Nothing watches this distillation: a loss without a gradient, or one that swamps the detection losses, goes unnoticed,
 and GKD.VIS_PERIOD draws nothing. With a DefaultTrainer add, before trainer.train():
     from gkd_d2.engine.hooks import add_distillation_hooks
     add_distillation_hooks(trainer)
-In a loop of your own set distiller.listeners, to [] if you don't want to measure."""
+In a loop of your own add listeners by distiller.listen, or set distiller.listeners to [] for none."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,8 +45,8 @@ class GKDDistiller(nn.Module):
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
             the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
             a gradient scaler sets it to the scale.
-        listeners: what is told of each training batch. None: nobody has set it, which the first training forward
-            warns of.
+        listeners: what is told of each training batch, added by :meth:`listen`. None: nobody listens, of which the
+            first training forward warns; []: nobody is to.
     """
 
     @configurable
@@ -112,37 +107,7 @@ class GKDDistiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         """Build the method, the student, then the teacher, and check that they belong together."""
-        # In a script of the user's own, whose config read_config has not read.
-        import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
-        method = build_method(cfg)
-        student_cfg = detector_config(cfg)
-        teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
-        student = build_detector(student_cfg, architecture_key(cfg))
-        split = split_detector(student)
-        seed = max(cfg.SEED, 0)
-        teacher = build_teacher(teacher_cfg, seed)
-        check_pair(split, teacher.split, student_cfg, teacher_cfg)
-        student_features, teacher_features = pair_levels(
-            split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES
-        )
-        inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
-        if inherited:
-            warn_of_other_heads(student_cfg, teacher_cfg)
-        pairs = list(zip(student_features, teacher_features))
-        return {
-            "student": student,
-            "teacher": teacher,
-            "student_features": student_features,
-            "teacher_features": teacher_features,
-            "method": method,
-            "warmup_iters": cfg.GKD.WARMUP_ITERS,
-            "one_pass": cfg.GKD.ONE_PASS,
-            "seed": seed,
-            "announce": functools.partial(
-                log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
-            ),
-            "trainer_keys": TrainerKeys.from_config(cfg),
-        }
+        return build_parts(cfg)
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +123,16 @@ class GKDDistiller(nn.Module):
             if student is None or name not in student._modules:
                 raise
             return student._modules[name]
+
+    def __getstate__(self) -> dict:
+        # Who listens belongs to a run, and not to copies of the model.
+        return {**self.__dict__, "listeners": None if self.listeners else self.listeners}
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """The student's name of each distilled level -> its stride in pixels."""
+        shapes = self._split.output_shape()
+        return {name: shapes[name].stride for name in self.student_features}
 
     @property
     def teacher(self) -> nn.Module:
@@ -188,13 +163,13 @@ class GKDDistiller(nn.Module):
             return self.student(batched_inputs)
         self._check_trainer(batched_inputs)
         listeners = [listener for listener in self.listeners if listener.due()]
+        wanted = [self.method, *listeners]
         seen = self.observe(
             batched_inputs,
-            student_grad=self.method.needs_student_grad or bool(listeners),
-            teacher_grad=self.method.needs_teacher_grad or any(listener.needs_teacher_grad for listener in listeners),
+            student_grad=any(one.needs_student_grad for one in wanted),
+            teacher_grad=any(one.needs_teacher_grad for one in wanted),
         )
-        for listener in listeners:
-            listener(seen)
+        self._tell(listeners, seen)
         losses = self.distil(seen)
         taken = seen.losses.keys() & losses.keys()
         if taken:
@@ -202,9 +177,19 @@ class GKDDistiller(nn.Module):
         return {**seen.losses, **losses}
 
     def listen(self, listener: Listener) -> None:
-        """Tell a listener of the training batches to come; one that listens already is not told twice."""
+        """Tell a listener of the training batches to come; one that listens already is not told twice.
+
+        Raises:
+            TypeError: it is no Listener.
+        """
+        if not isinstance(listener, Listener):
+            raise TypeError(f"{listener!r} can't listen: derive its class from gkd_d2.Listener")
         if listener not in (self.listeners or ()):
             self.listeners = [*(self.listeners or ()), listener]
+
+    def unlisten(self, listener: Listener) -> None:
+        """Tell a listener no more; where none is left, the next training forward warns again."""
+        self.listeners = [other for other in self.listeners or () if other is not listener] or None
 
     def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
         """Run both networks on a training batch, in training mode and within an EventStorage.
@@ -330,6 +315,14 @@ class GKDDistiller(nn.Module):
             self.listeners = []
             if comm.is_main_process():
                 logging.getLogger(__name__).warning(_NOT_WATCHED)
+
+    def _tell(self, listeners: list[Listener], seen: Observation) -> None:
+        """Tell listeners that are due, apart from the graph and the random stream of the training."""
+        if not listeners:
+            return
+        with separate_random_stream(self.device, seed=0):
+            for listener in listeners:
+                listener(self, seen.detached())
 
     def _build_align(self) -> AlignConvs:
         """One convolution for every level whose channels differ; none where no loss would train it."""

@@ -94,26 +94,23 @@ def measure_terms(
 
 
 class Measurement(Listener):
-    """Measures each loss at each level of the batches that it is asked to.
-
-    Args:
-        distiller: whose losses are measured.
+    """Measures each loss of a distiller at each level, in the batches that it is asked to.
 
     Attributes:
         wanted: whether the next batch is measured.
         report: of the last batch that was, or None.
     """
 
-    def __init__(self, distiller: GKDDistiller):
+    needs_student_grad = True
+
+    def __init__(self):
         self.wanted = True
         self.report: TermReport | None = None
-        self._distiller = distiller
 
     def due(self) -> bool:
         return self.wanted
 
-    def __call__(self, seen: Observation) -> None:
-        distiller = self._distiller
+    def __call__(self, distiller: GKDDistiller, seen: Observation) -> None:
         self.report = measure_terms(
             lambda level, feature: distiller.distil(seen, {level: feature}),
             dict(zip(distiller.student_features, seen.student)),

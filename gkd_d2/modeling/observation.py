@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Observation:
     scale: float
     anchors: list[Tensor] | None
 
+    def detached(self) -> Observation:
+        """The same without the graph of the training step."""
+        losses = {name: loss.detach() for name, loss in self.losses.items()}
+        return dataclasses.replace(self, losses=losses, student=[feature.detach() for feature in self.student])
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the padded batch in pixels."""
@@ -54,14 +59,16 @@ def boxes_of(batched_inputs: list[dict], device: torch.device) -> list[Tensor]:
 class Listener(ABC):
     """Is told what a distiller observes of a training batch, ahead of the method's losses.
 
-    It must leave no trace in the training: no parameter, buffer, mode or random stream may change. Hooks register
+    It must leave no trace in the training: it may not write to what it is given, nor change a parameter, buffer or
+    mode of the networks, and gives up what it was given when it returns. Its random draws are its own. Hooks register
     listeners by :meth:`gkd_d2.GKDDistiller.listen`.
 
     Attributes:
-        needs_teacher_grad: whether it reads :attr:`Observation.teacher_grad`. The student's gradients are there for
-            every listener that is due.
+        needs_student_grad: whether it reads :attr:`Observation.student_grad`.
+        needs_teacher_grad: whether it reads :attr:`Observation.teacher_grad`.
     """
 
+    needs_student_grad: bool = False
     needs_teacher_grad: bool = False
 
     @abstractmethod
@@ -69,5 +76,10 @@ class Listener(ABC):
         """Whether it wants to be told of the batch that comes next; asked within an EventStorage."""
 
     @abstractmethod
-    def __call__(self, seen: Observation) -> None:
-        """Take what was observed."""
+    def __call__(self, distiller: nn.Module, seen: Observation) -> None:
+        """Take what was observed.
+
+        Args:
+            distiller: the :class:`gkd_d2.GKDDistiller` that has observed it.
+            seen: detached from the graph of the training step.
+        """

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from short_runs import metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import training_batch
+from torch.optim.swa_utils import AveragedModel
 
 from gkd_d2.config import detector_config
 from gkd_d2.engine.hooks import (
@@ -65,6 +66,58 @@ def test_the_hooks_make_a_plain_trainer_watch(kind, training, caplog):
     events = EventAccumulator(cfg.OUTPUT_DIR, size_guidance={"images": 0})
     events.Reload()
     assert [image.step for image in events.Images("gkd/maps_and_detections")] == [0, 20]
+
+
+def test_the_model_can_be_copied_in_a_training(training):
+    """As by hooks that average its weights."""
+    cfg = training(iterations=2)
+    cfg.GKD.VIS_PERIOD = 1
+    trainer = DefaultTrainer(cfg)
+    add_distillation_hooks(trainer)
+    copies = []
+
+    def copy_model(trainer):
+        average = AveragedModel(trainer.model)
+        average.update_parameters(trainer.model)
+        copies.append(average.module)
+
+    trainer.register_hooks([CallbackHook(after_step=copy_model)])
+    trainer.train()
+    assert [model.listeners for model in copies] == [None, None]
+    last = trainer.model.state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in copies[-1].state_dict().items())
+
+
+def test_a_second_training_of_a_model_is_measured_as_the_first(training, monkeypatch):
+    cfg = training(iterations=7)
+    cfg.GKD.WATCH_PERIOD, cfg.GKD.VIS_PERIOD = 5, 3
+    model, counts = build_model(cfg), []
+    monkeypatch.setattr(UsersTrainer, "build_model", classmethod(lambda *_: model))
+    for _ in range(2):
+        trainer = UsersTrainer(cfg)
+        add_distillation_hooks(trainer)
+        trainer.train()
+        ratios, pictures = trainer.storage.history("gkd_ratio/box").values(), trainer.storage._vis_data
+        counts.append(([iteration for _, iteration in ratios], len(pictures)))
+        assert model.listeners is None
+    assert counts[0] == counts[1] and counts[0][0] == [0, 4, 6]
+
+
+def test_a_hook_that_lets_nobody_listen_stops_no_training(training, caplog):
+    trainer = DefaultTrainer(training(iterations=2))
+    add_distillation_hooks(trainer)
+    trainer.register_hooks([CallbackHook(before_train=lambda trainer: setattr(trainer.model, "listeners", []))])
+    trainer.train()
+    assert trainer.iter == 2 and "gkd_ratio/box" not in trainer.storage.latest()
+    assert NOT_WATCHED not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["gkd", "none"])
+def test_a_negative_period_of_pictures_is_refused(method, training):
+    cfg = training(iterations=1)
+    cfg.GKD.METHOD, cfg.GKD.VIS_PERIOD = method, -1
+    with pytest.raises(ValueError, match="GKD.VIS_PERIOD is -1, but must be >= 0"):
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize(("kind", "saver"), [(DefaultTrainer, PeriodicCheckpointer), (Trainer, PeriodicSaver)])

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, calm, train, training_batch, watched
 
 from gkd_d2.config import detector_config, teacher_config
+from gkd_d2.engine.hooks import PeriodicPicture
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.teacher import build_teacher
@@ -188,10 +189,12 @@ def test_without_gradients_the_losses_are_the_students_own(disabled, method, dis
     cfg.GKD.METHOD = method
     distiller = build_model(cfg).train()
     measurement = watched(distiller)
+    PeriodicPicture(distiller, 1).before_train()
     batch = training_batch()
     distiller.student.loss_normalizer = 100
-    with disabled(), EventStorage():
+    with disabled(), EventStorage() as storage:
         losses = distiller(batch)
+        assert storage._vis_data == []
     distiller.student.loss_normalizer = 100
     with EventStorage():
         own = distiller.student(batch)

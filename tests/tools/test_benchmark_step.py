@@ -70,7 +70,7 @@ def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path):
         (
             1,
             ["--setting", "half the proposals"],
-            "--setting half the proposals is none of this config's: default, ",
+            "--setting half the proposals is none of this config's: default, two passes",
         ),
         (1, ["MODEL.META_ARCHITECTURE", "RetinaNet"], "distiller.yaml is no config of a GKDDistiller"),
         (2, ["--rounds", "0"], "--rounds is 0, but must be at least 1"),

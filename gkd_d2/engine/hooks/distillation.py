@@ -29,12 +29,14 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
         return
     added: list[HookBase] = []
     distiller = next((module for module in trainer.model.modules() if isinstance(module, GKDDistiller)), None)
-    if distiller is not None and distiller.method:
-        if isinstance(trainer._trainer, AMPTrainer):
-            added.append(GradientScale(distiller))
+    if distiller is not None:
         keys = trainer.cfg.GKD
-        added.append(PeriodicPicture(distiller, keys.VIS_PERIOD))
-        added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
+        pictures = PeriodicPicture(distiller, keys.VIS_PERIOD)
+        if distiller.method:
+            if isinstance(trainer._trainer, AMPTrainer):
+                added.append(GradientScale(distiller))
+            added.append(pictures)
+            added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
     on_sigterm = SaveOnSigterm()
     added.append(on_sigterm)
     trainer.register_hooks(added)

@@ -1,17 +1,27 @@
-"""Pictures of a run for TensorBoard: what both networks see in the first image of a batch."""
+"""Pictures of what both networks see in a batch, taken without a trace in the training; for TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine.hooks import HookBase
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from PIL import Image
+from torch import Tensor, nn
 
-from gkd_d2.engine.pictures import take_picture
+from gkd_d2.losses import box_context_mask, gradient_map
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Listener, Observation
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.visualize.picture import LevelMaps, Picture
 
 
-class PeriodicPicture(HookBase, Listener):
+class PeriodicPicture(HookBase):
     """Draws the first image of the batch every so many iterations; only the main process has a writer to take it.
 
     Args:
@@ -22,28 +32,106 @@ class PeriodicPicture(HookBase, Listener):
         ValueError: ``period`` is negative.
     """
 
-    needs_teacher_grad = True
-
     def __init__(self, distiller: GKDDistiller, period: int):
         if period < 0:
             raise ValueError(f"GKD.VIS_PERIOD is {period}, but must be >= 0")
         self._distiller = distiller
-        self._period = period
-        self._last = -1
+        self._painter = _Painter(period)
 
     def before_train(self) -> None:
-        self._distiller.listen(self)
+        self._distiller.listen(self._painter)
+
+    def after_train(self) -> None:
+        self._distiller.unlisten(self._painter)
+
+
+class _Painter(Listener):
+    """Gives a picture to TensorBoard by the EventStorage, every ``period`` iterations."""
+
+    needs_student_grad = needs_teacher_grad = True
+
+    def __init__(self, period: int):
+        self._period = period
+        self._last = -1
 
     def due(self) -> bool:
         # An iteration may consist of several forwards, of which the first is drawn.
         iteration = get_event_storage().iter
         return self._period > 0 and iteration % self._period == 0 and iteration != self._last
 
-    def __call__(self, seen: Observation) -> None:
-        self._last = get_event_storage().iter
-        picture = take_picture(self._distiller, seen)
+    def __call__(self, distiller: GKDDistiller, seen: Observation) -> None:
+        picture = take_picture(distiller, seen)
         if comm.is_main_process():
             # matplotlib is for runs that draw.
             from gkd_d2.visualize.draw import draw, render
 
             get_event_storage().put_image("gkd/maps_and_detections", render(draw(picture)).transpose(2, 0, 1))
+        self._last = get_event_storage().iter
+
+
+@torch.no_grad()
+def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
+    """The first image of a batch as both networks see it.
+
+    It changes nothing of the distiller: no parameter, buffer, mode or random stream. The student's maps are those of
+    its features before alignment, which equal those of the aligned ones.
+
+    Args:
+        distiller: in training mode.
+        seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
+    """
+    batched_input, rectifier = seen.batched_inputs[0], distiller.method.rectifier
+    truth = batched_input["instances"].to("cpu")
+    levels = []
+    for level, (name, stride) in enumerate(distiller.strides.items()):
+        ours, theirs = (
+            gradient_map(features[level][:1], gradients[level][:1], rectifier)[0].float().cpu()
+            for features, gradients in ((seen.student, seen.student_grad), (seen.teacher, seen.teacher_grad))
+        )
+        mask = box_context_mask([truth.gt_boxes.tensor.float()], seen.image_size, tuple(ours.shape))[0]
+        levels.append(LevelMaps(name, stride, teacher=theirs, student=ours, mask=mask))
+    return Picture(
+        image=_rgb(batched_input["image"], distiller.student.input_format),
+        padded_size=seen.image_size,
+        levels=levels,
+        truth=truth,
+        teacher=detect(distiller.teacher, batched_input),
+        student=detect(distiller.student, batched_input),
+    )
+
+
+def detect(model: nn.Module, batched_input: dict) -> Instances:
+    """The detections of a model in evaluation mode, which is left as it was, with the random streams.
+
+    Args:
+        model: a Detectron2 meta-architecture, in any mode.
+        batched_input: the image.
+
+    Returns:
+        Instances on the CPU, in pixels of ``batched_input["image"]`` itself.
+    """
+    height, width = batched_input["image"].shape[-2:]
+    # Evaluation knows no autocast.
+    autocast = torch.autocast(model.device.type, enabled=False)
+    with _evaluating(model), separate_random_stream(model.device, 0), autocast:
+        (output,) = model([{**batched_input, "height": height, "width": width}])
+    return output["instances"].to("cpu")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    """Evaluation mode without gradients; then every module's own mode again, as they may differ."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _rgb(image: Tensor, channel_order: str) -> np.ndarray:
+    """C,H,W in INPUT.FORMAT -> H,W,3 of uint8."""
+    pixels = convert_image_to_rgb(image.permute(1, 2, 0).to("cpu", torch.uint8), channel_order)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).convert("RGB"))

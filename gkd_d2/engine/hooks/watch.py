@@ -51,7 +51,7 @@ class LossWatch(HookBase):
         if not max_ratio > 0:
             raise ValueError(f"GKD.WATCH_MAX_RATIO is {max_ratio}, but must be > 0")
         self._distiller = distiller
-        self._measurement = Measurement(distiller)
+        self._measurement = Measurement()
         self._terms = {term.name: term for term in distiller.method.terms.values() if term.weight > 0}
         self._period = period
         self._patience = patience
@@ -65,16 +65,23 @@ class LossWatch(HookBase):
     def before_train(self) -> None:
         self._distiller.listen(self._measurement)
 
+    def after_train(self) -> None:
+        self._distiller.unlisten(self._measurement)
+
     def before_step(self) -> None:
         done = self.trainer.iter + 1
         self._due = self.trainer.iter == self.trainer.start_iter or done % self._period == 0
         self._due |= done == self.trainer.max_iter
         self._measurement.wanted = self._due or bool(self._dead)
+        self._measurement.report = None
 
     def after_step(self) -> None:
         if not self._measurement.wanted:
             return
         reports: list[TermReport] = comm.all_gather(self._measurement.report)
+        # Another hook may have set the distiller's listeners anew.
+        if None in reports:
+            return
         means = _means(reports)
         for name, value in means.items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)

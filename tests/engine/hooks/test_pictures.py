@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import ARCHITECTURES, training_batch
 
 from gkd_d2.engine.hooks import PeriodicPicture
-from gkd_d2.engine.pictures import take_picture
+from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.losses import box_context_mask, gradient_map
 
 TAG = "gkd/maps_and_detections"

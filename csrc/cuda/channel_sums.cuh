@@ -1,5 +1,7 @@
 // The sums over cells of every channel of the inputs that need it, and what follows from them: alpha, u and the
 // channels' share of loss_bmfi_attention.
+#pragma once
+
 #include "blocks.cuh"
 #include "kernels.h"
 #include "reduce.cuh"
@@ -198,19 +200,5 @@ cudaError_t launch_channel_weights(const ForwardParams<acc_t>& params, cudaStrea
   channel_weights_kernel<acc_t><<<params.num_levels * params.images, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-#define GKD_INSTANTIATE(scalar_t) \
-  template cudaError_t launch_channel_sums<scalar_t>(const ForwardParams<acc_type<scalar_t>>&, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-GKD_INSTANTIATE(BFloat16)
-GKD_INSTANTIATE(Float16)
-#undef GKD_INSTANTIATE
-
-#define GKD_INSTANTIATE(acc_t) \
-  template cudaError_t launch_channel_weights<acc_t>(const ForwardParams<acc_t>&, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-#undef GKD_INSTANTIATE
 
 }  // namespace gkd_d2

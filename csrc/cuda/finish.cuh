@@ -1,5 +1,7 @@
-// Everything per cell: from the sums over channels to backward's state and each chunk's share of the losses. Each
-// kernel needs the sums over all blocks of the one before it.
+// Everything that is small: from the sums over channels to the losses and to backward's state. Each kernel needs the
+// sums over all blocks of one before it.
+#pragma once
+
 #include "blocks.cuh"
 #include "kernels.h"
 #include "reduce.cuh"
@@ -165,6 +167,36 @@ __global__ void __launch_bounds__(kThreads) cell_attention_kernel(const __grid_c
   }
 }
 
+// One block adds up the losses over parts, images and levels.
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant__ ForwardParams<acc_t> params) {
+  const Terms& terms = params.terms;
+  acc_t losses[4] = {};
+  for (int l = 0; l < params.num_levels; ++l) {
+    const LevelData<acc_t>& level = params.levels[l];
+    const int parts = params.images * divide_up(level.cells, kChunkCells);
+    acc_t first[1] = {0}, second[kSecondSums] = {};
+    for (int part = threadIdx.x; part < parts; part += kThreads) {
+      first[0] += level.first_sums[static_cast<int64_t>(part) * kFirstSums + kMapDistance];
+      for (int k = 0; k < kSecondSums; ++k)
+        second[k] += level.second_sums[static_cast<int64_t>(part) * kSecondSums + k];
+    }
+    if (terms.has_attention) {
+      for (int image = threadIdx.x; image < params.images; image += kThreads) {
+        second[kAttentionDistance] += level.channel_distance[image];
+      }
+    }
+    reduce_block(first, Plus{});
+    reduce_block(second, Plus{});
+    losses[0] += level.gradient_weight * first[0];
+    losses[1] += params.box_weight * second[kBoxDistance];
+    losses[2] += params.attention_weight * second[kAttentionDistance];
+    losses[3] += level.image_weight * second[kImageDistance];
+  }
+  if (threadIdx.x != 0) return;
+  for (int k = 0; k < 4; ++k) params.losses[k] = losses[k];
+}
+
 }  // namespace
 
 template <typename acc_t>
@@ -174,15 +206,12 @@ cudaError_t launch_finish(const ForwardParams<acc_t>& params, int tile, cudaStre
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   second_sums_kernel<acc_t><<<blocks, kThreads, 0, stream>>>(params, tile);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (!params.terms.has_attention) return cudaSuccess;
-  cell_attention_kernel<acc_t><<<blocks, kThreads, 0, stream>>>(params);
+  if (params.terms.has_attention) {
+    cell_attention_kernel<acc_t><<<blocks, kThreads, 0, stream>>>(params);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  losses_kernel<acc_t><<<1, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-#define GKD_INSTANTIATE(acc_t) \
-  template cudaError_t launch_finish<acc_t>(const ForwardParams<acc_t>&, int, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-#undef GKD_INSTANTIATE
 
 }  // namespace gkd_d2

@@ -11,7 +11,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.events import EventStorage
 
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.engine.pictures import take_picture
+from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.teacher import hold_norms
 from gkd_d2.utils.random_streams import separate_random_stream

@@ -1,4 +1,6 @@
 // The box context masks.
+#pragma once
+
 #include "blocks.cuh"
 #include "kernels.h"
 #include "reduce.cuh"
@@ -95,11 +97,5 @@ cudaError_t launch_box_masks(const ForwardParams<acc_t>& params, const BoxOffset
   box_masks_kernel<acc_t><<<params.chunk_blocks.first[params.num_levels], kThreads, 0, stream>>>(params, offsets);
   return cudaGetLastError();
 }
-
-#define GKD_INSTANTIATE(acc_t) \
-  template cudaError_t launch_box_masks<acc_t>(const ForwardParams<acc_t>&, const BoxOffsets&, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-#undef GKD_INSTANTIATE
 
 }  // namespace gkd_d2

@@ -1,4 +1,6 @@
 // Backward: the gradient with respect to S.
+#pragma once
+
 #include "blocks.cuh"
 #include "kernels.h"
 #include "tile.cuh"
@@ -157,13 +159,5 @@ cudaError_t launch_gradient(const BackwardParams<acc_type<scalar_t>>& params, cu
   gradient_kernel<scalar_t><<<params.blocks.first[params.num_levels], kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-#define GKD_INSTANTIATE(scalar_t) \
-  template cudaError_t launch_gradient<scalar_t>(const BackwardParams<acc_type<scalar_t>>&, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-GKD_INSTANTIATE(BFloat16)
-GKD_INSTANTIATE(Float16)
-#undef GKD_INSTANTIATE
 
 }  // namespace gkd_d2

@@ -1,4 +1,6 @@
 // Everything that is summed over channels, in one reading of S and T, and the extremes of the maps.
+#pragma once
+
 #include "blocks.cuh"
 #include "kernels.h"
 #include "reduce.cuh"
@@ -203,13 +205,5 @@ cudaError_t launch_cell_sums(const ForwardParams<acc_type<scalar_t>>& params, cu
   cell_sums_kernel<scalar_t><<<params.tile_blocks.first[params.num_levels], kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-#define GKD_INSTANTIATE(scalar_t) \
-  template cudaError_t launch_cell_sums<scalar_t>(const ForwardParams<acc_type<scalar_t>>&, cudaStream_t);
-GKD_INSTANTIATE(float)
-GKD_INSTANTIATE(double)
-GKD_INSTANTIATE(BFloat16)
-GKD_INSTANTIATE(Float16)
-#undef GKD_INSTANTIATE
 
 }  // namespace gkd_d2
