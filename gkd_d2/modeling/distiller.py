@@ -189,7 +189,8 @@ class GKDDistiller(nn.Module):
 
     def unlisten(self, listener: Listener) -> None:
         """Tell a listener no more; where none is left, the next training forward warns again."""
-        self.listeners = [other for other in self.listeners or () if other is not listener] or None
+        if listener in (self.listeners or ()):
+            self.listeners = [other for other in self.listeners if other is not listener] or None
 
     def observe(self, batched_inputs: list[dict], *, student_grad: bool, teacher_grad: bool) -> Observation:
         """Run both networks on a training batch, in training mode and within an EventStorage.
@@ -320,9 +321,10 @@ class GKDDistiller(nn.Module):
         """Tell listeners that are due, apart from the graph and the random stream of the training."""
         if not listeners:
             return
+        seen = seen.detached()
         with separate_random_stream(self.device, seed=0):
             for listener in listeners:
-                listener(self, seen.detached())
+                listener(self, seen)
 
     def _build_align(self) -> AlignConvs:
         """One convolution for every level whose channels differ; none where no loss would train it."""

@@ -4,15 +4,12 @@ import os
 
 import pytest
 import torch
+from config_files import read
 from detectron2.data import MetadataCatalog
 
-from gkd_d2.config import config_differences, detector_config, read_config, teacher_config
+from gkd_d2.config import config_differences, detector_config, teacher_config
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
-
-
-def read(path, *opts):
-    return read_config(str(path), list(opts))
 
 
 @pytest.mark.parametrize("name", DETECTORS)

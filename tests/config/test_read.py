@@ -3,19 +3,9 @@
 import os
 
 import pytest
+from config_files import read, write
 
-from gkd_d2.config import read_config, teacher_config
-
-
-def read(path, *opts):
-    return read_config(str(path), list(opts))
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
+from gkd_d2.config import teacher_config
 
 PATHS = "GKD: {TEACHER: {CONFIG_FILE: teacher.yaml, WEIGHTS: teacher.pth}}"
 

@@ -109,6 +109,7 @@ def test_a_hook_that_lets_nobody_listen_stops_no_training(training, caplog):
     trainer.register_hooks([CallbackHook(before_train=lambda trainer: setattr(trainer.model, "listeners", []))])
     trainer.train()
     assert trainer.iter == 2 and "gkd_ratio/box" not in trainer.storage.latest()
+    assert trainer.model.listeners == []
     assert NOT_WATCHED not in caplog.text
 
 

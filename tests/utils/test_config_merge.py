@@ -5,20 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from config_files import read, write
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
-from gkd_d2.config import config_differences, read_config, teacher_config
-
-
-def read(path, *opts):
-    return read_config(str(path), list(opts))
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
+from gkd_d2.config import config_differences, teacher_config
 
 
 @pytest.mark.parametrize(
