@@ -4,6 +4,6 @@
 """
 
 from gkd_d2.losses.losses import box_context_mask, distillation_losses, gradient_map
-from gkd_d2.losses.options import LossWeights
+from gkd_d2.losses.options import LossOptions, LossWeights
 
-__all__ = ["LossWeights", "box_context_mask", "distillation_losses", "gradient_map"]
+__all__ = ["LossOptions", "LossWeights", "box_context_mask", "distillation_losses", "gradient_map"]

@@ -14,12 +14,12 @@ import re
 import torch
 from torch import Tensor
 
-from gkd_d2.losses.options import LOSS_KEYS, LossWeights
+from gkd_d2.losses.options import LOSS_KEYS, LossOptions, LossWeights
 from gkd_d2.losses.reference import accumulation_dtype
 
 # What the Python side expects of the extension; setup.py compiles it in. Raise it when what it registers or the state
 # changes.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
 _REBUILD = "build it with `pip install -e . --no-build-isolation` in the environment that is to use it"
 
@@ -112,9 +112,7 @@ def distillation_losses(
     image_size: tuple[int, int],
     *,
     weights: LossWeights,
-    temperature: float,
-    weighting: str,
-    rectifier: str,
+    options: LossOptions,
 ) -> dict[str, Tensor]:
     """The weighted losses, summed over levels; as :func:`gkd_d2.losses.reference.distillation_losses`.
 
@@ -136,9 +134,10 @@ def distillation_losses(
         [box.shape[0] for box in boxes],
         list(image_size),
         [weights.gradient, weights.box, weights.attention, weights.image],
-        temperature,
-        weighting,
-        rectifier,
+        options.temperature,
+        options.weighting,
+        options.rectifier,
+        options.map_region,
         needs_grad,
     )
     return dict(zip(LOSS_KEYS.values(), losses.unbind()))

@@ -11,34 +11,46 @@ import torch
 from torch import Tensor
 
 from gkd_d2.losses import fused, reference
-from gkd_d2.losses.options import RECTIFIERS, LossWeights, check_choice, check_options
+from gkd_d2.losses.options import (
+    MAP_IMPORTANCES,
+    RECTIFIERS,
+    LossOptions,
+    LossWeights,
+    check_choice,
+    check_implementation,
+)
 from gkd_d2.utils.text import counted
 
 # Reasons why the slower implementation is used that were told.
 _logged: set[str] = set()
 
 
-def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> Tensor:
+def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs", importance: str = "channel") -> Tensor:
     """The gradient-guided map of one level: see :func:`gkd_d2.losses.reference.gradient_map`.
 
     Args:
         feature: N,C,H,W, any floating dtype.
-        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or N,C,1,1, its spatial mean.
+        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or, for the importance "channel",
+            N,C,1,1, its spatial mean.
         rectifier: "abs" or "relu".
+        importance: "channel" or "element".
 
     Returns:
         N,H,W in [0, 1], float32 (float64 for float64 features); differentiable in ``feature``.
 
     Raises:
-        ValueError: shapes disagree or the rectifier is unknown.
+        ValueError: shapes disagree, or the rectifier or the importance is unknown.
     """
     check_choice("rectifier", rectifier, RECTIFIERS)
+    check_choice("importance", importance, MAP_IMPORTANCES)
     if feature.dim() != 4 or gradient.shape not in (feature.shape, _mean_shape(feature)):
         raise ValueError(
             "feature and gradient must have one shape N,C,H,W, or the gradient N,C,1,1, "
             f"got {tuple(feature.shape)} and {tuple(gradient.shape)}"
         )
-    return reference.gradient_map(feature, gradient, rectifier)
+    if importance != "channel":
+        _check_cells("gradient", importance, feature, gradient)
+    return reference.gradient_map(feature, gradient, rectifier, importance)
 
 
 def box_context_mask(
@@ -81,6 +93,10 @@ def distillation_losses(
     temperature: float = 0.5,
     weighting: str = "gradient",
     rectifier: str = "abs",
+    map_region: str = "image",
+    importance: str = "channel",
+    importance_floor: float = 0.0,
+    importance_cap: float = 0.0,
     implementation: str = "auto",
 ) -> dict[str, Tensor]:
     """The four distillation losses of a batch, weighted and summed over L levels.
@@ -89,38 +105,51 @@ def distillation_losses(
         student: L tensors N,C,H,W (C, H, W may differ per level); the only argument that receives a gradient.
         teacher: L tensors of the same shapes.
         student_grad: L tensors of the same shapes: the student's own detection loss's gradient with respect to
-            ``student``; or N,C,1,1, its spatial mean, for no more of it enters the losses. May be None where
-            ``weights.need_student_grad()`` is False.
-        teacher_grad: the same of the teacher. May be None where ``weights.need_teacher_grad(weighting)`` is False.
+            ``student``; or, for the importance "channel", N,C,1,1, its spatial mean, for no more of it enters the
+            losses. May be None where :meth:`LossOptions.need_student_grad` is False.
+        teacher_grad: the same of the teacher. May be None where :meth:`LossOptions.need_teacher_grad` is False.
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
         weights: of the four losses.
-        temperature: of the attention softmax, > 0.
-        weighting: of the imitation: "gradient", "attention" or "uniform".
-        rectifier: of the gradient maps: "abs" or "relu".
+        temperature, weighting, rectifier, map_region, importance, importance_floor, importance_cap: see
+            :class:`gkd_d2.losses.LossOptions`.
         implementation: "reference" (PyTorch), "fused" (the extension) or "auto": fused where the extension is built
-            for the features' device, else reference.
+            for the features' device and knows the options, else reference.
 
     Returns:
         ``loss_gkd_gradient``, ``loss_bmfi_box``, ``loss_bmfi_attention``, ``loss_bmfi_image``: scalars of float32
         (float64 for float64 features).
 
     Raises:
-        ValueError: lists, shapes, dtypes or devices disagree, a needed gradient is None, or an option is unknown.
+        ValueError: lists, shapes, dtypes or devices disagree, a needed gradient is None, or its mean where that is not
+            enough; an option is unknown or out of range, or "fused" does not know it.
         RuntimeError: ``implementation`` is "fused" and the extension is not built for the device.
     """
-    check_options(temperature, weighting, rectifier, implementation)
+    options = LossOptions(
+        temperature=temperature,
+        weighting=weighting,
+        rectifier=rectifier,
+        map_region=map_region,
+        importance=importance,
+        importance_floor=importance_floor,
+        importance_cap=importance_cap,
+    )
+    check_implementation(implementation, options)
     _check_boxes(boxes, image_size)
-    if not weights.need_student_grad():
+    if not options.need_student_grad(weights):
         student_grad = None
     elif student_grad is None:
-        raise ValueError("student_grad is None, but loss_gkd_gradient needs it")
-    if not weights.need_teacher_grad(weighting):
+        raise ValueError("student_grad is None, but loss_gkd_gradient and the importance 'student' need it")
+    if not options.need_teacher_grad(weights):
         teacher_grad = None
     elif teacher_grad is None:
-        raise ValueError("teacher_grad is None, but loss_gkd_gradient and the weighting 'gradient' need it")
+        raise ValueError(
+            "teacher_grad is None, but loss_gkd_gradient and the weightings 'gradient' and 'attention_gradient' need it"
+        )
     _check_levels(student, teacher, student_grad, teacher_grad, len(boxes))
-    compute = _choose(implementation, student[0].device)
+    if options.need_cell_grads(weights):
+        _check_all_cells(student, student_grad, teacher_grad, options, weights)
+    compute = _choose(implementation, options, student[0].device)
     return compute(
         list(student),
         list(teacher),
@@ -129,17 +158,16 @@ def distillation_losses(
         list(boxes),
         image_size,
         weights=weights,
-        temperature=temperature,
-        weighting=weighting,
-        rectifier=rectifier,
+        options=options,
     )
 
 
-def describe_implementation(implementation: str, device: torch.device) -> str:
+def describe_implementation(implementation: str, options: LossOptions, device: torch.device) -> str:
     """Who computes the losses on a device and why, in words.
 
     Args:
         implementation: as for :func:`distillation_losses`.
+        options: of the losses.
         device: of the features.
 
     Raises:
@@ -147,25 +175,27 @@ def describe_implementation(implementation: str, device: torch.device) -> str:
     """
     if implementation == "reference":
         return "PyTorch (GKD.IMPLEMENTATION is reference)"
-    reason = _fallback_reason(implementation, device)
+    reason = _fallback_reason(implementation, options, device)
     if reason is None:
         return f"the compiled extension, on {device.type}"
     return f"PyTorch, which is slower: {reason}"
 
 
-def _choose(implementation: str, device: torch.device):
+def _choose(implementation: str, options: LossOptions, device: torch.device):
     """The function that computes the losses."""
     if implementation == "reference":
         return reference.distillation_losses
-    reason = _fallback_reason(implementation, device)
+    reason = _fallback_reason(implementation, options, device)
     if reason is None:
         return fused.distillation_losses
     _log_fallback(reason)
     return reference.distillation_losses
 
 
-def _fallback_reason(implementation: str, device: torch.device) -> str | None:
+def _fallback_reason(implementation: str, options: LossOptions, device: torch.device) -> str | None:
     """Why "auto" does without the extension; None where it does not."""
+    if options.unfused():
+        return f"the extension does not know {options.unfused()}"
     reason = fused.unavailable_reason(device)
     if reason is not None and implementation == "fused":
         raise RuntimeError(f"implementation 'fused' is not available: {reason}")
@@ -193,6 +223,30 @@ def _check_boxes(boxes: list[Tensor], image_size: tuple[int, int]) -> None:
             raise ValueError(
                 f"boxes[{index}] is a tensor of shape {tuple(box.shape)} and {box.dtype}, but must be K,4 and floating"
             )
+
+
+def _check_all_cells(
+    student: list[Tensor],
+    student_grad: list[Tensor] | None,
+    teacher_grad: list[Tensor] | None,
+    options: LossOptions,
+    weights: LossWeights,
+) -> None:
+    """Gradients of which more enters the losses than their spatial means must be whole."""
+    whole = {"student_grad": student_grad, "teacher_grad": teacher_grad}
+    if not weights.gradient and options.importance == "student":
+        whole.pop("teacher_grad")
+    for name, gradients in whole.items():
+        for level, gradient in enumerate(gradients or ()):
+            _check_cells(f"{name}[{level}]", options.importance, student[level], gradient)
+
+
+def _check_cells(name: str, importance: str, feature: Tensor, gradient: Tensor) -> None:
+    if gradient.shape != feature.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(gradient.shape)}, a mean over cells, but the importance {importance!r} needs the "
+            f"gradient of each cell, {tuple(feature.shape)}"
+        )
 
 
 def _mean_shape(feature: Tensor) -> tuple[int, int, int, int]:

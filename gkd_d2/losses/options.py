@@ -7,8 +7,12 @@ import math
 
 import torch
 
-WEIGHTINGS = ("gradient", "attention", "uniform")
+WEIGHTINGS = ("gradient", "attention", "attention_gradient", "uniform")
 RECTIFIERS = ("abs", "relu")
+MAP_REGIONS = ("image", "boxes")
+# The importances of a gradient map, and those that need no feature and weigh the imitation alone.
+MAP_IMPORTANCES = ("channel", "element")
+IMPORTANCES = (*MAP_IMPORTANCES, "norm", "student")
 IMPLEMENTATIONS = ("auto", "reference", "fused")
 # Name of a loss's weight -> key of the loss.
 LOSS_KEYS = {
@@ -54,26 +58,95 @@ class LossWeights:
         """All four weights times ``factor``."""
         return LossWeights(*(factor * value for value in dataclasses.astuple(self)))
 
-    def need_student_grad(self) -> bool:
-        """Whether the student's feature gradients enter any loss."""
-        return self.gradient > 0
-
-    def need_teacher_grad(self, weighting: str) -> bool:
-        """Whether the teacher's feature gradients enter any loss under ``weighting``."""
-        return self.gradient > 0 or (weighting == "gradient" and (self.box > 0 or self.image > 0))
+    @property
+    def imitates(self) -> bool:
+        """Whether features are imitated: the losses that the weights of channels and cells enter."""
+        return self.box > 0 or self.image > 0
 
 
-def check_options(temperature: float, weighting: str, rectifier: str, implementation: str) -> None:
-    """Check the options of :func:`gkd_d2.losses.distillation_losses` before there are features.
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What the losses can be asked for beside their weights; formulas: docs/method.md.
+
+    Attributes:
+        temperature: of the attention softmax, > 0.
+        weighting: of the imitation: "gradient", "attention", "attention_gradient" or "uniform".
+        rectifier: of the gradient maps: "abs" or "relu".
+        map_region: where maps are compared: "image", all cells alike, or "boxes", in and about the objects.
+        importance: what the gradients make of a cell: "channel", "element", "norm" or "student".
+        importance_floor: the part of a cell's weight in the imitation that is the same for all cells, in [0, 1].
+        importance_cap: the most that a cell may weigh there, in multiples of the mean, ahead of the floor; 0: no limit.
 
     Raises:
         ValueError: an option is unknown or out of range.
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
-    check_choice("rectifier", rectifier, RECTIFIERS)
+
+    temperature: float = 0.5
+    weighting: str = "gradient"
+    rectifier: str = "abs"
+    map_region: str = "image"
+    importance: str = "channel"
+    importance_floor: float = 0.0
+    importance_cap: float = 0.0
+
+    def __post_init__(self):
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("rectifier", self.rectifier, RECTIFIERS)
+        check_choice("map_region", self.map_region, MAP_REGIONS)
+        check_choice("importance", self.importance, IMPORTANCES)
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature is {self.temperature}, but must be a finite number > 0")
+        if not 0 <= self.importance_floor <= 1:
+            raise ValueError(f"importance_floor is {self.importance_floor}, but must be in [0, 1]")
+        if not (math.isfinite(self.importance_cap) and self.importance_cap >= 0):
+            raise ValueError(
+                f"importance_cap is {self.importance_cap}, but must be a finite number > 0, or 0 for no limit"
+            )
+
+    @property
+    def map_importance(self) -> str:
+        """The importance of the maps that are compared, one of those that depend on the feature."""
+        return self.importance if self.importance in MAP_IMPORTANCES else "element"
+
+    def weighs_by_gradient(self, weights: LossWeights) -> bool:
+        """Whether gradients weigh the cells in the imitation."""
+        return weights.imitates and self.weighting in ("gradient", "attention_gradient")
+
+    def need_student_grad(self, weights: LossWeights) -> bool:
+        """Whether the student's feature gradients enter any loss."""
+        return weights.gradient > 0 or (self.weighs_by_gradient(weights) and self.importance == "student")
+
+    def need_teacher_grad(self, weights: LossWeights) -> bool:
+        """Whether the teacher's feature gradients enter any loss."""
+        if weights.gradient > 0 or (weights.imitates and self.weighting == "gradient"):
+            return True
+        return self.weighs_by_gradient(weights) and self.importance != "student"
+
+    def need_cell_grads(self, weights: LossWeights) -> bool:
+        """Whether more of the gradients than their spatial means enters any loss."""
+        return self.importance != "channel" and (weights.gradient > 0 or self.weighs_by_gradient(weights))
+
+    def unfused(self) -> str | None:
+        """The first option that only the reference implementation knows, in words; None where there is none."""
+        if self.importance != "channel":
+            return f"importance {self.importance!r}"
+        for name in ("importance_floor", "importance_cap"):
+            if getattr(self, name):
+                return f"{name} {getattr(self, name)}"
+        return None
+
+
+def check_implementation(implementation: str, options: LossOptions) -> None:
+    """Check who is to compute the losses, before there are features.
+
+    Raises:
+        ValueError: there is no such implementation, or it does not know an option.
+    """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}, but must be a finite number > 0")
+    if implementation == "fused" and options.unfused():
+        raise ValueError(
+            f"implementation is 'fused', but {options.unfused()} is computed by 'reference' alone: set that, or 'auto'"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

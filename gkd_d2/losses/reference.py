@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd_d2.losses.options import LossWeights
+from gkd_d2.losses.options import LossOptions, LossWeights
 
 # max - min of a map below so many units in the last place of the sum over c of |alpha * feature| is rounding; the sums
 # of equal terms were found to differ by up to 2.3.
@@ -22,10 +22,7 @@ def accumulation_dtype(feature: Tensor) -> torch.dtype:
 
 
 def channel_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """alpha, the spatial mean of ``gradient``, in units of the power of two at or below the image's largest magnitude.
-
-    Maps and u don't depend on the unit, but without it they would not survive gradients near the ends of the dtype's
-    range.
+    """alpha, the spatial mean of ``gradient``, in the image's unit (:func:`_in_own_unit`).
 
     Args:
         gradient: N,C,H,W or its spatial mean N,C,1,1.
@@ -34,42 +31,73 @@ def channel_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         N,C; of magnitudes below 2, where they are finite.
     """
-    mean = gradient.detach().to(dtype).mean(dim=(2, 3))
-    largest = mean.abs().amax(dim=1, keepdim=True)
+    return _in_own_unit(gradient.detach().to(dtype).mean(dim=(2, 3)))
+
+
+def _in_own_unit(values: Tensor) -> Tensor:
+    """``values`` N,... in units of the power of two at or below the largest magnitude for each n.
+
+    What is scaled to a range or to a mean does not depend on the unit, but without it that would not survive gradients
+    near the ends of the dtype's range.
+    """
+    largest = values.abs().flatten(1).amax(dim=1).view(-1, *[1] * (values.dim() - 1))
     mantissa, _ = largest.frexp()
-    return mean / torch.where(largest == 0, 1.0, largest / (2 * mantissa))
+    return values / torch.where(largest == 0, 1.0, largest / (2 * mantissa))
 
 
-def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs") -> Tensor:
+def gradient_map(feature: Tensor, gradient: Tensor, rectifier: str = "abs", importance: str = "channel") -> Tensor:
     """The gradient-guided map of one level.
 
-    With ``alpha[n,c]`` the spatial mean of ``gradient``, ``g = sum over c of alpha * feature`` and ``G = |g|`` or
-    ``relu(g)``, the map is ``(G - min) / (max - min)`` with min and max per image. It is 0 where ``max - min`` is
-    nothing but rounding: below ``NOISE_UNITS * epsilon`` times the sum over c of ``|alpha * feature|`` at the image's
-    first cell, or below the smallest normal number over epsilon, with alpha in the units of :func:`channel_gradient`.
-    It is differentiable in ``feature``, through min and max too; ``gradient`` is a constant.
+    With the importance "channel", and ``alpha[n,c]`` the spatial mean of ``gradient``, ``g = sum over c of alpha *
+    feature``; with "element" ``g = sum over c of gradient * feature``. With ``G = |g|`` or ``relu(g)`` the map is
+    ``(G - min) / (max - min)``, min and max per image. It is 0 where ``max - min`` is nothing but rounding: below
+    ``NOISE_UNITS * epsilon`` times the sum over c of the magnitudes of g's terms, at the image's first cell for
+    "channel" and at the cell where it is largest for "element", or below the smallest normal number over epsilon; the
+    gradient in the units of :func:`_in_own_unit`. It is differentiable in ``feature``, through min and max too;
+    ``gradient`` is a constant.
 
     Args:
         feature: N,C,H,W.
-        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or N,C,1,1, its spatial mean.
+        gradient: N,C,H,W, the detection loss's gradient with respect to ``feature``; or, for "channel", N,C,1,1, its
+            spatial mean.
         rectifier: "abs" or "relu".
+        importance: "channel" or "element".
 
     Returns:
         N,H,W in [0, 1].
     """
     dtype = accumulation_dtype(feature)
     feature = feature.to(dtype)
-    alpha = channel_gradient(gradient, dtype)[:, :, None, None]
-    weighted = (alpha * feature).sum(dim=1)
+    # Where a map is flat all cells have about the same sum, and with one factor a channel about the same terms.
+    if importance == "channel":
+        factor = channel_gradient(gradient, dtype)[:, :, None, None]
+        judged = feature[:, :, :1, :1]
+    else:
+        factor = _in_own_unit(gradient.detach().to(dtype))
+        judged = feature
+    weighted = (factor * feature).sum(dim=1)
     rectified = weighted.abs() if rectifier == "abs" else weighted.relu()
     low = rectified.amin(dim=(1, 2), keepdim=True)
     span = rectified.amax(dim=(1, 2), keepdim=True) - low
     info = torch.finfo(dtype)
-    # Where a map is flat all cells have about the same sum. This order of the factors does not overflow.
-    noise = (NOISE_UNITS * info.eps * alpha * feature[:, :, :1, :1].detach()).abs().sum(dim=1)
+    # This order of the factors does not overflow.
+    noise = (NOISE_UNITS * info.eps * factor * judged.detach()).abs().sum(dim=1).amax(dim=(1, 2), keepdim=True)
     flat = (span < noise) | (span < info.tiny / info.eps)
     # The inner `where` keeps the gradient of the branch not taken finite; a NaN is not hidden as a flat map.
     return torch.where(flat, 0.0, (rectified - low) / torch.where(flat, 1.0, span))
+
+
+def gradient_norm(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm over channels of ``gradient``, in the image's unit (:func:`_in_own_unit`).
+
+    Args:
+        gradient: N,C,H,W.
+        dtype: of the result.
+
+    Returns:
+        N,H,W.
+    """
+    return _in_own_unit(gradient.detach().to(dtype)).square().sum(dim=1).sqrt()
 
 
 def box_context_mask(
@@ -166,30 +194,79 @@ def _normalized(values: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, scaled)
 
 
-def imitation_weights(
-    teacher: Tensor, teacher_grad: Tensor | None, *, temperature: float, weighting: str, rectifier: str
-) -> tuple[Tensor, Tensor]:
-    """The weights u per channel and v per cell of one level, each of mean 1, from the teacher alone.
+def cell_importance(
+    teacher: Tensor, teacher_grad: Tensor | None, student_grad: Tensor | None, options: LossOptions
+) -> Tensor:
+    """What the gradients make of each cell of one level, of no particular scale.
 
     Args:
         teacher: N,C,H,W.
-        teacher_grad: N,C,H,W or its spatial mean N,C,1,1; used by the weighting "gradient" only.
-        temperature: of the attention softmax.
-        weighting: "gradient", "attention" or "uniform".
-        rectifier: "abs" or "relu", of the gradient map.
+        teacher_grad: N,C,H,W, or for the importance "channel" N,C,1,1, its spatial mean; not used by "student".
+        student_grad: N,C,H,W, the gradient of the student's own detection loss; used by "student" alone.
+        options: of the losses.
+
+    Returns:
+        N,H,W, >= 0: the gradient map of :func:`gradient_map` for "channel" and "element"; the :func:`gradient_norm` of
+        the teacher's gradient for "norm", and of the student's for "student".
+    """
+    dtype = accumulation_dtype(teacher)
+    if options.importance == "norm":
+        return gradient_norm(teacher_grad, dtype)
+    if options.importance == "student":
+        return gradient_norm(student_grad, dtype)
+    return gradient_map(teacher, teacher_grad, options.rectifier, options.importance)
+
+
+def imitation_weights(
+    teacher: Tensor, teacher_grad: Tensor | None, student_grad: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """The weights u per channel and v per cell of one level, constants.
+
+    Each has mean 1; then v is limited to ``importance_cap``, if that is not 0, and becomes ``r + (1 - r) * v`` with r =
+    ``importance_floor``.
+
+    Args:
+        teacher: N,C,H,W.
+        teacher_grad, student_grad: as for :func:`cell_importance`; used by the weightings "gradient" and
+            "attention_gradient" only.
+        options: of the losses.
 
     Returns:
         u of shape N,C and v of shape N,H,W.
     """
+    u, v = _mean_one_weights(teacher, teacher_grad, student_grad, options)
+    if options.importance_cap:
+        v = v.clamp(max=options.importance_cap)
+    if options.importance_floor:
+        v = options.importance_floor + (1 - options.importance_floor) * v
+    return u, v
+
+
+def _mean_one_weights(
+    teacher: Tensor, teacher_grad: Tensor | None, student_grad: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """u and v ahead of the cap and the floor."""
     dtype = accumulation_dtype(teacher)
-    if weighting == "gradient":
+    if options.weighting == "gradient":
         channel = _normalized(channel_gradient(teacher_grad, dtype).abs())
-        return channel, _normalized(gradient_map(teacher, teacher_grad, rectifier))
-    if weighting == "attention":
+        return channel, _normalized(cell_importance(teacher, teacher_grad, student_grad, options))
+    if options.weighting in ("attention", "attention_gradient"):
         magnitude = teacher.to(dtype).abs()
-        return channel_attention(magnitude, temperature), spatial_attention(magnitude, temperature)
+        channel = channel_attention(magnitude, options.temperature)
+        if options.weighting == "attention":
+            return channel, spatial_attention(magnitude, options.temperature)
+        importance = cell_importance(teacher, teacher_grad, student_grad, options)
+        return channel, _attended(magnitude, importance, options.temperature)
     n, c, h, w = teacher.shape
     return teacher.new_ones((n, c), dtype=dtype), teacher.new_ones((n, h, w), dtype=dtype)
+
+
+def _attended(magnitude: Tensor, importance: Tensor, temperature: float) -> Tensor:
+    """The product of spatial attention and an importance N,H,W, scaled to mean 1 for each n; ones where it is 0."""
+    # As one softmax: the product would underflow where the attention's peak lies on cells of no importance.
+    logits = (magnitude.mean(dim=1) / temperature + importance.log()).flatten(1)
+    weights = (logits.shape[1] * logits.softmax(dim=1)).view_as(importance)
+    return torch.where((importance == 0).flatten(1).all(dim=1)[:, None, None], 1.0, weights)
 
 
 def distillation_losses(
@@ -201,16 +278,15 @@ def distillation_losses(
     image_size: tuple[int, int],
     *,
     weights: LossWeights,
-    temperature: float,
-    weighting: str,
-    rectifier: str,
+    options: LossOptions,
 ) -> dict[str, Tensor]:
     """The weighted losses, summed over levels; arguments as in :func:`gkd_d2.losses.distillation_losses`, unchecked.
 
     With D = v * (sum over c of u * (S - T)^2), M the box context mask, Ghat the gradient maps and Ac, As the channel
     and spatial attention, a level adds
 
-    * to ``loss_gkd_gradient``:   1/(NHW) * sum of ``|Ghat_T - Ghat_S|``
+    * to ``loss_gkd_gradient``:   1/(NHW) * sum of ``|Ghat_T - Ghat_S|``, or 1/N * sum of ``sqrt(M) |Ghat_T - Ghat_S|``
+      with the map region "boxes"
     * to ``loss_bmfi_box``:       1/N     * sum of ``M * D``
     * to ``loss_bmfi_attention``: 1/N     * (sum of ``|Ac(S) - Ac(T)|`` + sum of ``|As(S) - As(T)|``)
     * to ``loss_bmfi_image``:     1/(NHW) * sum of ``D``
@@ -220,24 +296,30 @@ def distillation_losses(
     gradient = box = attention = image = zero
     for level, (s, t) in enumerate(zip(student, teacher)):
         s, t = s.to(dtype), t.detach().to(dtype)
+        s_grad = None if student_grad is None else student_grad[level].detach().to(dtype)
         t_grad = None if teacher_grad is None else teacher_grad[level].detach().to(dtype)
         n = s.shape[0]
+        if weights.box or (weights.gradient and options.map_region == "boxes"):
+            mask = box_context_mask(boxes, image_size, tuple(s.shape[2:]), device=s.device, dtype=dtype)
         if weights.gradient:
-            map_difference = gradient_map(t, t_grad, rectifier) - gradient_map(s, student_grad[level], rectifier)
-            gradient = gradient + map_difference.abs().mean()
-        if weights.box or weights.image:
-            u, v = imitation_weights(t, t_grad, temperature=temperature, weighting=weighting, rectifier=rectifier)
+            kind = options.rectifier, options.map_importance
+            map_difference = (gradient_map(t, t_grad, *kind) - gradient_map(s, s_grad, *kind)).abs()
+            if options.map_region == "boxes":
+                gradient = gradient + (mask.sqrt() * map_difference).sum() / n
+            else:
+                gradient = gradient + map_difference.mean()
+        if weights.imitates:
+            u, v = imitation_weights(t, t_grad, s_grad, options)
             distance = v * (u[:, :, None, None] * (s - t) ** 2).sum(dim=1)
             if weights.box:
-                mask = box_context_mask(boxes, image_size, tuple(s.shape[2:]), device=s.device, dtype=dtype)
                 box = box + (mask * distance).sum() / n
             if weights.image:
                 image = image + distance.mean()
         if weights.attention:
             s_abs, t_abs = s.abs(), t.abs()
-            channels = (channel_attention(s_abs, temperature) - channel_attention(t_abs, temperature)).abs().sum()
-            cells = (spatial_attention(s_abs, temperature) - spatial_attention(t_abs, temperature)).abs().sum()
-            attention = attention + (channels + cells) / n
+            channels = channel_attention(s_abs, options.temperature) - channel_attention(t_abs, options.temperature)
+            cells = spatial_attention(s_abs, options.temperature) - spatial_attention(t_abs, options.temperature)
+            attention = attention + (channels.abs().sum() + cells.abs().sum()) / n
     return {
         "loss_gkd_gradient": weights.gradient * gradient,
         "loss_bmfi_box": weights.box * box,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from detectron2.config import CfgNode
 
 from gkd_d2.losses.losses import describe_implementation, distillation_losses
-from gkd_d2.losses.options import LOSS_KEYS, LossWeights, check_options
+from gkd_d2.losses.options import LOSS_KEYS, LossOptions, LossWeights, check_implementation
 from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term
 
 
@@ -16,7 +18,8 @@ class GKD(Method):
 
     Args:
         weights: of the four losses; default: those of LossWeights.
-        temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
+        implementation: see :func:`gkd_d2.losses.distillation_losses`.
+        options: those of :class:`gkd_d2.losses.LossOptions`.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -26,12 +29,11 @@ class GKD(Method):
         self,
         weights: LossWeights | None = None,
         *,
-        temperature: float = 0.5,
-        weighting: str = "gradient",
-        rectifier: str = "abs",
         implementation: str = "auto",
+        **options: str | float,
     ):
-        check_options(temperature, weighting, rectifier, implementation)
+        self.options = LossOptions(**options)
+        check_implementation(implementation, self.options)
         self.weights = LossWeights() if weights is None else weights
         super().__init__(
             {
@@ -39,18 +41,14 @@ class GKD(Method):
                 for name, key in LOSS_KEYS.items()
             }
         )
-        self.needs_student_grad = self.weights.need_student_grad()
-        self.needs_teacher_grad = self.weights.need_teacher_grad(weighting)
-        self.rectifier = rectifier
-        self._options = {
-            "temperature": temperature,
-            "weighting": weighting,
-            "rectifier": rectifier,
-            "implementation": implementation,
-        }
+        self.needs_student_grad = self.options.need_student_grad(self.weights)
+        self.needs_teacher_grad = self.options.need_teacher_grad(self.weights)
+        self.needs_cell_grads = self.options.need_cell_grads(self.weights)
+        self.rectifier = self.options.rectifier
+        self._implementation = implementation
 
     def implementation(self, device):
-        return describe_implementation(self._options["implementation"], device)
+        return describe_implementation(self._implementation, self.options, device)
 
     def __call__(self, levels, factor=1.0):
         # All levels at once: the extension works through them in one call.
@@ -62,7 +60,8 @@ class GKD(Method):
             levels[0].boxes,
             levels[0].image_size,
             weights=self.weights.scaled(factor),
-            **self._options,
+            implementation=self._implementation,
+            **dataclasses.asdict(self.options),
         )
 
 
@@ -74,5 +73,9 @@ def gkd(cfg: CfgNode) -> GKD:
         temperature=cfg.GKD.TEMPERATURE,
         weighting=cfg.GKD.WEIGHTING,
         rectifier=cfg.GKD.RECTIFIER,
+        map_region=cfg.GKD.MAP_REGION,
+        importance=cfg.GKD.IMPORTANCE,
+        importance_floor=cfg.GKD.IMPORTANCE_FLOOR,
+        importance_cap=cfg.GKD.IMPORTANCE_CAP,
         implementation=cfg.GKD.IMPLEMENTATION,
     )

@@ -33,8 +33,8 @@ class Level:
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
         student_grad: N,C,H,W, the gradient of the student's own detection loss with respect to ``student``, times a
-            positive number that all levels share; where channels differ N,C,1,1, its spatial mean. None where the
-            method does not need it.
+            positive number that all levels share; where channels differ N,C,1,1, its spatial mean, unless the method
+            needs the gradient of each cell. None where the method does not need it.
         teacher_grad: the same of the teacher.
         anchors: the student's own at all distilled levels, one tensor H,W,A,4 a level, xyxy in pixels of the padded
             batch: A anchors in each cell. None where the method does not need them.
@@ -89,6 +89,7 @@ class Method(ABC):
         terms: the same.
         needs_student_grad: whether :attr:`Level.student_grad` is asked for.
         needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
+        needs_cell_grads: whether the mean over cells of :attr:`Level.student_grad` would not do.
         needs_anchors: whether :attr:`Level.anchors` is asked for.
         rectifier: "abs" or "relu", of the gradient maps in pictures.
 
@@ -98,6 +99,7 @@ class Method(ABC):
 
     needs_student_grad: bool = False
     needs_teacher_grad: bool = False
+    needs_cell_grads: bool = False
     needs_anchors: bool = False
     rectifier: str = "abs"
 

@@ -23,29 +23,34 @@ class AlignConv(nn.Conv2d):
         weight_init.c2_xavier_fill(self)
 
     @torch.no_grad()
-    def align_gradient(self, gradient: Tensor) -> Tensor:
+    def align_gradient(self, gradient: Tensor, *, of_cells: bool = False) -> Tensor:
         """The detection loss's gradient with respect to the aligned feature.
 
         The loss does not pass through this convolution S = W F, so its gradient with respect to S is only defined by
         the chain rule: W^T dS = dF. The solution of least norm is taken (of least squares where there are fewer
-        teacher than student channels). With it the gradient map of S equals the map of F, whatever W is. Only the
-        spatial mean of a gradient enters the losses, so only the mean is solved for.
+        teacher than student channels). With it the gradient map of S equals the map of F, whatever W is. Where only
+        the spatial mean of a gradient enters the losses, only the mean is solved for.
 
         Args:
             gradient: N,C_student,H,W, with respect to the student's own feature.
+            of_cells: whether the gradient of each cell is wanted.
 
         Returns:
-            N,C_teacher,1,1, its spatial mean.
+            N,C_teacher,1,1, its spatial mean; N,C_teacher,H,W with ``of_cells``.
         """
         # Autocast and half precision have no solver. Unlike lstsq this one lets a NaN through, for the trainer to see.
         with torch.autocast(gradient.device.type, enabled=False):
             weight = self.weight.flatten(1).to(torch.promote_types(gradient.dtype, torch.float32))
-            mean = gradient.to(weight.dtype).mean(dim=(2, 3)).t()
+            wanted = gradient.to(weight.dtype)
+            if not of_cells:
+                wanted = wanted.mean(dim=(2, 3), keepdim=True)
+            columns = wanted.movedim(1, 0).flatten(1)
             if weight.shape[0] >= weight.shape[1]:
-                aligned = weight @ torch.linalg.solve_ex(weight.t() @ weight, mean)[0]
+                aligned = weight @ torch.linalg.solve_ex(weight.t() @ weight, columns)[0]
             else:
-                aligned = torch.linalg.solve_ex(weight @ weight.t(), weight @ mean)[0]
-        return aligned.t().to(gradient.dtype)[:, :, None, None]
+                aligned = torch.linalg.solve_ex(weight @ weight.t(), weight @ columns)[0]
+        n, _, h, w = wanted.shape
+        return aligned.view(-1, n, h, w).movedim(0, 1).to(gradient.dtype)
 
 
 class AlignConvs(nn.ModuleDict):
@@ -62,10 +67,12 @@ class AlignConvs(nn.ModuleDict):
         """The student's features N,C,H,W of some levels, brought to the teacher's number of channels."""
         return [self[name](feature) if name in self else feature for name, feature in zip(names, features)]
 
-    def align_gradients(self, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
+    def align_gradients(
+        self, names: Sequence[str], gradients: Sequence[Tensor], *, of_cells: bool = False
+    ) -> list[Tensor]:
         """Gradients N,C,H,W at features of some levels -> those at :meth:`align_features` of them; see AlignConv."""
         return [
-            self[name].align_gradient(gradient) if name in self else gradient
+            self[name].align_gradient(gradient, of_cells=of_cells) if name in self else gradient
             for name, gradient in zip(names, gradients)
         ]
 

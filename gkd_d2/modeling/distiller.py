@@ -250,7 +250,8 @@ class GKDDistiller(nn.Module):
         teacher = [seen.teacher[level] for level in levels]
         student_grad = teacher_grad = None
         if self.method.needs_student_grad:
-            student_grad = self.align.align_gradients(names, [seen.student_grad[level] for level in levels])
+            gradients = [seen.student_grad[level] for level in levels]
+            student_grad = self.align.align_gradients(names, gradients, of_cells=self.method.needs_cell_grads)
         if self.method.needs_teacher_grad:
             teacher_grad = [seen.teacher_grad[level] for level in levels]
         student, teacher, student_grad, teacher_grad = in_one_dtype(

@@ -6,6 +6,7 @@ features of docs/method.md at the copy bandwidth of the same run.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from gkd_d2.analysis.benchmark.calls import (
 )
 from gkd_d2.analysis.benchmark.inputs import FeatureBatch, FeatureSpec, random_features
 from gkd_d2.analysis.benchmark.timing import Rounds, Timer, device_name, peak_bytes, take_turns
-from gkd_d2.losses import LossWeights, distillation_losses, reference
+from gkd_d2.losses import LossOptions, LossWeights, distillation_losses, reference
 
 # Of the four losses, and of those that a config has by default, which leave out the attention loss.
 WEIGHTS = {"all": LossWeights(), "default": LossWeights(gradient=0.02, box=1e-2, attention=0.0, image=1e-3)}
@@ -29,7 +30,7 @@ BOX_COUNTS = (0, 10, 100, 500)
 AREAS = (0.25, 0.5, 1.0, 2.0)
 # Only the attention loss needs statistics of S and T themselves.
 _PASSES = {"all": 9, "default": 7}
-_OPTIONS = {"temperature": 0.5, "weighting": "gradient", "rectifier": "abs"}
+_OPTIONS = LossOptions()
 
 
 def measure_losses(
@@ -81,14 +82,14 @@ def measure_losses(
 
 def total_loss(implementation: str, weights: LossWeights) -> Loss:
     """The sum of the losses as a function of a batch, by "reference" or "fused"."""
-    options = {"weights": weights, "implementation": implementation, **_OPTIONS}
+    options = {"weights": weights, "implementation": implementation, **dataclasses.asdict(_OPTIONS)}
     return lambda batch: sum(distillation_losses(**vars(batch), **options).values())
 
 
 def _compiled_reference(weights: LossWeights) -> Loss:
     """torch.compile of the reference; the arguments' checks stay outside, to its advantage."""
     compute = torch.compile(reference.distillation_losses)
-    return lambda batch: sum(compute(**vars(batch), weights=weights, **_OPTIONS).values())
+    return lambda batch: sum(compute(**vars(batch), weights=weights, options=_OPTIONS).values())
 
 
 def _compare(
