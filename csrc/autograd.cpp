@@ -18,7 +18,8 @@ using torch::autograd::variable_list;
 // The ops as the dispatcher calls them; sizes may be symbolic, for torch.compile.
 using Losses = std::tuple<at::Tensor, at::Tensor>(at::TensorList, at::TensorList, at::TensorList, at::TensorList,
                                                   const at::Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
-                                                  at::ArrayRef<double>, double, std::string, std::string, bool);
+                                                  at::ArrayRef<double>, double, std::string, std::string, std::string,
+                                                  bool);
 using LossesBackward = std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList,
                                                at::ArrayRef<double>);
 
@@ -39,14 +40,14 @@ struct Constants {
   c10::SymIntArrayRef box_counts, image_size;
   at::ArrayRef<double> weights;
   double temperature;
-  const std::string &weighting, &rectifier;
+  const std::string &weighting, &rectifier, &map_region;
 
   // Calls the kernels.
   std::tuple<at::Tensor, at::Tensor> losses(at::TensorList student, at::TensorList of_teacher, bool save_state) const {
     static const auto op = find_op<Losses>("gkd_d2::distillation_losses");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return op.call(student, of_teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights, temperature,
-                   weighting, rectifier, save_state);
+                   weighting, rectifier, map_region, save_state);
   }
 };
 
@@ -108,9 +109,10 @@ struct DistillationLosses : torch::autograd::Function<DistillationLosses> {
 std::tuple<at::Tensor, at::Tensor> distillation_losses_autograd(
     at::TensorList student, at::TensorList teacher, at::TensorList student_grad, at::TensorList teacher_grad,
     const at::Tensor& boxes, c10::SymIntArrayRef box_counts, c10::SymIntArrayRef image_size,
-    at::ArrayRef<double> weights, double temperature, std::string weighting, std::string rectifier, bool save_state) {
-  const Constants constants{teacher,    student_grad, teacher_grad, boxes,     box_counts,
-                            image_size, weights,      temperature,  weighting, rectifier};
+    at::ArrayRef<double> weights, double temperature, std::string weighting, std::string rectifier,
+    std::string map_region, bool save_state) {
+  const Constants constants{teacher, student_grad, teacher_grad, boxes,     box_counts, image_size,
+                            weights, temperature,  weighting,    rectifier, map_region};
   if (!needs_grad(student)) return constants.losses(student, teacher, save_state);
   TORCH_CHECK(save_state, "gkd_d2::distillation_losses needs save_state=True where a gradient is to be computed");
   at::Tensor state;

@@ -90,7 +90,7 @@ inline void check_like_student(at::TensorList student, at::TensorList other, con
 inline Terms check_losses(at::TensorList student, at::TensorList teacher, at::TensorList student_grad,
                           at::TensorList teacher_grad, const at::Tensor& boxes, at::IntArrayRef box_counts,
                           at::IntArrayRef image_size, at::ArrayRef<double> weights, double temperature,
-                          const std::string& weighting, const std::string& rectifier) {
+                          const std::string& weighting, const std::string& rectifier, const std::string& map_region) {
   check_student(student);
   check_like_student(student, teacher, "teacher");
   const int64_t images = student[0].size(0);
@@ -98,14 +98,23 @@ inline Terms check_losses(at::TensorList student, at::TensorList teacher, at::Te
   TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
                     ", but must be a finite number > 0");
   terms.temperature = temperature;
-  TORCH_CHECK_VALUE(weighting == "gradient" || weighting == "attention" || weighting == "uniform", "weighting is '",
-                    weighting, "', but must be 'gradient', 'attention' or 'uniform'");
-  terms.weighting = weighting == "gradient"    ? Weighting::kGradient
-                    : weighting == "attention" ? Weighting::kAttention
-                                               : Weighting::kUniform;
+  if (weighting == "gradient") {
+    terms.weighting = Weighting::kGradient;
+  } else if (weighting == "attention") {
+    terms.weighting = Weighting::kAttention;
+  } else if (weighting == "attention_gradient") {
+    terms.weighting = Weighting::kAttentionGradient;
+  } else {
+    TORCH_CHECK_VALUE(weighting == "uniform", "weighting is '", weighting,
+                      "', but must be 'gradient', 'attention', 'attention_gradient' or 'uniform'");
+    terms.weighting = Weighting::kUniform;
+  }
   TORCH_CHECK_VALUE(rectifier == "abs" || rectifier == "relu", "rectifier is '", rectifier,
                     "', but must be 'abs' or 'relu'");
   terms.relu = rectifier == "relu";
+  TORCH_CHECK_VALUE(map_region == "image" || map_region == "boxes", "map_region is '", map_region,
+                    "', but must be 'image' or 'boxes'");
+  terms.map_in_boxes = map_region == "boxes";
   if (terms.needs_student_map()) check_like_student(student, student_grad, "student_grad", true);
   if (terms.needs_teacher_map()) check_like_student(student, teacher_grad, "teacher_grad", true);
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_floating_point(), "boxes have shape ",

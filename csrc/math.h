@@ -14,7 +14,7 @@
 
 namespace gkd_d2 {
 
-enum class Weighting : int { kGradient, kAttention, kUniform };
+enum class Weighting : int { kGradient, kAttention, kAttentionGradient, kUniform };
 
 // Everything the kernels need to know about the losses. The four weights are already divided by N.
 struct Terms {
@@ -23,16 +23,27 @@ struct Terms {
   bool has_gradient, has_box, has_attention, has_image;
   double temperature;
   Weighting weighting;
-  bool relu;
+  bool relu, map_in_boxes;
 
   GKD_HOST_DEVICE bool any() const { return has_gradient || has_attention || imitates(); }
   GKD_HOST_DEVICE bool imitates() const { return has_box || has_image; }
   GKD_HOST_DEVICE bool weighs_by(Weighting kind) const { return imitates() && weighting == kind; }
+  GKD_HOST_DEVICE bool weighs_by_map() const {
+    return weighs_by(Weighting::kGradient) || weighs_by(Weighting::kAttentionGradient);
+  }
+  GKD_HOST_DEVICE bool weighs_by_attention() const {
+    return weighs_by(Weighting::kAttention) || weighs_by(Weighting::kAttentionGradient);
+  }
+  // Of loss_gkd_gradient, for a sum over the cells.
+  GKD_HOST_DEVICE double map_weight(int64_t cells) const {
+    return map_in_boxes ? gradient : gradient / static_cast<double>(cells);
+  }
   // Which statistics of the inputs enter any loss.
   GKD_HOST_DEVICE bool needs_student_map() const { return has_gradient; }
-  GKD_HOST_DEVICE bool needs_teacher_map() const { return has_gradient || weighs_by(Weighting::kGradient); }
+  GKD_HOST_DEVICE bool needs_teacher_map() const { return has_gradient || weighs_by_map(); }
   GKD_HOST_DEVICE bool needs_student_magnitude() const { return has_attention; }
-  GKD_HOST_DEVICE bool needs_teacher_magnitude() const { return has_attention || weighs_by(Weighting::kAttention); }
+  GKD_HOST_DEVICE bool needs_teacher_magnitude() const { return has_attention || weighs_by_attention(); }
+  GKD_HOST_DEVICE bool needs_mask() const { return has_box || (has_gradient && map_in_boxes); }
 };
 
 // What forward leaves for backward at one level: maps of N,H*W and vectors of N,C, each only where a loss needs it.
@@ -137,6 +148,14 @@ struct MapExtremes {
   acc_t low, high, range;
   acc_t low_share, high_share;  // what each cell at the minimum and at the maximum adds to p
 };
+
+// The logarithm of a cell's weight under Weighting::kAttentionGradient beside that of its map, for the most that is
+// over cells where the map is not 0: there it is at most 0, and elsewhere of no matter. A NaN stays NaN.
+template <typename value_t, typename acc_t>
+GKD_HOST_DEVICE value_t attended_exponent(value_t magnitude, acc_t most, acc_t scale) {
+  const value_t exponent = (magnitude - most) * scale;
+  return exponent > 0 ? value_t{} : exponent;
+}
 
 // dloss/dg_S of one cell, loss weight included: q of docs/method.md
 template <typename value_t, typename acc_t>

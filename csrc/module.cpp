@@ -6,7 +6,7 @@ TORCH_LIBRARY(gkd_d2, m) {
   m.def(
       "distillation_losses(Tensor[] student, Tensor[] teacher, Tensor[] student_grad, Tensor[] teacher_grad, "
       "Tensor boxes, SymInt[] box_counts, SymInt[] image_size, float[] weights, float temperature, str weighting, "
-      "str rectifier, bool save_state) -> (Tensor losses, Tensor state)");
+      "str rectifier, str map_region, bool save_state) -> (Tensor losses, Tensor state)");
   m.def(
       "distillation_losses_backward(Tensor loss_gradients, Tensor state, Tensor[] student, Tensor[] teacher, "
       "float[] weights) -> Tensor[]");

@@ -212,7 +212,7 @@ class Forward {
         teacher_means.emplace_back(teacher_grad[l], false, tasks);
         teacher_alpha_.push_back(at::empty({images_, level.channels}, options_));
       }
-      if (terms_.weighs_by(Weighting::kAttention)) magnitudes.emplace_back(level.teacher, true, tasks);
+      if (terms_.weighs_by_attention()) magnitudes.emplace_back(level.teacher, true, tasks);
     }
     run_tasks(tasks.size(), [&](size_t i) { kernels_.channel_sums(tasks[i]); });
     run_tasks(levels_.size() * images_, [&](size_t i) {
@@ -231,7 +231,7 @@ class Forward {
       acc_t* const weight = level.vector(level.layout.channel_weight, n);
       if (terms_.weighting == Weighting::kGradient) {
         normalize_magnitudes(row(teacher_alpha_[l], n), level.channels, weight);
-      } else if (terms_.weighting == Weighting::kAttention) {
+      } else if (terms_.weighs_by_attention()) {
         magnitudes[l].write(n, weight);
         kernels_.attention_weights(weight, level.channels, terms_.temperature);
       } else {
@@ -246,7 +246,7 @@ class Forward {
     std::vector<BoxMaskTask<acc_t>> masks;
     for (size_t l = 0; l < levels_.size(); ++l) {
       const Level<scalar_t>& level = levels_[l];
-      spare_maps_.push_back(at::empty({images_, kSpareMaps, level.cells}, options_));
+      spare_maps_.push_back(at::empty({images_, num_spare_maps(), level.cells}, options_));
       channel_sums_.push_back(at::empty({images_, level.blocks(), 2, level.channels}, options_));
       noises_.push_back(at::empty({images_, 2}, options_));
       for (int64_t n = 0; n < images_; ++n) {
@@ -273,7 +273,7 @@ class Forward {
           sums.push_back(task);
         }
       }
-      if (terms_.has_box) add_masks(level, boxes, box_counts, image_size, masks);
+      if (terms_.needs_mask()) add_masks(l, boxes, box_counts, image_size, masks);
     }
     run_tasks(sums.size() + masks.size(), [&](size_t i) {
       i < sums.size() ? kernels_.cell_sums(sums[i]) : kernels_.box_masks(masks[i - sums.size()]);
@@ -283,25 +283,31 @@ class Forward {
   // A sum lies where finish() writes what becomes of it, as far as backward keeps that; else in a spare map.
   void place_cell_sums(size_t l, int64_t n, acc_t** cell_sums) const {
     const Level<scalar_t>& level = levels_[l];
-    acc_t* const spare = row(spare_maps_[l], n * kSpareMaps);
+    acc_t* const spare = spare_map(l, n, 0);
     acc_t* const cell_weight = terms_.imitates() ? level.map(level.layout.cell_weight, n) : spare;
     const bool attention = terms_.has_attention;
     cell_sums[kStudentMap] = terms_.needs_student_map() ? level.map(level.layout.gradient_map, n) : nullptr;
     cell_sums[kTeacherMap] = terms_.needs_teacher_map() ? cell_weight : nullptr;
     cell_sums[kDistance] = terms_.imitates() ? spare : nullptr;
     cell_sums[kStudentMagnitude] = attention ? level.map(level.layout.cell_attention, n) : nullptr;
-    cell_sums[kTeacherMagnitude] = terms_.needs_teacher_magnitude() ? spare + level.cells : nullptr;
+    cell_sums[kTeacherMagnitude] = terms_.needs_teacher_magnitude() ? spare_map(l, n, 1) : nullptr;
   }
 
-  void add_masks(const Level<scalar_t>& level, const at::Tensor& boxes, at::IntArrayRef box_counts,
-                 at::IntArrayRef image_size, std::vector<BoxMaskTask<acc_t>>& tasks) const {
+  // Backward needs the mask of loss_bmfi_box alone.
+  acc_t* box_mask(size_t l, int64_t n) const {
+    return terms_.has_box ? levels_[l].map(levels_[l].layout.box_mask, n) : spare_map(l, n, 2);
+  }
+
+  void add_masks(size_t l, const at::Tensor& boxes, at::IntArrayRef box_counts, at::IntArrayRef image_size,
+                 std::vector<BoxMaskTask<acc_t>>& tasks) const {
+    const Level<scalar_t>& level = levels_[l];
     const int64_t rows = std::clamp<int64_t>(kMaskCells / level.width, 1, kMaskRows);
     const double* place = static_cast<const double*>(boxes.const_data_ptr());
     for (int64_t n = 0; n < images_; ++n) {
       for (int64_t begin = 0; begin < level.height; begin += rows) {
         tasks.push_back({place, box_counts[n], level.height, level.width, static_cast<double>(image_size[0]),
                          static_cast<double>(image_size[1]), begin, std::min(level.height, begin + rows),
-                         level.map(level.layout.box_mask, n)});
+                         box_mask(l, n)});
       }
       place += 4 * box_counts[n];
     }
@@ -322,7 +328,7 @@ class Forward {
       task.teacher_noise = row(noises_[l], n)[1];
       task.gradient_map = level.map(level.layout.gradient_map, n);
       task.cell_weight = level.map(level.layout.cell_weight, n);
-      task.box_mask = level.map(level.layout.box_mask, n);
+      task.box_mask = terms_.needs_mask() ? box_mask(l, n) : nullptr;
       task.cell_attention = level.map(level.layout.cell_attention, n);
       task.channel_attention = level.vector(level.layout.channel_attention, n);
       // The blocks' sums are added up in the first block's place.
@@ -345,12 +351,14 @@ class Forward {
     }
   }
 
+  int64_t num_spare_maps() const { return terms_.needs_mask() && !terms_.has_box ? 3 : 2; }
+  acc_t* spare_map(size_t l, int64_t n, int64_t map) const { return row(spare_maps_[l], n * num_spare_maps() + map); }
+
   // Row `index` of a tensor, all dimensions but the last taken as one.
   static acc_t* row(const at::Tensor& tensor, int64_t index) {
     return static_cast<acc_t*>(tensor.data_ptr()) + index * tensor.size(-1);
   }
 
-  static constexpr int64_t kSpareMaps = 2;
   const Kernels<scalar_t>& kernels_;
   const Terms& terms_;
   int64_t images_;
@@ -359,14 +367,12 @@ class Forward {
   std::vector<at::Tensor> teacher_alpha_, spare_maps_, channel_sums_, noises_;
 };
 
-std::tuple<at::Tensor, at::Tensor> distillation_losses_cpu(at::TensorList student, at::TensorList teacher,
-                                                           at::TensorList student_grad, at::TensorList teacher_grad,
-                                                           const at::Tensor& boxes, at::IntArrayRef box_counts,
-                                                           at::IntArrayRef image_size, at::ArrayRef<double> weights,
-                                                           double temperature, std::string weighting,
-                                                           std::string rectifier, bool save_state) {
+std::tuple<at::Tensor, at::Tensor> distillation_losses_cpu(
+    at::TensorList student, at::TensorList teacher, at::TensorList student_grad, at::TensorList teacher_grad,
+    const at::Tensor& boxes, at::IntArrayRef box_counts, at::IntArrayRef image_size, at::ArrayRef<double> weights,
+    double temperature, std::string weighting, std::string rectifier, std::string map_region, bool save_state) {
   const Terms terms = check_losses(student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights,
-                                   temperature, weighting, rectifier);
+                                   temperature, weighting, rectifier, map_region);
   const at::TensorOptions options = student[0].options().dtype(accumulation_type(student[0]));
   at::Tensor state = at::empty({state_size(terms, student)}, options);
   at::Tensor losses = at::zeros({4}, options);

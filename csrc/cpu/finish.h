@@ -31,17 +31,18 @@ template <typename acc_t>
 double finish_maps(const FinishTask<acc_t>& task, MapExtremes<acc_t>& student, const MapExtremes<acc_t>& teacher) {
   const acc_t* student_map = task.cell_sums[kStudentMap];
   const acc_t* teacher_map = task.cell_sums[kTeacherMap];
-  const bool relu = task.terms.relu;
-  const double weight = task.terms.gradient / static_cast<double>(task.cells);
+  const bool relu = task.terms.relu, in_boxes = task.terms.map_in_boxes;
+  const double weight = task.terms.map_weight(task.cells);
   LongSum<acc_t> distance, through_low, through_high, lows, highs;
   const Vector<acc_t> zero{}, one = zero + 1;
+  const auto share = [&](auto lanes, int64_t i) { return in_boxes ? square_root(lanes.load(task.box_mask + i)) : one; };
   for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
     const Vector<acc_t> G = rectified(lanes.load(student_map + i), relu);
     const Vector<acc_t> unit = unit_range(G, student.low, student.range);
     const Vector<acc_t> difference =
         lanes.keep(unit - unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher.range));
-    const Vector<acc_t> s = sign(difference);
-    distance.add(absolute(difference));
+    const Vector<acc_t> of_cell = share(lanes, i), s = sign(difference) * of_cell;
+    distance.add(absolute(difference) * of_cell);
     through_low.add(s * (unit - one));
     through_high.add(s * unit);
     lows.add(lanes.keep(G == student.low ? one : zero));
@@ -52,10 +53,33 @@ double finish_maps(const FinishTask<acc_t>& task, MapExtremes<acc_t>& student, c
   for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
     const Vector<acc_t> g = lanes.load(student_map + i);
     const Vector<acc_t> s = sign(unit_range(rectified(g, relu), student.low, student.range) -
-                                 unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher.range));
+                                 unit_range(rectified(lanes.load(teacher_map + i), relu), teacher.low, teacher.range)) *
+                            share(lanes, i);
     lanes.store(task.gradient_map + i, gradient_map_slope(g, s, student, static_cast<acc_t>(weight), relu));
   });
   return weight * distance.total();
+}
+
+// Multiplies the teacher's map in `weights` by its attention, up to a factor; returns the sum.
+template <typename acc_t>
+double attend(const FinishTask<acc_t>& task, acc_t* weights) {
+  const acc_t* magnitudes = task.cell_sums[kTeacherMagnitude];
+  const acc_t scale = static_cast<acc_t>(1 / (task.terms.temperature * static_cast<double>(task.channels)));
+  const Vector<acc_t> nothing = broadcast(-std::numeric_limits<acc_t>::infinity());
+  Vector<acc_t> largest = nothing;
+  for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
+    largest = larger(lanes.load(weights + i) > 0 ? lanes.load(magnitudes + i) : nothing, largest);
+  });
+  acc_t most = largest[0];
+  for (int lane = 1; lane < kLanes<acc_t>; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  LongSum<acc_t> sum;
+  for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
+    const Vector<acc_t> exponent = attended_exponent(lanes.load(magnitudes + i), most, scale);
+    const Vector<acc_t> value = lanes.load(weights + i) * exp_nonpositive(exponent);
+    lanes.store(weights + i, value);
+    sum.add(lanes.keep(value));
+  });
+  return sum.total();
 }
 
 // v
@@ -68,7 +92,7 @@ void finish_cell_weights(const FinishTask<acc_t>& task, const MapExtremes<acc_t>
     return;
   }
   double total = 0;
-  if (task.terms.weighting == Weighting::kGradient) {
+  if (task.terms.weighs_by_map()) {
     const acc_t* map = task.cell_sums[kTeacherMap];
     LongSum<acc_t> sum;
     for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {
@@ -77,7 +101,7 @@ void finish_cell_weights(const FinishTask<acc_t>& task, const MapExtremes<acc_t>
       lanes.store(weights + i, unit);
       sum.add(unit);
     });
-    total = sum.total();
+    total = task.terms.weighting == Weighting::kGradient ? sum.total() : attend(task, weights);
   }
   const acc_t factor = static_cast<acc_t>(static_cast<double>(task.cells) / total);
   for_each_vector<acc_t>(task.cells, [&](auto lanes, int64_t i) {

@@ -188,6 +188,12 @@ GKD_INLINE vector_t larger(vector_t a, vector_t b) {
   return a > b ? a : b;
 }
 
+template <typename vector_t>
+GKD_INLINE vector_t square_root(vector_t x) {
+  for (size_t lane = 0; lane < sizeof(x) / sizeof(x[0]); ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+}
+
 // exp(x) for x <= 0 (softmax and Gaussian need no more): 2^k * exp(r) with |r| <= ln(2)/2 and the Taylor polynomial of
 // exp(r) to the degree that the type's precision takes. exp(NaN) is NaN; below the smallest normal number it is 0.
 GKD_INLINE Vector<float> exp_nonpositive(Vector<float> x) {

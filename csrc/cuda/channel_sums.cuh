@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!terms.needs_teacher_magnitude()) return;
   const ChannelSoftmax<acc_t> teacher(level.channel_means[kTeacher] + offset, level.channels, params.temperature_scale);
-  if (terms.weighs_by(Weighting::kAttention)) {
+  if (terms.weighs_by_attention()) {
     for (int c = threadIdx.x; c < level.channels; c += kThreads)
       level.channel_weight[offset + c] = teacher.attention(c);
   }

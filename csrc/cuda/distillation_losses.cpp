@@ -108,7 +108,7 @@ void set_levels(Params<acc_t>& params, const Terms& terms, at::TensorList studen
     const at::MemoryFormat format = kernel_format(student[l]);
     set_input(level, kStudent, student[l], format, keep);
     set_input(level, kTeacher, teacher[l], format, keep);
-    level.gradient_weight = static_cast<acc_t>(terms.gradient / level.cells);
+    level.gradient_weight = static_cast<acc_t>(terms.map_weight(level.cells));
     level.image_weight = static_cast<acc_t>(terms.image / level.cells);
     level.magnitude_scale = static_cast<acc_t>(1 / (terms.temperature * level.channels));
     level.channel_attention_scale = static_cast<acc_t>(terms.attention / (terms.temperature * level.cells));
@@ -161,7 +161,12 @@ void take_scratch(const ForwardParams<acc_type<scalar_t>>& params, LevelData<acc
   }
   if (terms.has_attention) level.cell_sums[kStudentMagnitude] = level.cell_attention;
   if (terms.needs_teacher_magnitude()) scratch.take(level.cell_sums[kTeacherMagnitude], map);
+  // Backward needs the mask of loss_bmfi_box alone.
+  if (terms.needs_mask() && !terms.has_box) scratch.take(level.box_mask, map);
   const int64_t chunks = divide_up(level.cells, kChunkCells);
+  if (terms.weighs_by(Weighting::kAttentionGradient)) {
+    scratch.take(level.attended_sums, images * chunks * kAttendedSums);
+  }
   scratch.take(level.map_noise, images * 2);
   scratch.take(level.extremes, images * divide_up(level.cells, kTile<scalar_t>) * kExtremes);
   scratch.take(level.first_sums, images * chunks * kFirstSums);
@@ -217,7 +222,7 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
   if (params.num_inputs > 0) C10_CUDA_CHECK(launch_channel_sums<scalar_t>(params, stream));
   C10_CUDA_CHECK(launch_channel_weights<acc_t>(params, stream));
   C10_CUDA_CHECK(launch_cell_sums<scalar_t>(params, stream));
-  if (terms.has_box) {
+  if (terms.needs_mask()) {
     BoxOffsets offsets{};
     int first_box = 0;
     for (offsets.first_image = 0; offsets.first_image < params.images; offsets.first_image += kMaxImages) {
@@ -233,14 +238,12 @@ void forward(const Terms& terms, at::TensorList student, at::TensorList teacher,
   C10_CUDA_CHECK(launch_finish<acc_t>(params, kTile<scalar_t>, stream));
 }
 
-std::tuple<at::Tensor, at::Tensor> distillation_losses_cuda(at::TensorList student, at::TensorList teacher,
-                                                            at::TensorList student_grad, at::TensorList teacher_grad,
-                                                            const at::Tensor& boxes, at::IntArrayRef box_counts,
-                                                            at::IntArrayRef image_size, at::ArrayRef<double> weights,
-                                                            double temperature, std::string weighting,
-                                                            std::string rectifier, bool save_state) {
+std::tuple<at::Tensor, at::Tensor> distillation_losses_cuda(
+    at::TensorList student, at::TensorList teacher, at::TensorList student_grad, at::TensorList teacher_grad,
+    const at::Tensor& boxes, at::IntArrayRef box_counts, at::IntArrayRef image_size, at::ArrayRef<double> weights,
+    double temperature, std::string weighting, std::string rectifier, std::string map_region, bool save_state) {
   const Terms terms = check_losses(student, teacher, student_grad, teacher_grad, boxes, box_counts, image_size, weights,
-                                   temperature, weighting, rectifier);
+                                   temperature, weighting, rectifier, map_region);
   check_sizes(student);
   const c10::cuda::CUDAGuard guard(student[0].device());
   const at::TensorOptions options = student[0].options().dtype(accumulation_type(student[0]));

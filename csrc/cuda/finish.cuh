@@ -56,6 +56,14 @@ struct Chunk {
   __device__ __forceinline__ acc_t teacher_unit(acc_t g, bool relu) const {
     return unit_range(rectified(g, relu), extremes[kTeacherLow], teacher_range);
   }
+  // What a cell's difference of maps counts.
+  __device__ __forceinline__ acc_t map_share(const Terms& terms, int64_t cell) const {
+    return terms.map_in_boxes ? sqrt(level.box_mask[cell]) : acc_t{1};
+  }
+  // The teacher's map times its attention, up to a factor that cells share.
+  __device__ __forceinline__ acc_t attended(acc_t unit, int64_t cell, acc_t most) const {
+    return unit * exp(attended_exponent(level.cell_sums[kTeacherMagnitude][cell], most, level.magnitude_scale));
+  }
   __device__ __forceinline__ acc_t student_exp(acc_t magnitude) const {
     return exp((magnitude - extremes[kStudentMost]) * level.magnitude_scale);
   }
@@ -78,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
       if (terms.has_gradient) {
         const acc_t G = rectified(level.cell_sums[kStudentMap][cell], terms.relu);
         const acc_t student = unit_range(G, chunk.extremes[kStudentLow], chunk.student_range);
-        const acc_t s = sign(student - teacher);
-        sums[kMapDistance] += absolute(student - teacher);
+        const acc_t share = chunk.map_share(terms, cell), s = share * sign(student - teacher);
+        sums[kMapDistance] += share * absolute(student - teacher);
         sums[kThroughLow] += s * (student - 1);
         sums[kThroughHigh] += s * student;
         sums[kLows] += G == chunk.extremes[kStudentLow] ? 1 : 0;
@@ -95,7 +103,54 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     for (int k = 0; k < kFirstSums; ++k) chunk.part(level.first_sums, kFirstSums)[k] = sums[k];
   }
+  if (terms.weighs_by(Weighting::kAttentionGradient)) AttendedWeights<acc_t>::sum_chunk(chunk, terms.relu);
 }
+
+// v under Weighting::kAttentionGradient of a cell is its part of `total`: attended() about `most`.
+template <typename acc_t>
+struct AttendedWeights {
+  acc_t most, total;
+
+  // Of a chunk, which is left in its part of attended_sums.
+  __device__ __forceinline__ static void sum_chunk(const Chunk<acc_t>& chunk, bool relu) {
+    const LevelData<acc_t>& level = chunk.level;
+    acc_t most[1] = {-static_cast<acc_t>(HUGE_VAL)}, total[1] = {0};
+    chunk.for_each_cell([&](int64_t cell) {
+      if (chunk.teacher_unit(level.cell_sums[kTeacherMap][cell], relu) > 0) {
+        most[0] = Larger{}(level.cell_sums[kTeacherMagnitude][cell], most[0]);
+      }
+    });
+    reduce_block(most, Larger{});
+    chunk.for_each_cell([&](int64_t cell) {
+      total[0] += chunk.attended(chunk.teacher_unit(level.cell_sums[kTeacherMap][cell], relu), cell, most[0]);
+    });
+    reduce_block(total, Plus{});
+    if (threadIdx.x != 0) return;
+    acc_t* const part = chunk.part(level.attended_sums, kAttendedSums);
+    part[kAttendedMost] = most[0];
+    part[kAttendedTotal] = total[0];
+  }
+
+  // Of an image, from all its chunks.
+  __device__ __forceinline__ static AttendedWeights of_image(const Chunk<acc_t>& chunk) {
+    const acc_t* parts = chunk.all_parts(chunk.level.attended_sums, kAttendedSums);
+    acc_t value[1] = {-static_cast<acc_t>(HUGE_VAL)};
+    for (int i = threadIdx.x; i < chunk.chunks; i += kThreads) {
+      value[0] = Larger{}(parts[i * kAttendedSums + kAttendedMost], value[0]);
+    }
+    reduce_block(value, Larger{});
+    const acc_t most = value[0];
+    value[0] = 0;
+    for (int i = threadIdx.x; i < chunk.chunks; i += kThreads) {
+      const acc_t* part = parts + i * kAttendedSums;
+      // A chunk without a cell that counts has no most either.
+      if (part[kAttendedTotal] == 0) continue;
+      value[0] += part[kAttendedTotal] * exp((part[kAttendedMost] - most) * chunk.level.magnitude_scale);
+    }
+    reduce_block(value, Plus{});
+    return {most, value[0]};
+  }
+};
 
 // Writes backward's maps in the places of the sums that they are made of; cell_attention gets As(S) for now, and the
 // teacher's magnitudes give way to As(T).
@@ -109,6 +164,8 @@ __global__ void __launch_bounds__(kThreads)
   reduce_parts(chunk.all_parts(level.first_sums, kFirstSums), chunk.chunks, acc_t{0}, first, Plus{});
   const MapExtremes<acc_t> extremes{chunk.extremes[kStudentLow], chunk.extremes[kStudentHigh], chunk.student_range,
                                     first[kThroughLow] / first[kLows], -first[kThroughHigh] / first[kHighs]};
+  const bool attends = terms.weighs_by(Weighting::kAttentionGradient);
+  const auto attended = attends ? AttendedWeights<acc_t>::of_image(chunk) : AttendedWeights<acc_t>{};
   const acc_t cells = static_cast<acc_t>(level.cells);
   acc_t sums[kSecondSums] = {};
   chunk.for_each_cell([&](int64_t cell) {
@@ -120,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
             : acc_t{0};
     if (terms.has_gradient) {
       const acc_t g = level.cell_sums[kStudentMap][cell];
-      const acc_t s = sign(chunk.student_unit(g, terms.relu) - teacher_unit);
+      const acc_t s = chunk.map_share(terms, cell) * sign(chunk.student_unit(g, terms.relu) - teacher_unit);
       level.gradient_map[cell] = gradient_map_slope(g, s, extremes, level.gradient_weight, terms.relu);
     }
     if (terms.imitates()) {
@@ -128,6 +185,9 @@ __global__ void __launch_bounds__(kThreads)
       if (terms.weighting == Weighting::kAttention) weight = teacher_attention;
       if (terms.weighting == Weighting::kGradient && first[kTeacherUnit] != 0) {
         weight = cells * teacher_unit / first[kTeacherUnit];
+      }
+      if (attends && attended.total != 0) {
+        weight = cells * chunk.attended(teacher_unit, cell, attended.most) / attended.total;
       }
       const acc_t distance = weight * level.cell_sums[kDistance][cell];
       level.cell_weight[cell] = weight;

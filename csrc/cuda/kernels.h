@@ -48,6 +48,10 @@ enum FirstSum {
   kFirstSums
 };
 
+// First sums over the cells of a chunk for v under Weighting::kAttentionGradient: the most of the teacher's magnitudes
+// where its map is not 0, and the sum of the map times its attention about it.
+enum AttendedSum { kAttendedMost, kAttendedTotal, kAttendedSums };
+
 // Second sums, for which the first must be known.
 enum SecondSum { kBoxDistance, kImageDistance, kAttentionDistance, kAttentionSign, kSecondSums };
 
@@ -60,10 +64,11 @@ struct LevelData {
   void* gradient;  // like inputs[kStudent]
 
   // Made on the host, for most GPUs are slow to divide doubles.
-  acc_t gradient_weight, image_weight;  // of the losses, / (H*W)
-  acc_t magnitude_scale;                // 1 / (C * temperature)
-  acc_t channel_attention_scale;        // attention / (temperature * H*W)
-  acc_t cell_attention_scale;           // attention / (temperature * C)
+  acc_t gradient_weight;          // of the loss, / (H*W) where it is over the whole image
+  acc_t image_weight;             // of the loss, / (H*W)
+  acc_t magnitude_scale;          // 1 / (C * temperature)
+  acc_t channel_attention_scale;  // attention / (temperature * H*W)
+  acc_t cell_attention_scale;     // attention / (temperature * C)
 
   acc_t* channel_sums[kInputs];  // N, parts, C: of gradients and of magnitudes over a part of the cells
   int channel_parts[kInputs];
@@ -74,6 +79,7 @@ struct LevelData {
   acc_t* map_noise;               // N,2: of the student's map and of the teacher's
   acc_t* extremes;                // N, tiles, kExtremes
   acc_t* first_sums;              // N, chunks, kFirstSums
+  acc_t* attended_sums;           // N, chunks, kAttendedSums
   acc_t* second_sums;             // N, chunks, kSecondSums
 
   // See StateLayout.
