@@ -72,40 +72,6 @@ struct Chunk {
   }
 };
 
-template <typename acc_t>
-__global__ void __launch_bounds__(kThreads)
-    first_sums_kernel(const __grid_constant__ ForwardParams<acc_t> params, int tile) {
-  const Terms& terms = params.terms;
-  const Chunk<acc_t> chunk(params, locate(params.chunk_blocks, params.num_levels), tile);
-  const LevelData<acc_t>& level = chunk.level;
-  acc_t sums[kFirstSums] = {};
-  chunk.for_each_cell([&](int64_t cell) {
-    if (terms.needs_teacher_map()) {
-      const acc_t teacher = chunk.teacher_unit(level.cell_sums[kTeacherMap][cell], terms.relu);
-      sums[kTeacherUnit] += teacher;
-      if (terms.has_gradient) {
-        const acc_t G = rectified(level.cell_sums[kStudentMap][cell], terms.relu);
-        const acc_t student = unit_range(G, chunk.extremes[kStudentLow], chunk.student_range);
-        const acc_t share = chunk.map_share(terms, cell), s = share * sign(student - teacher);
-        sums[kMapDistance] += share * absolute(student - teacher);
-        sums[kThroughLow] += s * (student - 1);
-        sums[kThroughHigh] += s * student;
-        sums[kLows] += G == chunk.extremes[kStudentLow] ? 1 : 0;
-        sums[kHighs] += G == chunk.extremes[kStudentHigh] ? 1 : 0;
-      }
-    }
-    if (terms.needs_teacher_magnitude()) {
-      sums[kTeacherExp] += chunk.teacher_exp(level.cell_sums[kTeacherMagnitude][cell]);
-    }
-    if (terms.has_attention) sums[kStudentExp] += chunk.student_exp(level.cell_sums[kStudentMagnitude][cell]);
-  });
-  reduce_block(sums, Plus{});
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < kFirstSums; ++k) chunk.part(level.first_sums, kFirstSums)[k] = sums[k];
-  }
-  if (terms.weighs_by(Weighting::kAttentionGradient)) AttendedWeights<acc_t>::sum_chunk(chunk, terms.relu);
-}
-
 // v under Weighting::kAttentionGradient of a cell is its part of `total`: attended() about `most`.
 template <typename acc_t>
 struct AttendedWeights {
@@ -151,6 +117,40 @@ struct AttendedWeights {
     return {most, value[0]};
   }
 };
+
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads)
+    first_sums_kernel(const __grid_constant__ ForwardParams<acc_t> params, int tile) {
+  const Terms& terms = params.terms;
+  const Chunk<acc_t> chunk(params, locate(params.chunk_blocks, params.num_levels), tile);
+  const LevelData<acc_t>& level = chunk.level;
+  acc_t sums[kFirstSums] = {};
+  chunk.for_each_cell([&](int64_t cell) {
+    if (terms.needs_teacher_map()) {
+      const acc_t teacher = chunk.teacher_unit(level.cell_sums[kTeacherMap][cell], terms.relu);
+      sums[kTeacherUnit] += teacher;
+      if (terms.has_gradient) {
+        const acc_t G = rectified(level.cell_sums[kStudentMap][cell], terms.relu);
+        const acc_t student = unit_range(G, chunk.extremes[kStudentLow], chunk.student_range);
+        const acc_t share = chunk.map_share(terms, cell), s = share * sign(student - teacher);
+        sums[kMapDistance] += share * absolute(student - teacher);
+        sums[kThroughLow] += s * (student - 1);
+        sums[kThroughHigh] += s * student;
+        sums[kLows] += G == chunk.extremes[kStudentLow] ? 1 : 0;
+        sums[kHighs] += G == chunk.extremes[kStudentHigh] ? 1 : 0;
+      }
+    }
+    if (terms.needs_teacher_magnitude()) {
+      sums[kTeacherExp] += chunk.teacher_exp(level.cell_sums[kTeacherMagnitude][cell]);
+    }
+    if (terms.has_attention) sums[kStudentExp] += chunk.student_exp(level.cell_sums[kStudentMagnitude][cell]);
+  });
+  reduce_block(sums, Plus{});
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < kFirstSums; ++k) chunk.part(level.first_sums, kFirstSums)[k] = sums[k];
+  }
+  if (terms.weighs_by(Weighting::kAttentionGradient)) AttendedWeights<acc_t>::sum_chunk(chunk, terms.relu);
+}
 
 // Writes backward's maps in the places of the sums that they are made of; cell_attention gets As(S) for now, and the
 // teacher's magnitudes give way to As(T).
