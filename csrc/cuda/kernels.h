@@ -11,7 +11,7 @@ namespace gkd_d2 {
 
 // Levels that one launch takes, and images whose boxes it takes.
 constexpr int kMaxLevels = 10;
-constexpr int kMaxImages = 64;
+constexpr int kMaxImages = 48;
 
 constexpr int kThreads = 256;
 // Cells of a map that a block takes where everything per cell is at hand already.
