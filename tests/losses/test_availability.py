@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gkd_d2.collect_env import collect_env
-from gkd_d2.losses import LossWeights, distillation_losses, fused, reference
-from gkd_d2.losses.losses import _choose
+from gkd_d2.losses import LossOptions, LossWeights, distillation_losses, fused, reference
+from gkd_d2.losses.losses import _choose, describe_implementation
 
 WEIGHTS = LossWeights(gradient=0.5, box=0.1, attention=0.2, image=0.3)
 # What setup.py builds with CUDA 13.
@@ -100,11 +100,23 @@ def test_the_wrong_card_gets_the_reference_and_one_sentence(machine, caplog):
     )
     device = torch.device("cuda", 0)
     for _ in range(2):
-        assert _choose("auto", device) is reference.distillation_losses
+        assert _choose("auto", LossOptions(), device) is reference.distillation_losses
     assert caplog.text.count(sentence) == 1
     with pytest.raises(RuntimeError) as error:
-        _choose("fused", device)
+        _choose("fused", LossOptions(), device)
     assert str(error.value) == f"implementation 'fused' is not available: {sentence}"
+
+
+def test_options_that_the_extension_does_not_know_get_the_reference_and_one_sentence(caplog):
+    device = torch.device("cpu")
+    for _ in range(2):
+        assert _choose("auto", LossOptions(importance="norm"), device) is reference.distillation_losses
+    assert caplog.text.count("is used: the extension does not know importance 'norm'") == 1
+    for options in (LossOptions(importance_floor=0.5), LossOptions(importance_cap=5.0)):
+        assert _choose("auto", options, device) is reference.distillation_losses
+    assert describe_implementation("auto", LossOptions(importance="norm"), device) == (
+        "PyTorch, which is slower: the extension does not know importance 'norm'"
+    )
 
 
 def test_collect_env_names_every_card_that_it_does_not_run_on(machine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -13,9 +14,10 @@ import pytest
 import torch
 from devices import DEVICES
 
-from gkd_d2.losses import LossWeights, distillation_losses, fused
+from gkd_d2.losses import LossOptions, LossWeights, distillation_losses, fused
 
 WEIGHTS = LossWeights(gradient=0.5, box=0.1, attention=0.2, image=0.3)
+WEIGHTINGS = ["gradient", "attention", "attention_gradient", "uniform"]
 # Largest relative error of a loss, and of a gradient relative to its level's largest element: results of 16 bits are
 # rounded to them, half a unit in the last place.
 TOLERANCES = {
@@ -51,31 +53,71 @@ def _format(feature: torch.Tensor) -> torch.memory_format:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("rectifier", ["abs", "relu"])
-@pytest.mark.parametrize("weighting", ["gradient", "attention", "uniform"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_equals_reference(make_batch, device, dtype, weighting, rectifier, layout):
     batch = make_batch(dtype=dtype, layout=layout)
-    assert_equals_reference(batch, dtype, device, weighting=weighting, rectifier=rectifier)
+    for map_region in ("image", "boxes"):
+        assert_equals_reference(batch, dtype, device, weighting=weighting, rectifier=rectifier, map_region=map_region)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_reference_on_large_maps(make_batch, device, dtype, layout):
+@pytest.mark.parametrize("options", [{}, {"weighting": "attention_gradient", "map_region": "boxes"}], ids=str)
+def test_equals_reference_on_large_maps(make_batch, device, dtype, layout, options):
     """Several blocks of every kind, and gradients that are stored past the caches."""
     batch = make_batch([(40, 80, 331), (36, 33, 64)], images=2, box_counts=(40,), dtype=dtype, layout=layout)
-    assert_equals_reference(batch, dtype, device)
+    assert_equals_reference(batch, dtype, device, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("weighting", ["gradient", "attention", "uniform"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("rectifier", ["abs", "relu"])
+@pytest.mark.parametrize("temperature", [0.01, 0.001])
+def test_no_part_of_attention_times_gradient_is_lost_to_underflow(make_batch, device, temperature, rectifier, layout):
+    """The attention is one cell's, in some images one where the map is 0, and in some of many blocks of cells."""
+    batch = make_batch([(7, 10, 33), (3, 80, 81)], images=4, dtype=torch.float32, layout=layout)
+    options = {
+        "weights": dataclasses.replace(WEIGHTS, attention=0.0),
+        "weighting": "attention_gradient",
+        "rectifier": rectifier,
+        "temperature": temperature,
+    }
+    wanted_losses, wanted_gradients = batch.to(torch.float64).losses_and_gradients("reference", **options)
+    losses, gradients = batch.to(torch.float32, device).losses_and_gradients("fused", **options)
+    # Exponents of some hundreds: as many units in the last place.
+    assert losses == pytest.approx(wanted_losses, rel=1e-3)
+    for gradient, wanted in zip(gradients, wanted_gradients):
+        assert (gradient.double().cpu() - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("box", [0.0, 0.1])
+def test_maps_in_and_about_the_boxes_with_and_without_the_box_loss(make_batch, device, box):
+    """The mask is kept for backward where the box loss is on, and is needed in forward in either case."""
+    weights = LossWeights(gradient=0.5, box=box, attention=0.0, image=0.0)
+    for weighting in WEIGHTINGS:
+        assert_equals_reference(
+            make_batch(box_counts=(0, 70)),
+            torch.float64,
+            device,
+            weights=weights,
+            weighting=weighting,
+            map_region="boxes",
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("term", ["gradient", "box", "attention", "image"])
 def test_every_term_alone(make_batch, device, term, weighting):
     weights = LossWeights(**{name: 0.7 * (name == term) for name in ("gradient", "box", "attention", "image")})
     batch = make_batch(layout="channels_last" if term == "box" else "contiguous")
-    if not weights.need_student_grad():
+    options = LossOptions(weighting=weighting)
+    if not options.need_student_grad(weights):
         batch.student_grad = []
-    if not weights.need_teacher_grad(weighting):
+    if not options.need_teacher_grad(weights):
         batch.teacher_grad = []
     assert_equals_reference(batch, torch.float64, device, weights=weights, weighting=weighting)
     losses = batch.to(torch.float64, device).losses("fused", weights=weights, weighting=weighting)
@@ -133,7 +175,7 @@ def transposed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def op_arguments(batch, save_state: bool = True, weighting: str = "gradient", rectifier: str = "abs"):
+def op_arguments(batch, save_state=True, weighting="gradient", rectifier="abs", map_region="image"):
     return (
         batch.student,
         batch.teacher,
@@ -146,17 +188,19 @@ def op_arguments(batch, save_state: bool = True, weighting: str = "gradient", re
         0.5,
         weighting,
         rectifier,
+        map_region,
         save_state,
     )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_opcheck(make_batch, device, layout):
+@pytest.mark.parametrize("options", [{}, {"weighting": "attention_gradient", "map_region": "boxes"}], ids=str)
+def test_opcheck(make_batch, device, layout, options):
     batch = make_batch([(4, 3, 5), (6, 2, 3)], layout=layout).to(torch.float32, device)
     if layout == "transposed":
         batch.student = transposed(batch.student)
-    arguments = op_arguments(batch)
+    arguments = op_arguments(batch, **options)
     torch.library.opcheck(torch.ops.gkd_d2.distillation_losses.default, arguments)
     with torch.no_grad():
         _, state = torch.ops.gkd_d2.distillation_losses(*arguments)
@@ -168,12 +212,13 @@ def test_opcheck(make_batch, device, layout):
 
 
 @pytest.mark.parametrize("rectifier", ["abs", "relu"])
-@pytest.mark.parametrize("weighting", ["gradient", "attention", "uniform"])
-def test_gradcheck(make_batch, weighting, rectifier):
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("map_region", ["image", "boxes"])
+def test_gradcheck(make_batch, weighting, rectifier, map_region):
     batch = make_batch([(3, 4, 5), (4, 2, 3)], seed=3).to(torch.float64)
 
     def losses(*student):
-        arguments = op_arguments(batch, weighting=weighting, rectifier=rectifier)
+        arguments = op_arguments(batch, weighting=weighting, rectifier=rectifier, map_region=map_region)
         return torch.ops.gkd_d2.distillation_losses(list(student), *arguments[1:])[0]
 
     assert torch.autograd.gradcheck(losses, batch.student)
@@ -191,9 +236,7 @@ def test_compiles_without_a_graph_break(make_batch):
             batch.boxes,
             batch.image_size,
             weights=WEIGHTS,
-            temperature=0.5,
-            weighting="gradient",
-            rectifier="abs",
+            options=LossOptions(),
         )
         return sum(losses.values())
 
@@ -224,9 +267,7 @@ def test_compiles_for_any_number_of_boxes(make_batch):
                 boxes,
                 batch.image_size,
                 weights=WEIGHTS,
-                temperature=0.5,
-                weighting="gradient",
-                rectifier="abs",
+                options=LossOptions(),
             ).values()
         ),
         fullgraph=True,
@@ -597,6 +638,7 @@ def test_weights_of_zero_cost_nothing(make_batch):
         ({8: math.nan}, "temperature is nan"),
         ({9: "both"}, "weighting is 'both'"),
         ({10: "gelu"}, "rectifier is 'gelu'"),
+        ({11: "box"}, "map_region is 'box', but must be 'image' or 'boxes'"),
     ],
 )
 @pytest.mark.parametrize("under_autograd", [False, True])

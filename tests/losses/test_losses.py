@@ -1,5 +1,6 @@
 """The public losses against hand-worked numbers, an independent computation and the analytic gradient."""
 
+import itertools
 import math
 import re
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from gkd_d2.losses import LossWeights, box_context_mask, distillation_losses, gradient_map
+from gkd_d2.losses import LossOptions, LossWeights, box_context_mask, distillation_losses, gradient_map, reference
 
 ALL = LossWeights(gradient=1.0, box=1.0, attention=1.0, image=1.0)
-WEIGHTINGS = ("gradient", "attention", "uniform")
+WEIGHTINGS = ("gradient", "attention", "attention_gradient", "uniform")
 RECTIFIERS = ("abs", "relu")
+MAP_REGIONS = ("image", "boxes")
+IMPORTANCES = ("channel", "element", "norm", "student")
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
 
 
@@ -35,6 +38,9 @@ def compute(level, boxes, image_size, implementation="reference", weights=ALL, *
         **options,
     )
 
+
+FLOORED = {"importance": "norm", "importance_floor": 0.3}
+CAPPED = {"importance": "student", "importance_floor": 0.1, "importance_cap": 1.2}
 
 # One image, two channels, one row of two cells of 4 x 4 pixels.
 HAND = [
@@ -71,6 +77,14 @@ SIGMOID_2 = 1 / (1 + math.exp(-2))
             / 4,
             (2 * (1 - SIGMOID_2) * (1 + 4) + 2 * SIGMOID_2 * (4 + 9)) / 2,
         ),
+        # u as with attention; As(T) = 1, 1 and Ghat_T = 1, 0: v = 2, 0.
+        (
+            "attention_gradient",
+            "abs",
+            0.5,
+            2 * (2 * (1 - SIGMOID_2) * 1 + 2 * SIGMOID_2 * 4) * math.exp(-0.5) / 4,
+            2 * (2 * (1 - SIGMOID_2) * 1 + 2 * SIGMOID_2 * 4) / 2,
+        ),
     ],
 )
 def test_hand_worked_numbers(weighting, rectifier, gradient, box, image):
@@ -81,9 +95,46 @@ def test_hand_worked_numbers(weighting, rectifier, gradient, box, image):
         assert losses[name].item() == pytest.approx(expected, rel=1e-12), name
 
 
-def naive_map(feature, gradient, rectifier):
-    alpha = gradient.mean(axis=(2, 3))
-    g = np.einsum("nc,nchw->nhw", alpha, feature)
+@pytest.mark.parametrize(("rectifier", "gradient"), [("abs", math.exp(-0.25) / 2), ("relu", math.exp(-0.25) / 2 + 0.5)])
+def test_hand_worked_maps_in_and_about_the_boxes(rectifier, gradient):
+    # sqrt(M) = sqrt(1/4 * exp(-1/2)), sqrt(1/4); |Ghat_T - Ghat_S| = 1, 0 with abs and 1, 1 with relu.
+    losses = compute(HAND, HAND_BOXES, (4, 8), rectifier=rectifier, map_region="boxes")
+    assert losses["loss_gkd_gradient"].item() == pytest.approx(gradient, rel=1e-12)
+    nothing = compute(HAND, [torch.zeros(0, 4)], (4, 8), rectifier=rectifier, map_region="boxes")
+    assert nothing["loss_gkd_gradient"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "gradient", "image"),
+    [
+        # sum of dT * T = 3*2 + 5*1, 1*0 - 5*3 = 11, -15: Ghat_T = 0, 1 with abs. sum of dS * S = 1, 2: Ghat_S = 0, 1.
+        # alpha_T = 2, 0 gives u = 2, 0 and with it sums of (S - T)^2 = 2, 8. v = 0, 2.
+        ({"importance": "element"}, 0.0, 8.0),
+        # relu: Ghat_T = 1, 0; v = 2, 0.
+        ({"importance": "element", "rectifier": "relu"}, 1.0, 2.0),
+        # |dT| = sqrt(34), sqrt(26); the maps that are compared are those of "element".
+        ({"importance": "norm"}, 0.0, 2 * (2 * 34**0.5 + 8 * 26**0.5) / (34**0.5 + 26**0.5) / 2),
+        # |dS| = 1, sqrt(5).
+        ({"importance": "student"}, 0.0, (2 * 1 + 8 * 5**0.5) / (1 + 5**0.5)),
+        # v = 0, 2 becomes 0, 1.5, then 0.2, 1.4.
+        ({"importance": "element", "importance_cap": 1.5}, 0.0, 8 * 1.5 / 2),
+        ({"importance": "element", "importance_cap": 1.5, "importance_floor": 0.2}, 0.0, (2 * 0.2 + 8 * 1.4) / 2),
+        # channel: Ghat_T = 1, 0, v = 2, 0, with the floor 1.75, 0.25.
+        ({"importance": "channel", "importance_floor": 0.25}, 0.5, (2 * 1.75 + 8 * 0.25) / 2),
+        # v = 1 with any floor, also where the weighting takes nothing of the gradients.
+        ({"weighting": "uniform", "importance_floor": 0.25}, 0.5, 9.0),
+    ],
+)
+def test_hand_worked_importance(options, gradient, image):
+    losses = compute(HAND, HAND_BOXES, (4, 8), **options)
+    assert losses["loss_gkd_gradient"].item() == pytest.approx(gradient, rel=1e-12)
+    assert losses["loss_bmfi_image"].item() == pytest.approx(image, rel=1e-12)
+
+
+def naive_map(feature, gradient, rectifier, importance="channel"):
+    if importance == "channel":
+        gradient = gradient.mean(axis=(2, 3), keepdims=True)
+    g = (gradient * feature).sum(axis=1)
     g = np.abs(g) if rectifier == "abs" else np.maximum(g, 0)
     out = np.zeros_like(g)
     for n in range(len(g)):
@@ -120,21 +171,41 @@ def naive_softmax(x):
     return (e / e.sum(axis=1, keepdims=True) * flat.shape[1]).reshape(x.shape)
 
 
-def naive_losses(level, boxes, image_size, weighting, rectifier, temperature):
+def naive_losses(
+    level,
+    boxes,
+    image_size,
+    temperature,
+    weighting="gradient",
+    rectifier="abs",
+    map_region="image",
+    importance="channel",
+    importance_floor=0.0,
+    importance_cap=math.inf,
+):
     s, t, ds, dt = (x.double().numpy() for x in level)
     n, c, h, w = s.shape
-    map_s, map_t = naive_map(s, ds, rectifier), naive_map(t, dt, rectifier)
+    kind = importance if importance == "channel" else "element"
+    map_s, map_t = naive_map(s, ds, rectifier, kind), naive_map(t, dt, rectifier, kind)
+    important = {"norm": np.linalg.norm(dt, axis=1), "student": np.linalg.norm(ds, axis=1)}.get(importance, map_t)
     u, v = np.ones((n, c)), np.ones((n, h, w))
     if weighting == "gradient":
         alpha = np.abs(dt.mean(axis=(2, 3)))
         for i in range(n):
             if alpha[i].sum():
                 u[i] = c * alpha[i] / alpha[i].sum()
-            if map_t[i].sum():
-                v[i] = h * w * map_t[i] / map_t[i].sum()
+            if important[i].sum():
+                v[i] = h * w * important[i] / important[i].sum()
+    elif weighting == "attention_gradient":
+        u = naive_softmax(np.abs(t).mean(axis=(2, 3)) / temperature)
+        product = naive_softmax(np.abs(t).mean(axis=1) / temperature) * important
+        for i in range(n):
+            if product[i].sum():
+                v[i] = h * w * product[i] / product[i].sum()
     elif weighting == "attention":
         u = naive_softmax(np.abs(t).mean(axis=(2, 3)) / temperature)
         v = naive_softmax(np.abs(t).mean(axis=1) / temperature)
+    v = importance_floor + (1 - importance_floor) * np.minimum(v, importance_cap)
     distance = v * np.einsum("nc,nchw->nhw", u, (s - t) ** 2)
     attention = sum(
         np.abs(
@@ -142,18 +213,21 @@ def naive_losses(level, boxes, image_size, weighting, rectifier, temperature):
         ).sum()
         for a in ((2, 3), 1)
     )
+    mask = naive_mask(boxes, image_size, (h, w))
+    share = np.sqrt(mask) if map_region == "boxes" else 1 / (h * w)
     return (
-        np.abs(map_t - map_s).sum() / (n * h * w),
-        (naive_mask(boxes, image_size, (h, w)) * distance).sum() / n,
+        (share * np.abs(map_t - map_s)).sum() / n,
+        (mask * distance).sum() / n,
         attention / n,
         distance.sum() / (n * h * w),
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"map_region": "boxes"}, {"importance": "element"}, FLOORED, CAPPED], ids=str)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
 @pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 3, 1, 6), (3, 1, 5, 1), (2, 4, 1, 1)])
-def test_equals_independent_computation(weighting, rectifier, shape):
+def test_equals_independent_computation(weighting, rectifier, shape, options):
     level = random_level(*shape, seed=sum(shape))
     size = (8 * shape[2] - 3, 8 * shape[3])
     generator = torch.Generator().manual_seed(1)
@@ -161,10 +235,23 @@ def test_equals_independent_computation(weighting, rectifier, shape):
     for k in (3, 0, 40)[: shape[0]]:
         corners = torch.rand(k, 2, generator=generator) * torch.tensor([size[1], size[0]])
         boxes.append(torch.cat((corners, corners + 1 + 20 * torch.rand(k, 2, generator=generator)), dim=1))
-    losses = compute(level, boxes, size, weighting=weighting, rectifier=rectifier, temperature=0.8)
-    expected = naive_losses(level, boxes, size, weighting, rectifier, 0.8)
+    options = {"weighting": weighting, "rectifier": rectifier, "temperature": 0.8, **options}
+    losses = compute(level, boxes, size, **options)
+    expected = naive_losses(level, boxes, size, **options)
     for name, value in zip(NAMES, expected):
         assert losses[name].item() == pytest.approx(value, rel=1e-10, abs=1e-14), name
+
+
+def test_no_part_of_attention_times_gradient_is_lost_to_underflow():
+    """The attention's peak lies where the map is 0, and elsewhere it is below what float32 holds."""
+    teacher = torch.tensor([[[[200.0, 1.0, 3.0]]]])
+    gradient = torch.tensor([[[[0.0, 2.0, 3.0]]]])
+    level = (torch.zeros_like(teacher), teacher, gradient, gradient)
+    options = {"weighting": "attention_gradient", "importance": "norm", "temperature": 1.0}
+    loss = compute(level, [torch.zeros(0, 4)], (4, 12), **options)["loss_bmfi_image"]
+    # exp(1) * 2 and exp(3) * 3, scaled to a sum of 3; D = v * T^2.
+    parts = [2 * math.e, 3 * math.e**3]
+    assert loss.item() == pytest.approx((parts[0] * 1 + parts[1] * 9) / sum(parts), rel=1e-5)
 
 
 def test_levels_are_summed():
@@ -176,17 +263,31 @@ def test_levels_are_summed():
         torch.testing.assert_close(both[name], parts[0][name] + parts[1][name], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("importance", ["channel", "element"])
+@pytest.mark.parametrize("map_region", MAP_REGIONS)
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
-@pytest.mark.parametrize("term", range(4))
-def test_gradcheck(term, weighting, rectifier):
+def test_gradcheck_of_maps(rectifier, map_region, importance):
+    options = {"rectifier": rectifier, "map_region": map_region, "importance": importance}
+    check_gradient(LossWeights(gradient=1.0, box=0.0, attention=0.0, image=0.0), **options)
+
+
+@pytest.mark.parametrize("options", [{}, FLOORED, CAPPED], ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradcheck_of_imitation(weighting, options):
+    check_gradient(LossWeights(gradient=0.0, box=1.0, attention=0.0, image=0.3), weighting=weighting, **options)
+
+
+def test_gradcheck_of_attention():
+    check_gradient(LossWeights(gradient=0.0, box=0.0, attention=1.0, image=0.0))
+
+
+def check_gradient(weights, **options):
+    """The gradient of the losses' sum by finite differences."""
     student, *others = random_level(n=2, c=3, h=3, w=4)
-    weights = LossWeights(*(float(term == i) for i in range(4)))
+    boxes = [torch.tensor([[3.0, 4.0, 20.0, 20.0]]), torch.zeros(0, 4)]
 
     def loss(x):
-        boxes = [torch.tensor([[3.0, 4.0, 20.0, 20.0]]), torch.zeros(0, 4)]
-        out = compute((x, *others), boxes, (24, 32), weights=weights, weighting=weighting, rectifier=rectifier)
-        return out[NAMES[term]]
+        return sum(compute((x, *others), boxes, (24, 32), weights=weights, **options).values())
 
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
 
@@ -209,29 +310,56 @@ def test_tied_extremes_share_the_gradient():
     torch.testing.assert_close(grad.flatten(), expected)
 
 
-def test_losses_do_not_depend_on_the_scale_of_the_gradients():
-    level, boxes = random_level(), [torch.tensor([[3.0, 4.0, 20.0, 20.0]])] * 2
-    plain = compute(level, boxes, (32, 48))
-    scaled = compute((*level[:2], level[2] * 2.0**-90, level[3] * 2.0**60), boxes, (32, 48))
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_do_not_depend_on_the_scale_of_the_gradients(importance, dtype):
+    level, boxes = random_level(dtype=dtype), [torch.tensor([[3.0, 4.0, 20.0, 20.0]])] * 2
+    plain = compute(level, boxes, (32, 48), importance=importance)
+    scaled = (*level[:2], level[2] * 2.0**-90, level[3] * 2.0**60)
+    scaled = compute(scaled, boxes, (32, 48), importance=importance)
     for name in NAMES:
         assert torch.equal(plain[name], scaled[name]), name
 
 
-def test_flat_maps_give_zero_map_and_uniform_weights():
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize(
+    ("weighting", "without"), [("gradient", "uniform"), ("attention_gradient", "attention")], ids=lambda name: name
+)
+def test_flat_maps_give_zero_map_and_weights_without_them(importance, weighting, without):
     student, teacher, _, _ = random_level()
+    if weighting == "attention_gradient":
+        # Where all cells have one attention.
+        teacher = teacher[:, :, :1, :1].expand_as(teacher)
     zeros = torch.zeros_like(student)
-    losses = compute((student.requires_grad_(), teacher, zeros, zeros), [torch.zeros(0, 4)] * 2, (32, 48))
-    uniform = compute((student, teacher, zeros, zeros), [torch.zeros(0, 4)] * 2, (32, 48), weighting="uniform")
+    level, boxes = (student.requires_grad_(), teacher, zeros, zeros), [torch.zeros(0, 4)] * 2
+    losses = compute(level, boxes, (32, 48), weighting=weighting, importance=importance)
+    uniform = compute(level, boxes, (32, 48), weighting=without)
     assert losses["loss_gkd_gradient"] == 0
-    assert losses["loss_bmfi_image"] == uniform["loss_bmfi_image"] > 0
+    assert losses["loss_bmfi_image"].item() == pytest.approx(uniform["loss_bmfi_image"].item(), rel=1e-12)
+    assert losses["loss_bmfi_image"] > 0
     (grad,) = torch.autograd.grad(sum(losses.values()), student)
     assert grad.isfinite().all()
 
 
-def test_a_nan_is_not_hidden():
+def test_equal_terms_of_another_order_are_a_flat_map_of_elements():
+    """The cells have one sum, which rounding makes differ by cell."""
+    teacher = torch.rand(1, 300, 1, 1).expand(1, 300, 4, 4)
+    order = torch.stack([torch.randperm(300) for _ in range(16)], dim=1).view(1, 300, 4, 4)
+    terms = teacher.gather(1, order)
+    assert terms.sum(dim=1).unique().numel() > 1
+    assert gradient_map(terms, torch.ones_like(terms), importance="element").abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("importance", "name"),
+    [("channel", 1), ("channel", 3), ("element", 1), ("element", 3), ("norm", 3), ("student", 2)],
+)
+def test_a_nan_is_not_hidden(importance, name):
     level = random_level()
-    level[1][0, 0, 0, 0] = math.nan
-    assert compute(level, [torch.zeros(0, 4)] * 2, (32, 48))["loss_gkd_gradient"].isnan()
+    level[name][0, 0, 0, 0] = math.nan
+    losses = compute(level, [torch.zeros(0, 4)] * 2, (32, 48), importance=importance)
+    assert losses["loss_bmfi_image"].isnan()
+    assert losses["loss_gkd_gradient"].isnan()
 
 
 DRAWN = """
@@ -317,6 +445,45 @@ def test_gradients_may_be_absent_where_no_term_needs_them():
         distillation_losses(*args, None, boxes, (32, 48), **options)
     with pytest.raises(ValueError, match="student_grad is None"):
         distillation_losses(*args, [teacher_grad], boxes, (32, 48), weights=ALL)
+    with pytest.raises(ValueError, match="student_grad is None, but .* the importance 'student' need it"):
+        distillation_losses(*args, [teacher_grad], boxes, (32, 48), importance="student", **options)
+    attended = {"weighting": "attention_gradient", **options}
+    with pytest.raises(ValueError, match="teacher_grad is None, but .* 'attention_gradient' need it"):
+        distillation_losses(*args, None, boxes, (32, 48), **attended)
+    student_grad = [torch.rand_like(student)]
+    losses = distillation_losses(*args[:2], student_grad, None, boxes, (32, 48), importance="student", **attended)
+    assert losses["loss_bmfi_image"] > 0
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_options_know_what_of_the_gradients_is_needed(weighting, importance):
+    student, teacher, *gradients = random_level()
+    boxes, options = (
+        [torch.tensor([[3.0, 4.0, 20.0, 20.0]])] * 2,
+        LossOptions(weighting=weighting, importance=importance),
+    )
+    means = [gradient.mean(dim=(2, 3), keepdim=True).expand_as(student) for gradient in gradients]
+
+    def losses(weights, *given):
+        lists = [[student], [teacher], *([x] if x is not None else None for x in given)]
+        return torch.stack(
+            [*reference.distillation_losses(*lists, boxes, (32, 48), weights=weights, options=options).values()]
+        )
+
+    for gradient, box, image in itertools.product((0.0, 1.0), repeat=3):
+        weights = LossWeights(gradient=gradient, box=box, attention=1.0, image=image)
+        needs = options.need_student_grad(weights), options.need_teacher_grad(weights)
+        exact = losses(weights, *gradients)
+        # What is not needed is not touched.
+        absent = [gradient if needed else None for needed, gradient in zip(needs, gradients)]
+        assert torch.equal(losses(weights, *absent), exact)
+        for index in range(2):
+            if needs[index]:
+                with pytest.raises((AttributeError, TypeError)):
+                    losses(weights, *(None if i == index else x for i, x in enumerate(gradients)))
+        enough = torch.allclose(losses(weights, *(m if n else None for n, m in zip(needs, means))), exact, rtol=1e-9)
+        assert enough == (not options.need_cell_grads(weights))
 
 
 @pytest.mark.parametrize("weighting", ["gradient", "attention", "uniform"])
@@ -347,6 +514,22 @@ def test_only_the_student_receives_a_gradient():
         ({"weighting": "foo"}, "weighting is 'foo', but must be one of 'gradient'"),
         ({"rectifier": "elu"}, "rectifier is 'elu'"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
+        ({"map_region": "box"}, "map_region is 'box', but must be one of 'image', 'boxes'"),
+        ({"importance": "max"}, "importance is 'max', but must be one of 'channel'"),
+        ({"importance_floor": 1.5}, r"importance_floor is 1.5, but must be in \[0, 1\]"),
+        ({"importance_floor": math.nan}, "importance_floor is nan"),
+        ({"importance_cap": -1.0}, "importance_cap is -1.0, but must be a finite number > 0, or 0"),
+        ({"importance_cap": math.inf}, "importance_cap is inf"),
+        (
+            {"implementation": "fused", "importance": "norm"},
+            "implementation is 'fused', but importance 'norm' is computed by 'reference' alone",
+        ),
+        ({"implementation": "fused", "importance_floor": 0.5}, "but importance_floor 0.5 is computed by 'reference'"),
+        ({"implementation": "fused", "importance_cap": 5.0}, "but importance_cap 5.0 is computed by 'reference' alone"),
+        (
+            {"importance": "element", "teacher_grad": [torch.zeros(2, 5, 1, 1)]},
+            r"teacher_grad\[0\] has shape \(2, 5, 1, 1\), a mean over cells, but the importance 'element' needs",
+        ),
         ({"teacher": []}, "student has 1 level, but teacher has 0"),
         ({"teacher": [torch.zeros(2, 5, 4, 7)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 4, 7\)"),
         ({"teacher": [torch.zeros(2, 5, 1, 1)]}, r"student\[0\] has shape .* but teacher\[0\] has \(2, 5, 1, 1\)"),
