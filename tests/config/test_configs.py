@@ -2,10 +2,12 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from config_files import read
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 
 from gkd_d2.config import config_differences, detector_config, teacher_config
 
@@ -43,19 +45,52 @@ def test_kitti_configs(project, name, monkeypatch, tmp_path):
     assert model == baseline.MODEL
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_configs_with_the_settings_of_the_authors(project, name):
-    """They differ from the project's own in nothing but the distillation."""
-    ours, theirs = (read(project / "configs" / f"gkd_{name}_kitti{end}.yaml") for end in ("", "_authors"))
-    weights = theirs.GKD.LOSS_WEIGHTS
-    assert weights.GRADIENT == {"frcnn": 0.5, "retinanet": 0.1}[name]
-    assert weights.BOX == weights.ATTENTION == weights.IMAGE == 0
+@pytest.mark.parametrize(
+    ("name", "data", "gradient"),
+    [
+        ("frcnn", "kitti", 0.05),
+        ("retinanet", "kitti", 0.05),
+        ("frcnn", "coco_traffic", 0.01),
+        ("retinanet", "coco_traffic", 0.5),
+    ],
+)
+def test_configs_with_the_settings_of_the_authors(project, name, data, gradient):
+    """They differ from the project's own in the losses, and in what of the training is known to differ."""
+    ours, theirs = (read(project / "configs" / f"gkd_{name}_{data}{end}.yaml") for end in ("", "_authors"))
+    box, attention, relation = (1e-3, 5e-4, 5e-6) if name == "retinanet" else (5e-5, 5e-5, 5e-7)
+    assert theirs.GKD.LOSS_WEIGHTS == {
+        "GRADIENT": gradient,
+        "BOX": box,
+        "ATTENTION": attention,
+        "IMAGE": 0.0,
+        "RELATION": relation,
+    }
     assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
-    assert set(config_differences(ours, theirs)) <= {
+    assert (theirs.GKD.WEIGHTING, theirs.GKD.MAP_REGION) == ("attention_gradient", "boxes")
+    assert (theirs.SOLVER.BASE_LR, theirs.SOLVER.WARMUP_ITERS) == (0.02, 500)
+    clipping = theirs.SOLVER.CLIP_GRADIENTS
+    assert (clipping.ENABLED, clipping.CLIP_TYPE, clipping.CLIP_VALUE) == (True, "norm", 35.0)
+    for short, long in (
+        (theirs.INPUT.MIN_SIZE_TRAIN[0], theirs.INPUT.MAX_SIZE_TRAIN),
+        (theirs.INPUT.MIN_SIZE_TEST, theirs.INPUT.MAX_SIZE_TEST),
+    ):
+        assert (short, long) == (800, 1333)
+        if data == "kitti":
+            resize = ResizeShortestEdge(short, long).get_transform(np.zeros((375, 1242, 3), dtype=np.uint8))
+            assert (resize.new_h, resize.new_w) == (402, 1333)
+    changed = {".".join(key.split(".")[:2]) for key in config_differences(ours, theirs)}
+    assert changed <= {
         "OUTPUT_DIR",
+        "GKD.LOSS_WEIGHTS",
         "GKD.WEIGHTING",
         "GKD.RECTIFIER",
-        *(f"GKD.LOSS_WEIGHTS.{term}" for term in weights),
+        "INPUT.MIN_SIZE_TRAIN",
+        "INPUT.MAX_SIZE_TRAIN",
+        "INPUT.MIN_SIZE_TEST",
+        "INPUT.MAX_SIZE_TEST",
+        "SOLVER.BASE_LR",
+        "SOLVER.WARMUP_ITERS",
+        "SOLVER.CLIP_GRADIENTS",
     }
 
 
