@@ -17,7 +17,7 @@ import argparse
 
 from gkd_d2.analysis.benchmark.command_line import add_output_options, write_results
 from gkd_d2.analysis.benchmark.inputs import SHAPES, FeatureSpec
-from gkd_d2.analysis.benchmark.losses import WEIGHTS, measure_losses
+from gkd_d2.analysis.benchmark.losses import SETTINGS, measure_losses
 from gkd_d2.analysis.benchmark.plots import plot_losses
 from gkd_d2.analysis.benchmark.tables import loss_tables
 from gkd_d2.analysis.benchmark.timing import Rounds
@@ -37,7 +37,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     parser.add_argument("--boxes", type=int, default=10, help="boxes an image, outside the sweep over them")
     parser.add_argument(
-        "--weights", choices=tuple(WEIGHTS), default="all", help="of all four losses, or a config's default"
+        "--weights",
+        choices=tuple(SETTINGS),
+        default="all",
+        help="all four losses, a config's default, or the authors' losses",
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; the median counts")
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before")

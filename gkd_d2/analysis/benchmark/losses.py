@@ -24,13 +24,37 @@ from gkd_d2.analysis.benchmark.inputs import FeatureBatch, FeatureSpec, random_f
 from gkd_d2.analysis.benchmark.timing import Rounds, Timer, device_name, peak_bytes, take_turns
 from gkd_d2.losses import LossOptions, LossWeights, distillation_losses, reference
 
-# Of the four losses, and of those that a config has by default, which leave out the attention loss.
-WEIGHTS = {"all": LossWeights(), "default": LossWeights(gradient=0.02, box=1e-2, attention=0.0, image=1e-3)}
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What of the losses is timed.
+
+    Attributes:
+        weights: of the four losses.
+        options: of the losses.
+        passes: over whole features that it takes, as docs/method.md counts them.
+    """
+
+    weights: LossWeights
+    options: LossOptions
+    passes: int
+
+
+# All four losses; those that a config has by default; and the authors' for one-stage detectors on KITTI. Only the attention
+# loss needs statistics of S itself, and only that or a weighting by attention those of T.
+SETTINGS = {
+    "all": Setting(LossWeights(), LossOptions(), passes=9),
+    "default": Setting(
+        LossWeights(gradient=0.02, box=1e-2, attention=0.0, image=1e-3), LossOptions(map_region="boxes"), passes=7
+    ),
+    "authors": Setting(
+        LossWeights(gradient=0.05, box=1e-3, attention=5e-4, image=0.0),
+        LossOptions(weighting="attention_gradient", rectifier="relu", map_region="boxes"),
+        passes=9,
+    ),
+}
 BOX_COUNTS = (0, 10, 100, 500)
 AREAS = (0.25, 0.5, 1.0, 2.0)
-# Only the attention loss needs statistics of S and T themselves.
-_PASSES = {"all": 9, "default": 7}
-_OPTIONS = LossOptions()
 
 
 def measure_losses(
@@ -48,7 +72,7 @@ def measure_losses(
     Args:
         spec: of the features.
         boxes: in each image, outside the sweep over them.
-        weights: a key of :data:`WEIGHTS`.
+        weights: a key of :data:`SETTINGS`.
         rounds: of all measurements.
         inputs: number of batches that rotate, so that no cache helps.
         compiled: whether torch.compile of the reference is measured too.
@@ -58,7 +82,7 @@ def measure_losses(
         What :func:`gkd_d2.analysis.benchmark.tables.loss_tables` shows, in types of JSON.
     """
     timer = Timer(spec.device)
-    results, floor, feature_bytes = _compare(spec, boxes, weights, rounds, inputs, compiled, timer)
+    results, floor, feature_bytes = _compare(spec, boxes, SETTINGS[weights], rounds, inputs, compiled, timer)
     result = {
         "device": device_name(spec.device),
         "torch": torch.__version__,
@@ -68,43 +92,44 @@ def measure_losses(
         "layout": spec.layout,
         "boxes": boxes,
         "weights": weights,
-        "passes": _PASSES[weights],
+        "passes": SETTINGS[weights].passes,
         "feature_megabytes": feature_bytes / 1e6,
         "floor_ms": floor,
         "implementations": results,
     }
     if sweeps:
         by_boxes, by_area = {str(n): (n, 1.0) for n in BOX_COUNTS}, {str(area): (boxes, area) for area in AREAS}
-        result["ms_by_boxes"] = _sweep(spec, by_boxes, weights, rounds, timer)
-        result["ms_by_area"] = _sweep(spec, by_area, weights, rounds, timer)
+        result["ms_by_boxes"] = _sweep(spec, by_boxes, SETTINGS[weights], rounds, timer)
+        result["ms_by_area"] = _sweep(spec, by_area, SETTINGS[weights], rounds, timer)
     return result
 
 
-def total_loss(implementation: str, weights: LossWeights) -> Loss:
+def total_loss(implementation: str, setting: Setting) -> Loss:
     """The sum of the losses as a function of a batch, by "reference" or "fused"."""
-    options = {"weights": weights, "implementation": implementation, **dataclasses.asdict(_OPTIONS)}
+    options = {"weights": setting.weights, "implementation": implementation, **dataclasses.asdict(setting.options)}
     return lambda batch: sum(distillation_losses(**vars(batch), **options).values())
 
 
-def _compiled_reference(weights: LossWeights) -> Loss:
+def _compiled_reference(setting: Setting) -> Loss:
     """torch.compile of the reference; the arguments' checks stay outside, to its advantage."""
     compute = torch.compile(reference.distillation_losses)
-    return lambda batch: sum(compute(**vars(batch), weights=weights, options=_OPTIONS).values())
+    options = {"weights": setting.weights, "options": setting.options}
+    return lambda batch: sum(compute(**vars(batch), **options).values())
 
 
 def _compare(
-    spec: FeatureSpec, boxes: int, weights: str, rounds: Rounds, inputs: int, compiled: bool, timer: Timer
+    spec: FeatureSpec, boxes: int, setting: Setting, rounds: Rounds, inputs: int, compiled: bool, timer: Timer
 ) -> tuple[dict[str, dict], float, int]:
     """Results per implementation, the floor in milliseconds, and the bytes of the student's features."""
-    passes = _PASSES[weights]
-    implementations = {"eager reference": total_loss("reference", WEIGHTS[weights])}
+    passes = setting.passes
+    implementations = {"eager reference": total_loss("reference", setting)}
     if compiled:
-        implementations["compiled reference"] = _compiled_reference(WEIGHTS[weights])
-    implementations["fused"] = total_loss("fused", WEIGHTS[weights])
+        implementations["compiled reference"] = _compiled_reference(setting)
+    implementations["fused"] = total_loss("fused", setting)
     batches = [random_features(spec, seed, boxes) for seed in range(inputs)]
     feature_bytes = batches[0].feature_bytes()
     replayed = {name: capturable(compute, batches[0]) for name, compute in implementations.items()}
-    errors = _errors(implementations, batches[0], WEIGHTS[weights], replayed)
+    errors = _errors(implementations, batches[0], setting, replayed)
 
     def subject(name: str, compute: Loss) -> Callable[[int], tuple[float, ...]]:
         call = timed_calls(compute, batches, timer, replayed[name])
@@ -140,10 +165,10 @@ def _compare(
 
 
 def _errors(
-    implementations: dict[str, Loss], batch: FeatureBatch, weights: LossWeights, replayed: dict[str, bool]
+    implementations: dict[str, Loss], batch: FeatureBatch, setting: Setting, replayed: dict[str, bool]
 ) -> dict[str, dict[str, float]]:
     """Relative errors of the summed loss and, by each level's largest element, of the gradient, against float64."""
-    exact_loss, exact_gradients = loss_and_gradients(total_loss("reference", weights), batch.to(torch.float64))
+    exact_loss, exact_gradients = loss_and_gradients(total_loss("reference", setting), batch.to(torch.float64))
     errors = {}
     for name, compute in implementations.items():
         loss, gradients = (result_of_replay if replayed[name] else loss_and_gradients)(compute, batch)
@@ -168,10 +193,10 @@ def _copy(batch: FeatureBatch, timer: Timer) -> Callable[[int], tuple[float]]:
 
 
 def _sweep(
-    spec: FeatureSpec, kinds: dict[str, tuple[int, float]], weights: str, rounds: Rounds, timer: Timer
+    spec: FeatureSpec, kinds: dict[str, tuple[int, float]], setting: Setting, rounds: Rounds, timer: Timer
 ) -> dict[str, float]:
     """Milliseconds of the extension's forward and backward for each number of boxes and area."""
-    compute = total_loss("fused", WEIGHTS[weights])
+    compute = total_loss("fused", setting)
     subjects = {}
     for name, (num_boxes, area) in kinds.items():
         batches = [random_features(spec, seed, num_boxes, area) for seed in range(2)]

@@ -9,7 +9,7 @@ from devices import CUDA_MARKS
 from gkd_d2.analysis.benchmark import calls
 from gkd_d2.analysis.benchmark.calls import capturable, capture, loss_and_gradients, timed_calls
 from gkd_d2.analysis.benchmark.inputs import FeatureSpec, random_features
-from gkd_d2.analysis.benchmark.losses import WEIGHTS, total_loss
+from gkd_d2.analysis.benchmark.losses import SETTINGS, total_loss
 
 
 def test_backward_is_what_a_replay_takes_beyond_forward(monkeypatch):
@@ -27,7 +27,7 @@ def test_backward_is_what_a_replay_takes_beyond_forward(monkeypatch):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA_MARKS)])
 def test_what_waits_for_the_device_is_not_captured(device):
     batch = random_features(FeatureSpec("toy", batch=1, device=device), seed=0, num_boxes=3)
-    compute = total_loss("fused", WEIGHTS["all"])
+    compute = total_loss("fused", SETTINGS["all"])
     assert capturable(compute, batch)
     assert not capturable(lambda batch: compute(batch) * batch.boxes[0].sum().item(), batch)
     pool = torch.cuda.graph_pool_handle()
