@@ -40,8 +40,8 @@ class Setting:
     passes: int
 
 
-# All four losses; those that a config has by default; and the authors' for one-stage detectors on KITTI. Only the attention
-# loss needs statistics of S itself, and only that or a weighting by attention those of T.
+# All four losses; those that a config has by default; and the authors' for one-stage detectors on KITTI. Only the
+# attention loss needs statistics of S itself, and only that or a weighting by attention those of T.
 SETTINGS = {
     "all": Setting(LossWeights(), LossOptions(), passes=9),
     "default": Setting(
