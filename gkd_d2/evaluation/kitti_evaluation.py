@@ -14,7 +14,8 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES
-from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.evaluation.kitti_metric import average_precision
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth
 from gkd_d2.evaluation.kitti_results import write_results
 from gkd_d2.utils.text import counted
 

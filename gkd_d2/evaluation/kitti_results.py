@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from gkd_d2.data.datasets.kitti_labels import LABEL_FIELDS, parse_number, parse_type, read_labels, read_lines
-from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.evaluation.kitti_metric import average_precision
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth
 from gkd_d2.utils.text import counted
 
 _FIELDS = (*LABEL_FIELDS, "score")

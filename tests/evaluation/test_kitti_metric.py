@@ -10,7 +10,8 @@ from kitti_reference import reference_average_precision
 
 from gkd_d2.data.datasets.kitti import load_kitti
 from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, IGNORED_TYPES
-from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision, recall_thresholds
+from gkd_d2.evaluation.kitti_metric import average_precision, recall_thresholds
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth
 
 # Below 41 objects not even perfect detections reach every recall point.
 NUM = 41

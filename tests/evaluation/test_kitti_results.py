@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gkd_d2.data.datasets.kitti_labels import CLASSES
-from gkd_d2.evaluation.kitti_metric import Detections
+from gkd_d2.evaluation.kitti_overlaps import Detections
 from gkd_d2.evaluation.kitti_results import evaluate_folders, read_results, write_results
 
 LINE = "Car -1 -1 -10 10 20 60.5 50 -1 -1 -1 -1000 -1000 -1000 -10 0.75"
