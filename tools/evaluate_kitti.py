@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""KITTI's official 2D average precision of any detector's result files.
+"""KITTI's official 2D average precision, and VOC's at IoU 0.5, of any detector's result files.
 
 Only images with a result file count, as in the benchmark's development kit, whose rules are in docs/datasets.md. Where
 a detector writes no file for an image without detections, give --missing-as-empty, and --list where the folder of
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from gkd_d2.data.datasets.kitti_labels import read_lines
-from gkd_d2.evaluation.kitti_evaluation import table
+from gkd_d2.evaluation.kitti_report import table
 from gkd_d2.evaluation.kitti_results import evaluate_folders, images_without_result
 from gkd_d2.utils.files import check_file_writable, naming
 from gkd_d2.utils.text import counted
@@ -38,6 +38,12 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="count an image without a result file as one without detections, rather than leave it out",
     )
+    parser.add_argument(
+        "--voc-strict",
+        action="store_true",
+        help="for VOC's metric: count detections on Van, Person_sitting and DontCare as false positives, as the "
+        "authors' code does, rather than ignore them",
+    )
     return parser.parse_args()
 
 
@@ -50,7 +56,11 @@ def main() -> int:
         image_ids = None if args.list is None else {line.strip() for line in read_lines(args.list)} - {""}
         missing = len(images_without_result(args.labels, args.results, image_ids))
         result, num_images = evaluate_folders(
-            args.labels, args.results, image_ids=image_ids, missing_as_empty=args.missing_as_empty
+            args.labels,
+            args.results,
+            image_ids=image_ids,
+            missing_as_empty=args.missing_as_empty,
+            voc_strict=args.voc_strict,
         )
         if args.json is not None:
             with naming(args.json):
@@ -64,7 +74,8 @@ def main() -> int:
             "it found nothing, the numbers are too high: see --missing-as-empty and --list",
             file=sys.stderr,
         )
-    print(f"KITTI average precision in percent, {counted(num_images, 'image')}:\n{table(result)}")
+    shown = table(result, voc_strict=args.voc_strict)
+    print(f"KITTI average precision in percent, {counted(num_images, 'image')}:\n{shown}")
     return 0
 
 

@@ -135,6 +135,9 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Write the detections of datasets of KITTI's form in KITTI's result format too, one file an image, into
     # OUTPUT_DIR/inference/<dataset>/kitti_results. For kitti_test, which has no labels, that is always done.
     cfg.GKD.KITTI_RESULTS = False
+    # For kitti/mAP50_voc: count detections on Van, Person_sitting and DontCare as false positives, as the authors' code
+    # does, rather than ignore them. Numbers to compare with the paper's need it: docs/datasets.md.
+    cfg.GKD.KITTI_VOC_STRICT = False
 
     # A batch of SOLVER.IMS_PER_BATCH images is computed in so many parts one after the other, to save memory; their
     # gradients are averaged, as those of so many GPUs would be. An iteration stays one batch and one step.

@@ -270,13 +270,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO-style average precision; for datasets of KITTI's form the official one too, ahead of it.
+        """COCO-style average precision; for datasets of KITTI's form the official one and VOC's too, ahead of it.
 
         Raises:
             ValueError: the dataset's ``evaluator_type`` is another.
         """
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return build_evaluator(dataset_name, folder, kitti_results=cfg.GKD.KITTI_RESULTS)
+        return build_evaluator(
+            dataset_name, folder, kitti_results=cfg.GKD.KITTI_RESULTS, voc_strict=cfg.GKD.KITTI_VOC_STRICT
+        )
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:

@@ -31,13 +31,14 @@ def evaluator_type(dataset_name: str) -> str:
     return kind
 
 
-def build_evaluator(dataset_name: str, folder: str, *, kitti_results: bool) -> DatasetEvaluator:
-    """COCO-style average precision; for datasets of KITTI's form the official one too, ahead of it.
+def build_evaluator(dataset_name: str, folder: str, *, kitti_results: bool, voc_strict: bool) -> DatasetEvaluator:
+    """COCO-style average precision; for datasets of KITTI's form the official one and VOC's too, ahead of it.
 
     Args:
         dataset_name: registered.
         folder: for the files of the evaluation.
         kitti_results: whether detections are also written in KITTI's result format; without labels they always are.
+        voc_strict: as ``strict`` of :func:`gkd_d2.evaluation.voc_metric.voc_average_precision`.
 
     Raises:
         ValueError: the dataset's ``evaluator_type`` is another.
@@ -50,7 +51,8 @@ def build_evaluator(dataset_name: str, folder: str, *, kitti_results: bool) -> D
     coco = CompletingCOCOEvaluator(dataset_name, output_dir=folder)
     if kind == "coco":
         return coco
-    return DatasetEvaluators([KITTIEvaluator(dataset_name, folder, write_results=kitti_results), coco])
+    kitti = KITTIEvaluator(dataset_name, folder, write_results=kitti_results, voc_strict=voc_strict)
+    return DatasetEvaluators([kitti, coco])
 
 
 def _convert_to_coco(dataset_name: str, folder: str) -> None:

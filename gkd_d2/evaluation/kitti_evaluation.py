@@ -1,4 +1,4 @@
-"""KITTI's official 2D average precision as a Detectron2 evaluator."""
+"""KITTI's official 2D average precision, and VOC's, as a Detectron2 evaluator."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from tabulate import tabulate
 
-from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES
-from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.data.datasets.kitti_labels import CLASSES
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth
+from gkd_d2.evaluation.kitti_report import evaluate_images, flat_metrics, table
 from gkd_d2.evaluation.kitti_results import write_results
 from gkd_d2.utils.text import counted
 
@@ -24,12 +24,13 @@ RESULTS_FOLDER = "kitti_results"
 
 
 class KITTIEvaluator(DatasetEvaluator):
-    """KITTI's official average precision of every class and difficulty, at 40 and at 11 recall points.
+    """KITTI's official average precision of every class and difficulty, and VOC's at IoU 0.5 of every class.
 
-    :meth:`evaluate` returns ``{"kitti": metrics}`` in percent: ``Car-easy-R40`` and so on, and the means over the
-    classes ``AP_moderate`` (the headline: moderate, R40), ``AP_easy``, ``AP_hard`` and, at 11 points,
-    ``AP11_moderate``, ``AP11_easy``, ``AP11_hard``. Only images that were processed count. With several processes
-    the first one computes, the others return an empty dictionary.
+    :meth:`evaluate` returns ``{"kitti": metrics}`` in percent. KITTI's are ``Car-easy-R40`` and so on, and the means
+    over the classes ``AP_moderate`` (the headline: moderate, R40), ``AP_easy``, ``AP_hard`` and, at 11 recall points,
+    ``AP11_moderate``, ``AP11_easy``, ``AP11_hard``. VOC's are ``Car-AP50_voc`` and so on, and their mean
+    ``mAP50_voc``. Only images that were processed count. With several processes the first one computes, the others
+    return an empty dictionary.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class KITTIEvaluator(DatasetEvaluator):
         output_dir: str | os.PathLike | None = None,
         *,
         write_results: bool = False,
+        voc_strict: bool = False,
         distributed: bool = True,
     ) -> None:
         """Read the dataset's labels.
@@ -48,6 +50,7 @@ class KITTIEvaluator(DatasetEvaluator):
             output_dir: where result files go.
             write_results: write the detections in KITTI's result format, one file ID.txt an image, into the folder
                 ``kitti_results`` of ``output_dir``.
+            voc_strict: as ``strict`` of :func:`gkd_d2.evaluation.voc_metric.voc_average_precision`.
             distributed: gather the detections of all processes; else each evaluates its own.
 
         Raises:
@@ -63,6 +66,7 @@ class KITTIEvaluator(DatasetEvaluator):
                 f"{', '.join(CLASSES)} only"
             )
         self._results_dir = Path(output_dir) / RESULTS_FOLDER if write_results else None
+        self._voc_strict = voc_strict
         self._distributed = distributed
         self._labelled = metadata.get("kitti_labelled", True)
         self._ground_truth: dict[str, GroundTruth] = {}
@@ -125,12 +129,17 @@ class KITTIEvaluator(DatasetEvaluator):
             logger.info("There are no labels to compare the detections with")
             return {}
         image_ids = sorted(detections)
-        result = average_precision(
-            [self._ground_truth[image_id] for image_id in image_ids], [detections[image_id] for image_id in image_ids]
+        result = evaluate_images(
+            [self._ground_truth[image_id] for image_id in image_ids],
+            [detections[image_id] for image_id in image_ids],
+            voc_strict=self._voc_strict,
         )
-        metrics = flat_metrics(result)
-        logger.info("KITTI average precision in percent, %s:\n%s", counted(len(image_ids), "image"), table(result))
-        return OrderedDict(kitti=metrics)
+        logger.info(
+            "KITTI average precision in percent, %s:\n%s",
+            counted(len(image_ids), "image"),
+            table(result, voc_strict=self._voc_strict),
+        )
+        return OrderedDict(kitti=flat_metrics(result))
 
     def _write(self, detections: dict[str, Detections]) -> None:
         self._results_dir.mkdir(parents=True, exist_ok=True)
@@ -141,38 +150,3 @@ class KITTIEvaluator(DatasetEvaluator):
             counted(len(detections), "image"),
             self._results_dir,
         )
-
-
-def flat_metrics(result: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """The metrics by one name each; the means over the classes come first, the headline ``AP_moderate`` at the front.
-
-    Args:
-        result: of :func:`gkd_d2.evaluation.kitti_metric.average_precision`.
-    """
-    # Detectron2 prints only names without a hyphen, the means, in its summary.
-    levels = ["moderate", *(level for level in DIFFICULTIES if level != "moderate")]
-    means = {
-        f"{prefix}_{level}": float(np.mean([result[name][level][points] for name in CLASSES]))
-        for prefix, points in (("AP", "R40"), ("AP11", "R11"))
-        for level in levels
-    }
-    single = {
-        f"{name}-{level}-{points}": result[name][level][points]
-        for name in CLASSES
-        for level in DIFFICULTIES
-        for points in ("R40", "R11")
-    }
-    return means | single
-
-
-def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The metrics as text: a line a class and one for their mean, a column a difficulty and number of recall points.
-
-    Args:
-        result: of :func:`gkd_d2.evaluation.kitti_metric.average_precision`.
-    """
-    columns = [(level, points) for points in ("R40", "R11") for level in DIFFICULTIES]
-    rows = [[name, *(result[name][level][points] for level, points in columns)] for name in CLASSES]
-    rows.append(["mean", *(float(np.mean([row[1 + index] for row in rows])) for index in range(len(columns)))])
-    header = ["AP", *(f"{level} {points}" for level, points in columns)]
-    return tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".2f")

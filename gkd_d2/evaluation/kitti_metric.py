@@ -18,66 +18,18 @@ we ready for Autonomous Driving?", CVPR 2012). They differ from COCO's in more t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, IGNORED_TYPES, Difficulty
-from gkd_d2.utils.text import counted
+from gkd_d2.data.datasets.kitti_labels import CLASSES, DIFFICULTIES, Difficulty
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth, Overlaps
 
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
-NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}
 NUM_RECALLS = 41
 
-_TYPES = CLASSES + IGNORED_TYPES
-_CODES = {name: code for code, name in enumerate(_TYPES)}
 _VALID, _NEUTRAL, _OTHER = 0, 1, -1
 # The kit's mark for "nothing found"; a score has to be above it.
 _LOWEST_SCORE = -1e7
-# Images whose boxes are compared at once: bounds the memory, 256 images x 50 detections x 20 objects are 2 MB an array.
-_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class GroundTruth:
-    """The label file of one image, DontCare included.
-
-    Attributes:
-        types: KITTI's type of each of the n objects, in the file's order.
-        boxes: left, top, right, bottom in pixels, float64, n x 4.
-        truncation: n, share of the object outside the image.
-        occlusion: n, KITTI's level.
-    """
-
-    types: Sequence[str]
-    boxes: np.ndarray
-    truncation: np.ndarray
-    occlusion: np.ndarray
-
-    @classmethod
-    def from_objects(cls, objects: Sequence[dict]) -> GroundTruth:
-        """From what :func:`gkd_d2.data.datasets.kitti_labels.parse_label_line` returns, one dictionary an object."""
-        return cls(
-            [obj["type"] for obj in objects],
-            np.array([obj["bbox"] for obj in objects], dtype=np.float64).reshape(-1, 4),
-            np.array([obj["truncation"] for obj in objects], dtype=np.float64),
-            np.array([obj["occlusion"] for obj in objects], dtype=np.int64),
-        )
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a detector found in one image.
-
-    Attributes:
-        types: KITTI's type of each of the n detections.
-        boxes: left, top, right, bottom in pixels, float64, n x 4.
-        scores: n, higher is more certain, of any scale.
-    """
-
-    types: Sequence[str]
-    boxes: np.ndarray
-    scores: np.ndarray
 
 
 def average_precision(
@@ -96,9 +48,9 @@ def average_precision(
     Raises:
         ValueError: the lists differ in length, a type is unknown, or a number is not finite.
     """
-    flat = _Flat(ground_truth, detections)
+    overlaps = Overlaps(ground_truth, detections, min(MIN_OVERLAP.values()))
     return {
-        name: {level: _summary(flat.precisions(name, limits)) for level, limits in DIFFICULTIES.items()}
+        name: {level: _summary(_precisions(overlaps, name, limits)) for level, limits in DIFFICULTIES.items()}
         for name in CLASSES
     }
 
@@ -107,82 +59,28 @@ def _summary(precisions: np.ndarray) -> dict[str, float]:
     return {"R40": 100 * float(precisions[1:].mean()), "R11": 100 * float(precisions[::4].mean())}
 
 
-class _Flat:
-    """All images in flat arrays, and the pairs of boxes that overlap enough for any class."""
+def _precisions(overlaps: Overlaps, name: str, limits: Difficulty) -> np.ndarray:
+    """Monotonous precision at NUM_RECALLS thresholds for one class and difficulty."""
+    gt_role, det_role = _roles(overlaps, name, limits)
+    matcher = _Matcher(overlaps, gt_role, det_role, MIN_OVERLAP[name])
+    thresholds = recall_thresholds(matcher.best_scores(), int((gt_role == _VALID).sum()))
+    hits, free = matcher.matches(thresholds)
+    counting = (det_role == _VALID) & (overlaps.dont_care <= MIN_OVERLAP[name])
+    misses = (free & counting & (overlaps.scores >= thresholds[:, None])).sum(axis=1)
+    precision = np.zeros(NUM_RECALLS)
+    # All that is left at a threshold may be neutral: the kit divides 0 by 0 there, which is no precision.
+    precision[: len(thresholds)] = hits / np.maximum(hits + misses, 1)
+    return np.maximum.accumulate(precision[::-1])[::-1]
 
-    def __init__(self, ground_truth: Sequence[GroundTruth], detections: Sequence[Detections]) -> None:
-        if len(ground_truth) != len(detections):
-            raise ValueError(f"ground truth of {counted(len(ground_truth), 'image')}, detections of {len(detections)}")
-        self.gt_types = _codes(ground_truth)
-        self.gt_boxes = _joined([gt.boxes for gt in ground_truth], (0, 4), "a ground truth box")
-        self.truncation = _joined([gt.truncation for gt in ground_truth], (0,), "a truncation")
-        self.occlusion = _joined([gt.occlusion for gt in ground_truth], (0,), "an occlusion")
-        self.gt_image = np.repeat(np.arange(len(ground_truth)), [len(gt.types) for gt in ground_truth])
-        self.det_types = _codes(detections)
-        self.det_boxes = _joined([det.boxes for det in detections], (0, 4), "a detection's box")
-        self.scores = _joined([det.scores for det in detections], (0,), "a score")
-        self.det_height = np.abs(self.det_boxes[:, 1] - self.det_boxes[:, 3])
 
-        det_start = np.concatenate([[0], np.cumsum([len(det.types) for det in detections])]).astype(np.int64)
-        gt_start = np.searchsorted(self.gt_image, np.arange(len(ground_truth) + 1))
-        found = [
-            self._overlaps(first, min(first + _CHUNK, len(ground_truth)), gt_start, det_start)
-            for first in range(0, len(ground_truth), _CHUNK)
-        ]
-        # Pairs are sorted by ground truth, then by detection: the order in which the kit looks at them.
-        self.pair_gt, self.pair_det, self.pair_overlap = (
-            np.concatenate([chunk[part] for chunk in found]) if found else np.zeros(0, dtype=dtype)
-            for part, dtype in enumerate((np.int64, np.int64, np.float64))
-        )
-        # The largest share of each detection that one DontCare region covers.
-        self.dont_care = np.zeros(len(self.scores))
-        for _, _, _, covered, share in found:
-            np.maximum.at(self.dont_care, covered, share)
-
-    def _overlaps(
-        self, first: int, last: int, gt_start: np.ndarray, det_start: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Pairs in images first to last: indices and IoU of ground truth; detections in DontCare and their share."""
-        gt = np.arange(gt_start[first], gt_start[last])
-        image = self.gt_image[gt]
-        count = det_start[image + 1] - det_start[image]
-        pair_gt = np.repeat(gt, count)
-        position = np.arange(len(pair_gt)) - np.repeat(np.cumsum(count) - count, count)
-        pair_det = np.repeat(det_start[image], count) + position
-        a, b = self.det_boxes[pair_det], self.gt_boxes[pair_gt]
-        width = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
-        height = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
-        keep = (width > 0) & (height > 0)
-        pair_gt, pair_det, a, b = pair_gt[keep], pair_det[keep], a[keep], b[keep]
-        shared = width[keep] * height[keep]
-        det_area, gt_area = _areas(a), _areas(b)
-        regions = self.gt_types[pair_gt] == _CODES["DontCare"]
-        overlap = shared / (det_area + gt_area - shared)
-        near = ~regions & (overlap > min(MIN_OVERLAP.values()))
-        return pair_gt[near], pair_det[near], overlap[near], pair_det[regions], (shared / det_area)[regions]
-
-    def precisions(self, name: str, limits: Difficulty) -> np.ndarray:
-        """Monotonous precision at NUM_RECALLS thresholds for one class and difficulty."""
-        gt_role, det_role = self._roles(name, limits)
-        matcher = _Matcher(self, gt_role, det_role, MIN_OVERLAP[name])
-        thresholds = recall_thresholds(matcher.best_scores(), int((gt_role == _VALID).sum()))
-        hits, free = matcher.matches(thresholds)
-        counting = (det_role == _VALID) & (self.dont_care <= MIN_OVERLAP[name])
-        misses = (free & counting & (self.scores >= thresholds[:, None])).sum(axis=1)
-        precision = np.zeros(NUM_RECALLS)
-        # All that is left at a threshold may be neutral: the kit divides 0 by 0 there, which is no precision.
-        precision[: len(thresholds)] = hits / np.maximum(hits + misses, 1)
-        return np.maximum.accumulate(precision[::-1])[::-1]
-
-    def _roles(self, name: str, limits: Difficulty) -> tuple[np.ndarray, np.ndarray]:
-        """_VALID, _NEUTRAL or _OTHER for every ground truth and every detection."""
-        own = self.gt_types == _CODES[name]
-        neighbour = self.gt_types == _CODES.get(NEIGHBOURS.get(name), _OTHER)
-        fits = limits.includes(self.gt_boxes[:, 3] - self.gt_boxes[:, 1], self.occlusion, self.truncation)
-        gt_role = np.where(own & fits, _VALID, np.where(own | neighbour, _NEUTRAL, _OTHER))
-        det_role = np.where(self.det_types == _CODES[name], _VALID, _OTHER)
-        det_role[self.det_height < limits.min_height] = _NEUTRAL
-        return gt_role, det_role
+def _roles(overlaps: Overlaps, name: str, limits: Difficulty) -> tuple[np.ndarray, np.ndarray]:
+    """_VALID, _NEUTRAL or _OTHER for every ground truth and every detection."""
+    own, boxes = overlaps.objects_of(name), overlaps.gt_boxes
+    fits = limits.includes(boxes[:, 3] - boxes[:, 1], overlaps.occlusion, overlaps.truncation)
+    gt_role = np.where(own & fits, _VALID, np.where(own | overlaps.neighbours_of(name), _NEUTRAL, _OTHER))
+    det_role = np.where(overlaps.detections_of(name), _VALID, _OTHER)
+    det_role[np.abs(overlaps.det_boxes[:, 1] - overlaps.det_boxes[:, 3]) < limits.min_height] = _NEUTRAL
+    return gt_role, det_role
 
 
 class _Matcher:
@@ -193,15 +91,15 @@ class _Matcher:
     exist and is always taken.
     """
 
-    def __init__(self, flat: _Flat, gt_role: np.ndarray, det_role: np.ndarray, min_overlap: float) -> None:
-        self.scores = np.append(flat.scores, -np.inf)
+    def __init__(self, overlaps: Overlaps, gt_role: np.ndarray, det_role: np.ndarray, min_overlap: float) -> None:
+        self.scores = np.append(overlaps.scores, -np.inf)
         self.valid = np.append(det_role == _VALID, False)
-        keep = flat.pair_overlap > min_overlap
-        keep &= (gt_role[flat.pair_gt] != _OTHER) & (det_role[flat.pair_det] != _OTHER)
-        keep &= flat.scores[flat.pair_det] > _LOWEST_SCORE
-        pair_det, overlap = flat.pair_det[keep], flat.pair_overlap[keep]
-        objects, start, count = np.unique(flat.pair_gt[keep], return_index=True, return_counts=True)
-        rank = np.arange(len(objects)) - np.searchsorted(flat.gt_image[objects], flat.gt_image[objects])
+        keep = overlaps.pair_overlap > min_overlap
+        keep &= (gt_role[overlaps.pair_gt] != _OTHER) & (det_role[overlaps.pair_det] != _OTHER)
+        keep &= overlaps.scores[overlaps.pair_det] > _LOWEST_SCORE
+        pair_det, overlap = overlaps.pair_det[keep], overlaps.pair_overlap[keep]
+        objects, start, count = np.unique(overlaps.pair_gt[keep], return_index=True, return_counts=True)
+        rank = np.arange(len(objects)) - np.searchsorted(overlaps.gt_image[objects], overlaps.gt_image[objects])
         # (candidates, overlaps, objects that are valid) a step
         self.steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for step in range(rank.max(initial=-1) + 1):
@@ -211,7 +109,7 @@ class _Matcher:
             index = np.where(present, start[rows, None] + column, 0)
             self.steps.append(
                 (
-                    np.where(present, pair_det[index], len(flat.scores)),
+                    np.where(present, pair_det[index], len(overlaps.scores)),
                     overlap[index],
                     gt_role[objects[rows]] == _VALID,
                 )
@@ -270,22 +168,3 @@ def recall_thresholds(scores: np.ndarray, num_objects: int) -> np.ndarray:
         # Summed as the kit sums it: a multiple of 1 / 40 would round differently where two recalls are equally near.
         recall += 1.0 / (NUM_RECALLS - 1.0)
     return np.array(chosen)
-
-
-def _codes(images: Sequence[GroundTruth] | Sequence[Detections]) -> np.ndarray:
-    types = [name for image in images for name in image.types]
-    unknown = sorted(set(types) - _CODES.keys())
-    if unknown:
-        raise ValueError(f"unknown type {unknown[0]!r}; KITTI's types are {', '.join(_TYPES)}")
-    return np.array([_CODES[name] for name in types], dtype=np.int64)
-
-
-def _joined(parts: list[np.ndarray], empty: tuple[int, ...], what: str) -> np.ndarray:
-    joined = np.concatenate([np.zeros(empty), *parts]).astype(np.float64)
-    if not np.isfinite(joined).all():
-        raise ValueError(f"{what} is not finite: {joined[~np.isfinite(joined)][0]}")
-    return joined
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -1,4 +1,4 @@
-"""Detections as text files in KITTI's result format, and the official metric of two folders."""
+"""Detections as text files in KITTI's result format, and the metrics of two folders."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gkd_d2.data.datasets.kitti_labels import LABEL_FIELDS, parse_number, parse_type, read_labels, read_lines
-from gkd_d2.evaluation.kitti_metric import Detections, GroundTruth, average_precision
+from gkd_d2.evaluation.kitti_overlaps import Detections, GroundTruth
+from gkd_d2.evaluation.kitti_report import evaluate_images
 from gkd_d2.utils.text import counted
 
 _FIELDS = (*LABEL_FIELDS, "score")
@@ -81,17 +83,19 @@ def evaluate_folders(
     *,
     image_ids: Iterable[str] | None = None,
     missing_as_empty: bool = False,
-) -> tuple[dict[str, dict[str, dict[str, float]]], int]:
-    """KITTI's official metric of a folder of result files.
+    voc_strict: bool = False,
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """KITTI's official metric, and VOC's, of a folder of result files.
 
     Args:
         labels: folder of KITTI's label_2 form, one ID.txt an image.
         results: folder of result files, one ID.txt an image; files of other suffixes are left alone.
         image_ids: of the images to evaluate (default: all that have a file in one of the folders).
         missing_as_empty: count images without a result file as images without detections; else they do not count.
+        voc_strict: as ``strict`` of :func:`gkd_d2.evaluation.voc_metric.voc_average_precision`.
 
     Returns:
-        What :func:`average_precision` returns, and the number of images that counted.
+        What :func:`gkd_d2.evaluation.kitti_report.evaluate_images` returns, and the number of images that counted.
 
     Raises:
         FileNotFoundError: a folder, or the label file of an image, is missing, or there is no result file.
@@ -110,7 +114,7 @@ def evaluate_folders(
             raise FileNotFoundError(f"{path}: its image has no labels, {label_path} does not exist")
         detections.append(Detections([], np.zeros((0, 4)), np.zeros(0)) if image_id in missing else read_results(path))
         ground_truth.append(GroundTruth.from_objects(read_labels(label_path, any_case=True)))
-    return average_precision(ground_truth, detections), len(counting)
+    return evaluate_images(ground_truth, detections, voc_strict=voc_strict), len(counting)
 
 
 def images_without_result(

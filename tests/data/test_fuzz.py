@@ -24,7 +24,8 @@ from gkd_d2.data.datasets.kitti import load_kitti
 from gkd_d2.data.datasets.kitti_labels import CLASSES, IGNORED_TYPES, read_labels
 from gkd_d2.data.prepare.coco_traffic import prepare_coco_traffic
 from gkd_d2.data.prepare.kitti import unpack
-from gkd_d2.evaluation.kitti_metric import GroundTruth, average_precision
+from gkd_d2.evaluation.kitti_metric import average_precision
+from gkd_d2.evaluation.kitti_overlaps import GroundTruth
 from gkd_d2.evaluation.kitti_results import read_results
 
 fuzz = settings(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gkd_d2.data.datasets.kitti_labels import CLASSES
-from gkd_d2.evaluation.kitti_metric import Detections
+from gkd_d2.evaluation.kitti_overlaps import Detections
 from gkd_d2.evaluation.kitti_results import evaluate_folders, read_results, write_results
 
 LINE = "Car -1 -1 -10 10 20 60.5 50 -1 -1 -1 -1000 -1000 -1000 -10 0.75"
@@ -100,9 +100,10 @@ def test_the_command(folders, project, tmp_path):
     written = json.loads((tmp_path / "ap.json").read_text())
     assert written == evaluate_folders(*folders)[0]
     assert list(written) == ["Car", "Pedestrian", "Cyclist"]
-    assert {level: list(points) for level, points in written["Car"].items()} == dict.fromkeys(
-        ("easy", "moderate", "hard"), ["R40", "R11"]
-    )
+    assert list(written["Car"]) == ["easy", "moderate", "hard", "AP50_voc"]
+    assert {tuple(written["Car"][level]) for level in ("easy", "moderate", "hard")} == {("R40", "R11")}
+    # 43 of 45 cars, with 2 false detections of equal score at places 4 and 5.
+    assert written["Car"]["AP50_voc"] == pytest.approx(100 * (3 + 40 * 43 / 45) / 45)
     assert "45 images" in done.stdout and f"{written['Car']['hard']['R11']:.2f}" in done.stdout
     (results / "000002.txt").write_text(LINE + "\nCar\n")
     done = run(project, "--labels", labels, "--results", results)

@@ -15,7 +15,7 @@ from gkd_d2.config import read_config, teacher_config
 from gkd_d2.data.datasets import coco_traffic
 from gkd_d2.data.prepare.coco_traffic import prepare_coco_traffic
 from gkd_d2.data.toy import make_toy_kitti
-from gkd_d2.evaluation.kitti_evaluation import flat_metrics
+from gkd_d2.evaluation.kitti_report import flat_metrics
 from gkd_d2.evaluation.kitti_results import evaluate_folders
 
 NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
@@ -70,8 +70,8 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     scalars = metrics(tmp_path / "student")
     assert all(scalars[loss] > 0 for loss in NAMES)
     # The official metric of KITTI's form, with COCO's beside it.
-    assert {"kitti/AP_moderate", "kitti/Car-easy-R11", "bbox/AP", "bbox/AP50"} <= scalars.keys()
-    assert "copypaste: AP_moderate,AP_easy,AP_hard,AP11_moderate,AP11_easy,AP11_hard" in output
+    assert {"kitti/AP_moderate", "kitti/Car-easy-R11", "kitti/mAP50_voc", "bbox/AP", "bbox/AP50"} <= scalars.keys()
+    assert "copypaste: AP_moderate,AP_easy,AP_hard,AP11_moderate,AP11_easy,AP11_hard,mAP50_voc" in output
     assert any(key.startswith("teacher/") for key in scalars)
     checkpoint = torch.load(tmp_path / "student" / "model_final.pth")
     assert not any("teacher" in key for key in checkpoint["model"])
