@@ -9,7 +9,12 @@ from gkd_d2.analysis.cost import Cost
 from gkd_d2.analysis.roles import find_baselines, find_teacher, training_differences
 from gkd_d2.analysis.runs import HEADLINE, Run
 
-METRICS = {HEADLINE: "AP", "bbox/AP50": "AP50", "kitti/AP_moderate": "KITTI AP moderate"}
+METRICS = {
+    HEADLINE: "AP",
+    "bbox/AP50": "AP50",
+    "kitti/AP_moderate": "KITTI AP moderate",
+    "kitti/mAP50_voc": "VOC mAP50",
+}
 _CLASS_METRIC = "bbox/AP-"
 NONE = "–"
 
