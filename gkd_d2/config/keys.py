@@ -55,7 +55,7 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # are those that taught both kinds of detector on toy scenes: docs/results.md. tools/suggest_weights.py measures how
     # hard they pull with yours.
     cfg.GKD.LOSS_WEIGHTS = CfgNode()
-    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.02
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 2e-3
     cfg.GKD.LOSS_WEIGHTS.BOX = 1e-2
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
     cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3

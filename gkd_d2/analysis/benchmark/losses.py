@@ -45,7 +45,7 @@ class Setting:
 SETTINGS = {
     "all": Setting(LossWeights(), LossOptions(), passes=9),
     "default": Setting(
-        LossWeights(gradient=0.02, box=1e-2, attention=0.0, image=1e-3), LossOptions(map_region="boxes"), passes=7
+        LossWeights(gradient=2e-3, box=1e-2, attention=0.0, image=1e-3), LossOptions(map_region="boxes"), passes=7
     ),
     "authors": Setting(
         LossWeights(gradient=0.05, box=1e-3, attention=5e-4, image=0.0),
