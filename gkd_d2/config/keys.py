@@ -45,8 +45,8 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.FEATURES = []
 
     # What the student imitates: gkd (gradient maps and BMFI), fitnet (all cells alike), fgfi (cells near objects), fgd
-    # (foreground and background, by the teacher's attention), pkd (correlation of channels), none (nothing: the student
-    # is trained alone), or a method of your own, see docs/own_method.md.
+    # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels), none
+    # (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
     cfg.GKD.METHOD = "gkd"
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
@@ -59,6 +59,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.LOSS_WEIGHTS.BOX = 1e-2
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
     cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
+    # Of gkd: weight of the relation loss, which is that of fgd: imitation of all cells, to each of which a block that
+    # trains with the student adds what the whole image holds. It is a sum over cells, unlike the loss of the image. The
+    # authors' code has 5e-6 for one-stage and 5e-7 for two-stage detectors; at 0.0 there are no such blocks.
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 0.0
     # Of gkd: temperature of the attention softmax, > 0.
     cfg.GKD.TEMPERATURE = 0.5
     # Of gkd: what weighs channels and cells in the imitation: gradient, attention or uniform.
@@ -83,11 +87,12 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.FGFI.LEVELS = "together"
 
     cfg.GKD.FGD = CfgNode()
-    # Of fgd: weights of its three losses, alpha, beta and gamma of the paper. The values are those of the public code
-    # for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4 and 5e-4.
+    # Of fgd: weights of its four losses, alpha, beta, gamma and lambda of the paper. The values are those of the public
+    # code for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4, 5e-4 and 5e-6.
     cfg.GKD.FGD.FOREGROUND_WEIGHT = 5e-5
     cfg.GKD.FGD.BACKGROUND_WEIGHT = 2.5e-5
     cfg.GKD.FGD.ATTENTION_WEIGHT = 5e-5
+    cfg.GKD.FGD.RELATION_WEIGHT = 5e-7
     # Of fgd: temperature of the attention softmax, > 0, as in the public code.
     cfg.GKD.FGD.TEMPERATURE = 0.5
 

@@ -6,16 +6,23 @@ from detectron2.config import CfgNode
 
 from gkd_d2.losses.losses import describe_implementation, distillation_losses
 from gkd_d2.losses.options import LOSS_KEYS, LossWeights, check_options
-from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term
+from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term, widened
+from gkd_d2.methods.relation import RelationLoss
+
+RELATION = "loss_bmfi_relation"
 
 
 class GKD(Method):
-    """The four losses of :func:`gkd_d2.losses.distillation_losses`: docs/method.md.
+    """The four losses of :func:`gkd_d2.losses.distillation_losses`, docs/method.md, and the relation loss:
 
-    Source: "Gradient-Guided Knowledge Distillation for Object Detectors", arXiv 2303.04240.
+        loss_bmfi_relation = w * sum over levels of the loss of RelationLoss
+
+    Source: "Gradient-Guided Knowledge Distillation for Object Detectors", arXiv 2303.04240; the relation loss as in its
+    authors' code: see :class:`gkd_d2.methods.relation.RelationLoss`.
 
     Args:
         weights: of the four losses; default: those of LossWeights.
+        relation: weight of the relation loss.
         temperature, weighting, rectifier, implementation: see :func:`gkd_d2.losses.distillation_losses`.
 
     Raises:
@@ -26,6 +33,7 @@ class GKD(Method):
         self,
         weights: LossWeights | None = None,
         *,
+        relation: float = 0.0,
         temperature: float = 0.5,
         weighting: str = "gradient",
         rectifier: str = "abs",
@@ -33,12 +41,12 @@ class GKD(Method):
     ):
         check_options(temperature, weighting, rectifier, implementation)
         self.weights = LossWeights() if weights is None else weights
-        super().__init__(
-            {
-                key: Term(name, getattr(self.weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
-                for name, key in LOSS_KEYS.items()
-            }
-        )
+        terms = {
+            key: Term(name, getattr(self.weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
+            for name, key in LOSS_KEYS.items()
+        }
+        super().__init__({**terms, RELATION: Term("relation", relation, "GKD.LOSS_WEIGHTS.RELATION")})
+        self.relation = RelationLoss({})
         self.needs_student_grad = self.weights.need_student_grad()
         self.needs_teacher_grad = self.weights.need_teacher_grad(weighting)
         self.rectifier = rectifier
@@ -52,7 +60,18 @@ class GKD(Method):
     def implementation(self, device):
         return describe_implementation(self._options["implementation"], device)
 
-    def __call__(self, levels, factor=1.0):
+    def build_parameters(self, channels):
+        if RELATION in self.active():
+            self.relation = RelationLoss(channels)
+
+    def forward(self, levels, factor=1.0):
+        losses = self._four_losses(levels, factor) if self.weights else {}
+        if RELATION in self.active():
+            relation = sum(self.relation(widened(level)) for level in levels)
+            losses[RELATION] = factor * self.terms[RELATION].weight * relation
+        return losses
+
+    def _four_losses(self, levels, factor):
         # All levels at once: the extension works through them in one call.
         return distillation_losses(
             [level.student for level in levels],
@@ -69,8 +88,11 @@ class GKD(Method):
 @METHOD_REGISTRY.register()
 def gkd(cfg: CfgNode) -> GKD:
     """The options stand in GKD itself."""
+    weights = {key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}
+    relation = weights.pop("relation")
     return GKD(
-        LossWeights(**{key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}),
+        LossWeights(**weights),
+        relation=relation,
         temperature=cfg.GKD.TEMPERATURE,
         weighting=cfg.GKD.WEIGHTING,
         rectifier=cfg.GKD.RECTIFIER,
