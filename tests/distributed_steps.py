@@ -34,9 +34,12 @@ def nms(boxes: Tensor, scores: Tensor, *args) -> Tensor:
 
 
 def build(cfg: CfgNode) -> torch.nn.Module:
-    """A float64 model with weights that depend on the config alone."""
+    """A float64 model with weights that depend on the config alone; none of a method's own is 0."""
     torch.manual_seed(3)
-    return build_model(cfg).double().train()
+    model = build_model(cfg).double().train()
+    for parameter in model.method.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
 
 
 def half_a_batch(rank: int, cases: dict[str, tuple[CfgNode, str]], batch: list[dict], folder: Path) -> None:

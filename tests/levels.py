@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import nn
 
-from gkd_d2.methods import Level
+from gkd_d2.methods import Level, Method
 
 # Odd sizes, an image without boxes, boxes that reach out of the image and one that is no box.
 IMAGE_SIZE = (44, 76)
@@ -37,6 +38,7 @@ def random_level(size=(11, 19), *, channels: int = 5, dtype=torch.float64, ancho
         student_grad=student_grad,
         teacher_grad=teacher_grad,
         anchors=[torch.cat([corners - sides / 2, corners + sides / 2], dim=1).view(*size, anchors, 4)],
+        name="p3",
     )
 
 
@@ -49,11 +51,22 @@ def random_pyramid(*sizes: tuple[int, int], **options) -> list[Level]:
     """
     levels = [random_level(size, **options) for size in sizes]
     anchors = [level.anchors[0] for level in levels]
-    return [dataclasses.replace(level, anchors=anchors, index=index) for index, level in enumerate(levels)]
+    return [
+        dataclasses.replace(level, anchors=anchors, index=index, name=f"p{3 + index}")
+        for index, level in enumerate(levels)
+    ]
 
 
 def plain_level(student, teacher, **fields) -> Level:
     """A level of one image of 16 x 16 pixels, one channel and the cells that are given as nested lists."""
     features = (torch.tensor(values, dtype=torch.float64)[None, None] for values in (student, teacher))
-    fields = {"boxes": [torch.zeros(0, 4)], "image_size": (16, 16)} | fields
+    fields = {"boxes": [torch.zeros(0, 4)], "image_size": (16, 16), "name": "p3"} | fields
     return Level(*features, **fields)
+
+
+def built(method: Method, *levels: Level) -> Method:
+    """The method, with parameters for some levels, if it has any: none is 0, as in the middle of a training."""
+    method.build_parameters({level.name: level.teacher.shape[1] for level in levels})
+    for parameter in method.parameters():
+        nn.init.normal_(parameter)
+    return method.to(levels[0].student.dtype)

@@ -18,6 +18,7 @@ from pathlib import Path
 from gkd_d2.analysis.dataset_pictures import choose_images, take_pictures
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.modeling.state_names import is_students
 from gkd_d2.utils.checkpoint import StudentCheckpointer
 from gkd_d2.utils.command_line import check_at_least, check_config_file, parse_options_first
 from gkd_d2.utils.files import check_writable, naming
@@ -84,7 +85,7 @@ def main() -> None:
         sys.exit(str(error))
     student = cfg.MODEL.WEIGHTS or "random weights: MODEL.WEIGHTS is empty"
     # Pictures show features before their alignment.
-    random = [name for name in checkpointer.unset if not name.startswith("align.")]
+    random = list(filter(is_students, checkpointer.unset))
     if random:
         student += f", which leaves {counted(len(random), 'tensor')} of the student random, such as {random[0]}"
         print(f"MODEL.WEIGHTS is {student}", file=sys.stderr)

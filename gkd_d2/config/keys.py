@@ -45,20 +45,24 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.FEATURES = []
 
     # What the student imitates: gkd (gradient maps and BMFI), fitnet (all cells alike), fgfi (cells near objects), fgd
-    # (foreground and background, by the teacher's attention), pkd (correlation of channels), none (nothing: the student
-    # is trained alone), or a method of your own, see docs/own_method.md.
+    # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels), none
+    # (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
     cfg.GKD.METHOD = "gkd"
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
 
-    # Of gkd: weights of its four losses; at 0.0 a loss is not computed. The defaults, without the attention loss,
-    # are those that taught both kinds of detector on toy scenes: docs/results.md. tools/suggest_weights.py measures how
-    # hard they pull with yours.
+    # Of gkd: weights of its losses; at 0.0 a loss is not computed. The defaults come from studies of toy scenes, see
+    # docs/results.md; that of the maps was set anew for GKD.MAP_REGION boxes. tools/suggest_weights.py measures each
+    # loss's gradient relative to the detection loss with your detector and data.
     cfg.GKD.LOSS_WEIGHTS = CfgNode()
     cfg.GKD.LOSS_WEIGHTS.GRADIENT = 2e-3
     cfg.GKD.LOSS_WEIGHTS.BOX = 1e-2
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = 0.0
     cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
+    # Of gkd: weight of the relation loss, which is that of fgd: imitation of all cells, to each of which a block that
+    # trains with the student adds what the whole image holds. It is a sum over cells, unlike the loss of the image. The
+    # authors' code has 5e-6 for one-stage and 5e-7 for two-stage detectors; at 0.0 there are no such blocks.
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 0.0
     # Of gkd: temperature of the attention softmax, > 0.
     cfg.GKD.TEMPERATURE = 0.5
     # Of gkd: what weighs channels and cells in the imitation: gradient, attention, attention_gradient (attention times
@@ -67,7 +71,7 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Of gkd: what makes the gradient maps non-negative: abs or relu.
     cfg.GKD.RECTIFIER = "abs"
     # Of gkd: where the gradient maps are compared: boxes (in and about the objects, as the authors do) or image (all
-    # cells alike). The weight of the loss means something else for either.
+    # cells alike). The two need different weights: see "Defaults" in docs/results.md.
     cfg.GKD.MAP_REGION = "boxes"
     # Of gkd: what the gradients make of a cell, in the maps and in the weightings by gradients: channel (the paper's
     # map: the mean gradient of each channel), element (the gradient of each element), norm (the size of the teacher's
@@ -98,11 +102,12 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.FGFI.LEVELS = "together"
 
     cfg.GKD.FGD = CfgNode()
-    # Of fgd: weights of its three losses, alpha, beta and gamma of the paper. The values are those of the public code
-    # for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4 and 5e-4.
+    # Of fgd: weights of its four losses, alpha, beta, gamma and lambda of the paper. The values are those of the public
+    # code for Faster R-CNN; for RetinaNet it has 1e-3, 5e-4, 5e-4 and 5e-6.
     cfg.GKD.FGD.FOREGROUND_WEIGHT = 5e-5
     cfg.GKD.FGD.BACKGROUND_WEIGHT = 2.5e-5
     cfg.GKD.FGD.ATTENTION_WEIGHT = 5e-5
+    cfg.GKD.FGD.RELATION_WEIGHT = 5e-7
     # Of fgd: temperature of the attention softmax, > 0, as in the public code.
     cfg.GKD.FGD.TEMPERATURE = 0.5
 

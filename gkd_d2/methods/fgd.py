@@ -1,4 +1,4 @@
-"""fgd: foreground and background apart, weighed by the teacher's attention."""
+"""fgd: foreground and background apart, weighed by the teacher's attention, and each cell's relation to all others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from gkd_d2.losses.reference import boxes_on_grid, channel_attention, spatial_attention
 from gkd_d2.methods.method import METHOD_REGISTRY, LevelwiseMethod, Term
+from gkd_d2.methods.relation import RelationLoss
+
+RELATION = "loss_fgd_relation"
 
 
 class FGD(LevelwiseMethod):
-    """The focal part of FGD. With the masks Mf and Mb of :func:`focal_masks` and the attentions
+    """Focal and global distillation. With the masks Mf and Mb of :func:`focal_masks` and the attentions
 
         Ac(F) = C   * softmax over c   of ( mean over h,w of abs(F) / tau )
         As(F) = H*W * softmax over h,w of ( mean over c   of abs(F) / tau )
@@ -24,21 +27,24 @@ class FGD(LevelwiseMethod):
         loss_fgd_background = w * sum over levels of 1/N * sum over n,h,w of Mb * D
         loss_fgd_attention  = w * sum over levels of 1/N * (  sum over n,c   of |Ac(S) - Ac(T)|
                                                             + sum over n,h,w of |As(S) - As(T)| )
+        loss_fgd_relation   = w * sum over levels of the loss of RelationLoss
 
-    The weights w are the paper's alpha, beta and gamma.
+    The weights w are the paper's alpha, beta, gamma and lambda. The last loss is the paper's global part, whose blocks
+    train with the student: :class:`gkd_d2.methods.relation.RelationLoss`. It starts as plain imitation of all cells.
 
     Source: "Focal and Global Knowledge Distillation for Detectors", arXiv 2111.11837; weights and the mean over the
     batch as in its public code.
 
-    What differs: the global part, a GcBlock for each network with convolutions that are trained along, is left out. A
-    box is rounded outwards to the cells it touches and scaled by the padded size of the batch; the public code adds a
-    row and a column of cells and scales by the unpadded size.
+    What differs: a box is rounded outwards to the cells it touches and scaled by the padded size of the batch; the
+    public code adds a row and a column of cells and scales by the unpadded size. Where channels differ, the distiller's
+    convolution has no bias; the public code's has one.
 
     Args:
         foreground: weight of ``loss_fgd_foreground``.
         background: weight of ``loss_fgd_background``.
         attention: weight of ``loss_fgd_attention``.
         temperature: tau of the attention, > 0.
+        relation: weight of ``loss_fgd_relation``.
 
     Raises:
         ValueError: an option is out of range.
@@ -50,6 +56,7 @@ class FGD(LevelwiseMethod):
         background: float = 2.5e-5,
         attention: float = 5e-5,
         temperature: float = 0.5,
+        relation: float = 5e-7,
     ):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"GKD.FGD.TEMPERATURE is {temperature}, but must be a finite number > 0")
@@ -58,9 +65,15 @@ class FGD(LevelwiseMethod):
                 "loss_fgd_foreground": Term("foreground", foreground, "GKD.FGD.FOREGROUND_WEIGHT"),
                 "loss_fgd_background": Term("background", background, "GKD.FGD.BACKGROUND_WEIGHT"),
                 "loss_fgd_attention": Term("attention", attention, "GKD.FGD.ATTENTION_WEIGHT"),
+                RELATION: Term("relation", relation, "GKD.FGD.RELATION_WEIGHT"),
             }
         )
         self.temperature = temperature
+        self.relation = RelationLoss({})
+
+    def build_parameters(self, channels):
+        if RELATION in self.active():
+            self.relation = RelationLoss(channels)
 
     def level_losses(self, level):
         s, t = level.student, level.teacher
@@ -71,11 +84,14 @@ class FGD(LevelwiseMethod):
         size = tuple(s.shape[2:])
         foreground, background = focal_masks(level.boxes, level.image_size, size, device=s.device, dtype=s.dtype)
         difference = (channels_s - channels_t).abs().sum() + (cells_s - cells_t).abs().sum()
-        return {
+        losses = {
             "loss_fgd_foreground": (foreground * distance).sum() / n,
             "loss_fgd_background": (background * distance).sum() / n,
             "loss_fgd_attention": difference / n,
         }
+        if RELATION in self.active():
+            losses[RELATION] = self.relation(level)
+        return losses
 
 
 def focal_masks(
@@ -123,4 +139,10 @@ def _foreground(boxes: Tensor, image_size: tuple[int, int], feature_size: tuple[
 def fgd(cfg: CfgNode) -> FGD:
     """The options stand in GKD.FGD."""
     node = cfg.GKD.FGD
-    return FGD(node.FOREGROUND_WEIGHT, node.BACKGROUND_WEIGHT, node.ATTENTION_WEIGHT, node.TEMPERATURE)
+    return FGD(
+        foreground=node.FOREGROUND_WEIGHT,
+        background=node.BACKGROUND_WEIGHT,
+        attention=node.ATTENTION_WEIGHT,
+        temperature=node.TEMPERATURE,
+        relation=node.RELATION_WEIGHT,
+    )

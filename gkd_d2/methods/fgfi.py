@@ -53,7 +53,7 @@ class FGFI(Method):
         self.threshold = threshold
         self.together = together
 
-    def __call__(self, levels, factor=1.0):
+    def forward(self, levels, factor=1.0):
         # The masks of all distilled levels, of which the call may be given only some.
         masks = near_object_masks(levels[0].boxes, levels[0].anchors, self.threshold, together=self.together)
         cells = torch.stack([mask.sum() for mask in masks])

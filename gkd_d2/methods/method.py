@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.utils.registries import not_registered
@@ -39,6 +39,7 @@ class Level:
         anchors: the student's own at all distilled levels, one tensor H,W,A,4 a level, xyxy in pixels of the padded
             batch: A anchors in each cell. None where the method does not need them.
         index: of this level among the distilled ones, as in ``anchors``.
+        name: of this level, the student's, as in :meth:`Method.build_parameters`.
     """
 
     student: Tensor
@@ -49,6 +50,7 @@ class Level:
     teacher_grad: Tensor | None = None
     anchors: Sequence[Tensor] | None = None
     index: int = 0
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,14 @@ class Term:
             raise ValueError(f"{self.key} is {self.weight}, but must be a finite number >= 0")
 
 
-class Method(ABC):
-    """The losses by which a student imitates its teacher.
+class Method(nn.Module):
+    """The losses by which a student imitates its teacher: a class of it implements :meth:`forward`.
 
-    It has no parameters. Each loss is a sum over levels: a call with some of the levels gives their part of it, which
-    is how the watch over the losses measures them level by level.
+    Each loss is a sum over levels: a call with some of the levels gives their part of it, which is how the watch over
+    the losses measures them level by level.
+
+    It may have parameters, see :meth:`build_parameters`, which train with the student. A distiller's checkpoints hold
+    them as ``method.*``, and an exported student does not.
 
     Args:
         terms: key in the model's loss dictionary, which begins with "loss_" -> the loss.
@@ -95,6 +100,7 @@ class Method(ABC):
 
     Raises:
         ValueError: a key does not begin with "loss_", or two losses have one name.
+        TypeError: the class has neither forward nor __call__ of its own.
     """
 
     needs_student_grad: bool = False
@@ -104,6 +110,9 @@ class Method(ABC):
     rectifier: str = "abs"
 
     def __init__(self, terms: dict[str, Term]):
+        super().__init__()
+        if type(self).forward is Method.forward and type(self).__call__ is nn.Module.__call__:
+            raise TypeError(f"{type(self).__name__} computes no losses: give it a method forward(self, levels, factor)")
         wrong = [key for key in terms if not key.startswith("loss_")]
         if wrong:
             raise ValueError(f"{type(self).__name__} calls a loss {wrong[0]!r}, but its key must begin with 'loss_'")
@@ -128,8 +137,19 @@ class Method(ABC):
         """
         return "PyTorch"
 
-    @abstractmethod
-    def __call__(self, levels: Sequence[Level], factor: float = 1.0) -> dict[str, Tensor]:
+    def build_parameters(self, channels: Mapping[str, int]) -> None:
+        """Build the parameters, if there are any. The distiller calls it once, before the first :meth:`forward`.
+
+        It draws from a random stream of its own, so that all other weights and the data stay as they are without it.
+        DistributedDataParallel requires every parameter to take part in the losses of every batch: build none for a
+        loss of weight 0. Where no loss has a weight above 0, it is not called.
+
+        Args:
+            channels: the student's name of each distilled level, as :attr:`Level.name` -> the channels that both
+                features have there, the teacher's.
+        """
+
+    def forward(self, levels: Sequence[Level], factor: float = 1.0) -> dict[str, Tensor]:
         """The losses of some levels.
 
         Args:
@@ -139,9 +159,10 @@ class Method(ABC):
         Returns:
             Key of the loss -> scalar, weighted, for all of :meth:`active` at least.
         """
+        raise NotImplementedError
 
 
-class LevelwiseMethod(Method):
+class LevelwiseMethod(Method, ABC):
     """A method that says what its losses are at one level; weights and the sum over levels are added here.
 
     Features and gradients come in float32, in float64 where the student's features are float64.
@@ -149,15 +170,15 @@ class LevelwiseMethod(Method):
 
     @abstractmethod
     def level_losses(self, level: Level) -> dict[str, Tensor]:
-        """Key of the loss -> scalar without its weight, for all of :attr:`terms`."""
+        """Key of the loss -> scalar without its weight; those of weight 0 may be left out."""
 
-    def __call__(self, levels, factor=1.0):
+    def forward(self, levels, factor=1.0):
         found = [self._checked_losses(level) for level in levels]
         return {key: factor * self.terms[key].weight * sum(losses[key] for losses in found) for key in self.active()}
 
     def _checked_losses(self, level: Level) -> dict[str, Tensor]:
         losses = self.level_losses(widened(level))
-        if losses.keys() != self.terms.keys():
+        if not self.active().keys() <= losses.keys() <= self.terms.keys():
             raise ValueError(
                 f"level_losses of {type(self).__name__} returned {', '.join(losses)}, but its terms are "
                 f"{', '.join(self.terms)}"

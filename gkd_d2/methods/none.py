@@ -13,7 +13,7 @@ class Nothing(Method):
     def __init__(self):
         super().__init__({})
 
-    def __call__(self, levels, factor=1.0):
+    def forward(self, levels, factor=1.0):
         return {}
 
 

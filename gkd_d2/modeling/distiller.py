@@ -39,7 +39,8 @@ class GKDDistiller(nn.Module):
 
     In training it returns the student's loss dictionary with those of a method of distillation added; otherwise it is
     the student. Its state_dict is the student's own, under the student's own names, plus the align convolutions under
-    ``align.``: a checkpoint of it loads into the plain student, and one of the plain student into it.
+    ``align.`` and the method's parameters under ``method.``: a checkpoint of it loads into the plain student, and one
+    of the plain student into it.
 
     Attributes:
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
@@ -70,11 +71,11 @@ class GKDDistiller(nn.Module):
             teacher: built and loaded.
             student_features: names of the student's levels to distil.
             teacher_features: the teacher's names of the same levels.
-            method: the losses by which the student imitates the teacher.
+            method: the losses by which the student imitates the teacher; its parameters are built here.
             warmup_iters: over so many iterations their weights grow linearly to their values.
             one_pass: whether one backward pass through the student's heads serves the distillation and the training
                 step, which must then give all detection losses one common weight.
-            seed: of the random stream that initialises the align convolutions.
+            seed: of the random stream that initialises the align convolutions and the method's parameters.
             announce: called once, at the first training step, to say what is distilled.
             trainer_keys: what the config asks of the trainer; checked in each training forward.
 
@@ -90,7 +91,6 @@ class GKDDistiller(nn.Module):
         self.student = student
         self.student_features = student_features
         self.teacher_features = teacher_features
-        self.method = method
         self.warmup_iters = warmup_iters
         self.gradient_scale = 1.0
         self.listeners: list[Listener] | None = None
@@ -100,8 +100,13 @@ class GKDDistiller(nn.Module):
         if method.needs_anchors:
             # A level without any is refused here, before the first step.
             self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
+        # Where no loss would train them, nothing is built.
+        channels = self._channels() if method else {}
         with separate_random_stream(torch.device("cpu"), seed):
-            self.align = self._build_align()
+            self.align = AlignConvs(channels)
+            if method:
+                method.build_parameters({name: wanted for name, (_, wanted) in channels.items()})
+        self.method = method
         name_as_student(self)
 
     @classmethod
@@ -267,6 +272,7 @@ class GKDDistiller(nn.Module):
                 teacher_grad=teacher_grad and teacher_grad[index],
                 anchors=seen.anchors,
                 index=level,
+                name=names[index],
             )
             for index, level in enumerate(levels)
         ]
@@ -282,11 +288,12 @@ class GKDDistiller(nn.Module):
         """Refuse networks that hold infinite or NaN values before they are trained.
 
         Raises:
-            ValueError: the teacher, the student or an align convolution does.
+            ValueError: the teacher, the student, an align convolution or the method does.
         """
         check_finite(self.teacher, "the teacher's", "GKD.TEACHER.WEIGHTS")
         check_finite(self.student, "the student's")
         check_finite(self.align, "the align convolutions'")
+        check_finite(self.method, "the method's")
 
     def teacher_is_finite(self, batched_inputs: list[dict]) -> bool:
         """Whether the teacher's features of a training batch are, and their gradients where the method needs them."""
@@ -327,13 +334,11 @@ class GKDDistiller(nn.Module):
             for listener in listeners:
                 listener(self, seen)
 
-    def _build_align(self) -> AlignConvs:
-        """One convolution for every level whose channels differ; none where no loss would train it."""
-        if not self.method:
-            return AlignConvs({})
+    def _channels(self) -> dict[str, tuple[int, int]]:
+        """The student's name of each distilled level -> channels of the student and of the teacher."""
         ours, theirs = self._split.output_shape(), self._teacher.split.output_shape()
         pairs = zip(self.student_features, self.teacher_features)
-        return AlignConvs({name: (ours[name].channels, theirs[other].channels) for name, other in pairs})
+        return {name: (ours[name].channels, theirs[other].channels) for name, other in pairs}
 
     def _anchors(self, student: list[Tensor]) -> list[Tensor]:
         """The student's own, at the distilled levels."""

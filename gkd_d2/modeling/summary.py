@@ -67,7 +67,9 @@ def _method(cfg: CfgNode, method: Method) -> str:
     weights = ", ".join(f"{term.name} {term.weight:g}" for term in method.terms.values() if term.weight > 0)
     off = ", ".join(term.name for term in method.terms.values() if term.weight == 0)
     ramp = f"; weights ramp up over {counted(cfg.GKD.WARMUP_ITERS, 'iteration')}" if cfg.GKD.WARMUP_ITERS else ""
-    return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{ramp}"
+    parameters = sum(parameter.numel() for parameter in method.parameters())
+    own = f"; trains {counted(parameters, 'parameter')} of its own" if parameters else ""
+    return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{ramp}{own}"
 
 
 def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, training_batch, watched
 from gkd_d2.analysis.gradient_ratios import Ratio, measure_ratios, suggest_weights, unit_weights
 from gkd_d2.utils.random_streams import mix_seed, seed_everything
 
-TERMS = ("gradient", "box", "attention", "image")
+TERMS = ("gradient", "box", "attention", "image", "relation")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -27,7 +27,7 @@ def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
     weights = {name: value.clone() for name, value in before.named_parameters()}
     ratios = measure_ratios(before, batches, seed=4)
     assert all(torch.equal(value, weights[name]) for name, value in before.named_parameters())
-    wanted = {"gradient": 1.0, "box": 0.5, "attention": 0.1, "image": 0.25}
+    wanted = {"gradient": 1.0, "box": 0.5, "attention": 0.1, "image": 0.25, "relation": 0.75}
     proposed = suggest_weights(ratios, wanted)
 
     cfg.GKD.WARMUP_ITERS = 0

@@ -1,4 +1,4 @@
-"""The method of docs/own_method.md, as it stands there, chosen by the config that stands there."""
+"""The methods of docs/own_method.md, as they stand there, chosen by the config that stands there."""
 
 import sys
 
@@ -11,7 +11,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
 from levels import random_level
-from tiny import ARCHITECTURES, training_batch, watched
+from tiny import ARCHITECTURES, train, training_batch, watched
 
 from gkd_d2.analysis.gradient_ratios import unit_weights
 from gkd_d2.analysis.runs import Run
@@ -20,32 +20,35 @@ from gkd_d2.losses import box_context_mask
 from gkd_d2.methods import METHOD_REGISTRY, build_method
 
 MODULE = "cosine_method"
+OTHER = "regression_method"
 
 
 @pytest.fixture
 def student(project, distiller_config, tmp_path, monkeypatch):
-    """A function that writes the document's module and a student's config with its keys, and returns the file."""
+    """A function that writes the document's modules and a student's config with its keys, and returns the file."""
     monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    code, config = fenced_blocks(project / "docs" / "own_method.md")
-    assert (code.language, config.language) == ("python", "yaml")
-    (tmp_path / f"{MODULE}.py").write_text(code.text)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    code, config, other = fenced_blocks(project / "docs" / "own_method.md")
+    assert (code.language, config.language, other.language) == ("python", "yaml", "python")
+    for name, block in ((MODULE, code), (OTHER, other)):
+        (tmp_path / f"{name}.py").write_text(block.text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
-    def write(kind="retinanet"):
+    def write(kind="retinanet", **gkd):
         keys = yaml.safe_load(distiller_config(kind, channels=8).dump())
-        keys["GKD"] |= yaml.safe_load(config.text)["GKD"]
+        keys["GKD"] |= yaml.safe_load(config.text)["GKD"] | gkd
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
         return str(tmp_path / "config.yaml")
 
     yield write
-    sys.modules.pop(MODULE, None)
+    for name in (MODULE, OTHER):
+        sys.modules.pop(name, None)
 
 
 def test_it_is_as_short_as_promised(project):
-    code = fenced_blocks(project / "docs" / "own_method.md")[0]
-    assert sum(bool(line.strip()) for line in code.text.splitlines()) <= 30
+    code, _, other = fenced_blocks(project / "docs" / "own_method.md")
+    assert all(sum(bool(line.strip()) for line in block.text.splitlines()) <= 30 for block in (code, other))
 
 
 def test_its_losses_equal_an_independent_computation(student):
@@ -81,6 +84,21 @@ def test_it_trains(kind, student):
         assert 0 < history[-1][key] < 0.8 * history[0][key], key
     scalars = measurement.report.scalars()
     assert scalars["gkd_ratio/cosine"] > 0 and scalars["gkd_ratio/cosine_objects/p3"] > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_its_parameters_train(kind, student):
+    """Of the second method: the same names and random values as in another build, and all of them move."""
+    options = {"IMPORTS": [OTHER], "METHOD": "regression", "METHOD_OPTIONS": {"WEIGHT": 0.5}}
+    cfg = read_config(student(kind, **options), ["SOLVER.BASE_LR", "0.02"])
+    distiller, before = build_model(cfg), build_model(cfg).method.state_dict()
+    assert before.keys() == {f"layers.{level}.{p}" for level in distiller.student_features for p in ("weight", "bias")}
+    assert all(torch.equal(value, before[name]) for name, value in distiller.method.state_dict().items())
+    history = train(distiller, cfg, training_batch(((90, 120), (96, 100), (64, 64))), 20)
+    assert 0 < history[-1]["loss_regression"] < 0.8 * history[0]["loss_regression"]
+    saved = {name: value for name, value in distiller.state_dict().items() if name.startswith("method.")}
+    assert saved.keys() == {f"method.{name}" for name in before}
+    assert not any(torch.equal(value, saved[f"method.{name}"]) for name, value in before.items())
 
 
 def test_tools_read_its_config(student, tmp_path):

@@ -18,9 +18,13 @@ WEIGHTS = {
     "image_only": (0.0, 0.0, 0.0, 1e-3),
     "none": (0.0, 0.0, 0.0, 0.0),
 }
+# With parameters of the method's own.
+RELATION = {"relation_only": (0.0, 0.0, 0.0, 0.0, 1e-5), "all_and_relation": (0.5, 1e-3, 5e-4, 1e-3, 1e-5)}
 # With fewer channels than the teacher's 16 there are align convolutions.
 CASES = [
-    f"{kind}-{channels}-{weights}" for kind, channels, weights in itertools.product(ARCHITECTURES, (16, 8), WEIGHTS)
+    f"{kind}-{channels}-{weights}"
+    for kind in ARCHITECTURES
+    for channels, weights in (*itertools.product((16, 8), WEIGHTS), (8, "relation_only"), (16, "all_and_relation"))
 ]
 
 
@@ -51,7 +55,7 @@ def cases(batch, tmp_path_factory, make_distiller_config):
         kind, channels, weights = case.split("-")
         folder = tmp_path_factory.mktemp(case)
         cfg = make_distiller_config(folder, kind, channels=int(channels), change=comparable)
-        for key, value in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE"), WEIGHTS[weights]):
+        for key, value in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION"), {**WEIGHTS, **RELATION}[weights]):
             cfg.GKD.LOSS_WEIGHTS[key] = value
         # RetinaNet divides its own losses by a moving average of the process's positive anchors; the distillation
         # losses do not depend on that factor.
@@ -70,6 +74,7 @@ def test_two_processes_equal_one(case, cases, batch, monkeypatch):
     cfg, terms = configs[case]
     expected = gradients(build(cfg), batch, terms, steps=1)
     assert found[0].keys() == expected.keys()
+    assert any(name.startswith("method.") for name in expected) == ("relation" in case)
     assert any("align" in name for name in expected) == (case.split("-")[1] == "8" and not case.endswith("none"))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[1][name], found[0][name], rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """What a run's seed is, and what a resume takes over and notices."""
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from tiny import ARCHITECTURES
 
 from gkd_d2.config import config_differences, detector_config
 from gkd_d2.engine.resume import ResumeError, settle_seed
@@ -86,6 +88,37 @@ def test_a_resume_takes_over_the_averages_and_says_what_changed(training, caplog
         "['toy_kitti_train', 'toy_kitti_val'], GKD.LOSS_WEIGHTS.BOX was 0.001 and is 0.5, SEED was 7 and is 8, "
         "SOLVER.IMS_PER_BATCH was 1 and is 2, number of images was 6 and is 7"
     )
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_method_with_parameters_resumes_bit_for_bit(kind, training, tmp_path):
+    """With their momentum: those of the relation loss of fgd, at the middle of a run."""
+    cfg = training(kind, iterations=4)
+    cfg.merge_from_list(["GKD.METHOD", "fgd", "GKD.FGD.RELATION_WEIGHT", 1e-5, "SOLVER.CHECKPOINT_PERIOD", 2])
+    final = tmp_path / "output" / "model_final.pth"
+    Trainer(cfg).train()
+    whole = torch.load(final)
+    final.unlink()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
+    again = resume(cfg)
+    assert again.start_iter == 2
+    middle = {name: value.clone() for name, value in again.model.state_dict().items()}
+    again.train()
+    resumed = torch.load(final)
+    assert resumed["model"].keys() == whole["model"].keys()
+    assert all(torch.equal(value, whole["model"][name]) for name, value in resumed["model"].items())
+    moved = {name for name, value in resumed["model"].items() if not torch.equal(value, middle[name])}
+    for level, network in itertools.product(("p3", "p4"), ("student", "teacher")):
+        assert {f"method.relation.{level}.{network}.expand.{part}" for part in ("weight", "bias")} <= moved
+    names, optimizers = zip(*((o["parameters"], o["optimizer"]["state"]) for o in map(train_step, (resumed, whole))))
+    assert names[0] == names[1] and len(optimizers[0]) == len(optimizers[1]) == len(names[0])
+    for number, name in enumerate(names[0]):
+        ours, theirs = (state[number]["momentum_buffer"] for state in optimizers)
+        assert torch.equal(ours, theirs), name
+
+
+def train_step(checkpoint):
+    return checkpoint["trainer"]["_trainer"]
 
 
 def test_a_resume_from_another_folder_has_the_same_teacher(training, caplog, tmp_path, monkeypatch):
@@ -250,6 +283,10 @@ FROZEN = ["MODEL.BACKBONE.FREEZE_AT", 2]
 CHANGES = {
     "another stage frozen": (FROZEN, "MODEL.BACKBONE.FREEZE_AT was 0 and is 2"),
     "other shapes": (["MODEL.FPN.OUT_CHANNELS", 8], "MODEL.FPN.OUT_CHANNELS was 16 and is 8"),
+    "blocks of the relation loss": (
+        ["GKD.LOSS_WEIGHTS.RELATION", 5e-6],
+        "GKD.LOSS_WEIGHTS.RELATION was 0.0 and is 5e-06",
+    ),
     "a level with an align convolution": (["GKD.FEATURES", ["p3"]], "GKD.FEATURES was ['p3', 'p4'] and is ['p3']"),
 }
 

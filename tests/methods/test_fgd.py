@@ -48,7 +48,7 @@ def test_numbers_by_hand():
     """The teacher is 0, so that its attention is 1 everywhere, and the student's softmax gives 1/10 to 4/10."""
     student = [[0.5 * log(1), 0.5 * log(2)], [0.5 * log(3), 0.5 * log(4)]]
     level = plain_level(student, [[0, 0], [0, 0]], boxes=[torch.tensor([[8.0, 0, 16, 8]])])
-    losses = FGD(foreground=2.0, background=3.0, attention=5.0, temperature=0.5)([level])
+    losses = FGD(foreground=2.0, background=3.0, attention=5.0, temperature=0.5, relation=0.0)([level])
     # The object is the second cell, each of the other three weighs 1/3.
     assert losses["loss_fgd_foreground"].item() == pytest.approx(2 * 0.25 * log(2) ** 2)
     assert losses["loss_fgd_background"].item() == pytest.approx(3 * 0.25 * (log(3) ** 2 + log(4) ** 2) / 3)
@@ -96,5 +96,5 @@ def test_independent_computation(size):
             squares = sum(channels_t[k] * (s[k, j, i] - t[k, j, i]).item() ** 2 for k in range(c))
             name = "loss_fgd_foreground" if weight else "loss_fgd_background"
             expected[name] += (weight or 1 / outside) * cells_t[cell] * squares / n
-    losses = FGD(1.0, 1.0, 1.0, temperature)([level])
+    losses = FGD(1.0, 1.0, 1.0, temperature, relation=0.0)([level])
     assert {key: loss.item() for key, loss in losses.items()} == pytest.approx(expected)

@@ -7,13 +7,25 @@ import operator
 import pytest
 import torch
 from detectron2.config import get_cfg
-from levels import random_level, random_pyramid
+from levels import built, random_level, random_pyramid
 
 from gkd_d2 import add_gkd_config
 from gkd_d2.losses import LossWeights, distillation_losses
-from gkd_d2.methods import FGD, FGFI, GKD, METHOD_REGISTRY, PKD, FitNet, LevelwiseMethod, Nothing, Term, build_method
+from gkd_d2.methods import (
+    FGD,
+    FGFI,
+    GKD,
+    METHOD_REGISTRY,
+    PKD,
+    FitNet,
+    LevelwiseMethod,
+    Method,
+    Nothing,
+    Term,
+    build_method,
+)
 
-METHODS = (GKD(implementation="reference"), FitNet(), FGFI(), FGFI(levels="separate"), FGD(), PKD())
+METHODS = (GKD(relation=1e-3, implementation="reference"), FitNet(), FGFI(), FGFI(levels="separate"), FGD(), PKD())
 
 
 def named(methods):
@@ -45,6 +57,21 @@ def test_weights_and_levels_are_added_up():
     assert Moments(first=0.5)(levels[1:], factor=0.25) == {"loss_first": -0.125, "loss_second": 0.25}
 
 
+class Called(Method):
+    """Has __call__ where others have forward."""
+
+    def __init__(self):
+        super().__init__({"loss_called": Term("called", 1.0, "GKD.CALLED")})
+
+    def __call__(self, levels, factor=1.0):
+        return {"loss_called": factor * sum(level.student.sum() for level in levels)}
+
+
+def test_a_class_may_define_its_call():
+    level = random_level()
+    assert Called()([level, level], 0.25)["loss_called"].item() == pytest.approx(0.5 * level.student.sum().item())
+
+
 def test_a_weight_of_0_leaves_a_loss_out():
     method = Moments(first=0.0)
     assert method
@@ -57,7 +84,7 @@ def test_a_weight_of_0_leaves_a_loss_out():
 @named(METHODS)
 def test_the_losses_of_a_batch_are_those_of_its_levels(method):
     levels = random_pyramid((11, 19), (6, 10), (1, 1))
-    whole = method(levels, factor=0.5)
+    whole = built(method, *levels)(levels, factor=0.5)
     assert whole.keys() == method.active().keys() == method.terms.keys()
     for key, value in whole.items():
         parts = [method([level], factor=0.5)[key] for level in levels]
@@ -70,6 +97,7 @@ def test_the_losses_of_a_batch_are_those_of_its_levels(method):
 def test_gradients_are_right(method):
     # The gradients of features are constants, so gradcheck must not see them change.
     level = random_level((3, 5), channels=2)
+    built(method, level)
     for key in method.terms:
         losses = functools.partial(lambda key, s: method([dataclasses.replace(level, student=s)], 1e3)[key], key)
         assert torch.autograd.gradcheck(losses, level.student), key
@@ -80,7 +108,7 @@ def test_nothing_but_the_student_receives_a_gradient(method):
     level = random_level()
     for tensor in (level.teacher, level.student_grad, level.teacher_grad):
         tensor.requires_grad_()
-    sum(method([level]).values()).backward()
+    sum(built(method, level)([level]).values()).backward()
     assert level.student.grad.abs().max() > 0
     assert level.teacher.grad is level.student_grad.grad is level.teacher_grad.grad is None
 
@@ -90,7 +118,7 @@ def test_images_without_boxes(method):
     """Losses of the objects are 0, with gradients of 0."""
     level = dataclasses.replace(random_level(), boxes=[torch.zeros(0, 4, dtype=torch.float64)] * 3)
     objects = {"loss_bmfi_box", "loss_fgfi", "loss_fgd_foreground"}
-    for key, loss in method([level]).items():
+    for key, loss in built(method, level)([level]).items():
         (gradient,) = torch.autograd.grad(loss, level.student, retain_graph=True)
         assert (loss == 0) == (gradient == 0).all() == (key in objects), key
 
@@ -102,7 +130,7 @@ def test_half_precision_is_accumulated_in_float32(method):
         level, **{name: getattr(level, name).detach().half() for name in ("student", "teacher", "student_grad")}
     )
     half = dataclasses.replace(half, teacher_grad=level.teacher_grad.half())
-    for key, loss in method([half]).items():
+    for key, loss in built(method, level)([half]).items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, method([level])[key].detach(), rtol=5e-3, atol=0)
 
@@ -197,6 +225,8 @@ def test_bad_methods(cfg, monkeypatch):
         Moments(names=("one", "one"))
     with pytest.raises(ValueError, match="Moments returned loss_first, loss_second, but its terms are loss_f"):
         Moments(keys=("loss_first", "loss_other"))([random_level()])
+    with pytest.raises(TypeError, match="Method computes no losses: give it a method forward"):
+        Method({})
     monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
 
     @METHOD_REGISTRY.register()

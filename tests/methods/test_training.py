@@ -13,7 +13,7 @@ from gkd_d2.modeling.split import registry
 
 METHODS = ("fitnet", "fgfi", "fgd", "pkd")
 # At which each loss of a tiny detector falls, in the order of the method's terms.
-WEIGHTS = {"fitnet": [0.2], "fgfi": [0.02], "fgd": [5e-4, 5e-4, 5e-4], "pkd": [2.0]}
+WEIGHTS = {"fitnet": [0.2], "fgfi": [0.02], "fgd": [5e-4, 5e-4, 5e-4, 1e-5], "pkd": [2.0]}
 
 
 def weighted(cfg, name):

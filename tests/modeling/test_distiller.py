@@ -220,25 +220,29 @@ def test_teacher_is_untouched_by_training(distiller_config):
     assert teacher.head.training
 
 
-def test_state_dict_is_the_students_and_loads_both_ways(distiller_config):
+@pytest.mark.parametrize("relation", [0.0, 1e-5])
+def test_state_dict_is_the_students_and_loads_both_ways(relation, distiller_config):
     cfg = distiller_config("faster", channels=8)
+    cfg.GKD.LOSS_WEIGHTS.RELATION = relation
     distiller = build_model(cfg)
     alone = build_model(detector_config(cfg))
     state = distiller.state_dict()
     align = {f"align.{level}.weight" for level in ("p2", "p3", "p4", "p5")}
-    assert set(state) == set(alone.state_dict()) | align
+    beside = align | {f"method.{name}" for name in distiller.method.state_dict()}
+    assert (beside == align) == (relation == 0)
+    assert set(state) == set(alone.state_dict()) | beside
     assert not any(
         parameter is other for parameter in distiller.parameters() for other in teacher_parameters(distiller)
     )
 
     result = distiller.load_state_dict(alone.state_dict(), strict=False)
-    assert set(result.missing_keys) == align
+    assert set(result.missing_keys) == beside
     assert not result.unexpected_keys
     assert all(torch.equal(distiller.state_dict()[name], value) for name, value in alone.state_dict().items())
 
     other = build_model(detector_config(cfg))
     result = other.load_state_dict(state, strict=False)
-    assert set(result.unexpected_keys) == align
+    assert set(result.unexpected_keys) == beside
     assert not result.missing_keys
     assert all(torch.equal(other.state_dict()[name], state[name]) for name in other.state_dict())
     # The versions of the modules are saved under the same names: FrozenBatchNorm2d converts by them.
@@ -255,11 +259,14 @@ def teacher_parameters(distiller):
     return list(distiller._teacher.model.parameters())
 
 
-def test_optimizer_holds_the_student_and_the_align_convolutions_only(distiller_config):
+def test_optimizer_holds_all_that_trains_and_nothing_of_the_teacher(distiller_config):
     cfg = distiller_config("faster", channels=8)
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5
     distiller = build_model(cfg)
     held = {id(p) for group in build_optimizer(cfg, distiller).param_groups for p in group["params"]}
-    assert held == {id(p) for p in [*distiller.student.parameters(), *distiller.align.parameters()]}
+    parts = distiller.student, distiller.align, distiller.method
+    assert held == {id(parameter) for part in parts for parameter in part.parameters()}
+    assert all(list(part.parameters()) for part in parts)
 
 
 def test_teacher_follows_to_another_dtype(distiller_config):
@@ -428,11 +435,14 @@ BUFFER = "backbone.bottom_up.stem.conv1.norm.running_var"
         ("student", "head.bbox_pred.weight", "the student's"),
         ("student", BUFFER, "the student's"),
         ("align", "p3.weight", "the align convolutions'"),
+        ("method", "relation.p3.teacher.norm.weight", "the method's"),
     ],
 )
 def test_networks_that_are_not_finite_are_refused_in_the_first_step(network, name, owner, value, distiller_config):
     """Built in code, or loaded by a checkpointer that takes any numbers. Some of them would train on."""
-    model = build_model(distiller_config("retinanet", channels=8)).train()
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5
+    model = build_model(cfg).train()
     getattr(model, network).state_dict()[name].view(-1)[0] = value
     with (
         EventStorage(),

@@ -15,6 +15,7 @@ TERMS = {
     "loss_bmfi_box": "box",
     "loss_bmfi_attention": "attention",
     "loss_bmfi_image": "image",
+    "loss_bmfi_relation": "relation",
 }
 
 
@@ -54,8 +55,11 @@ def test_the_report_equals_the_gradients_of_the_step(kind, channels, scale, dist
     """The step's own graph, loss by loss, back to the features that the student's backbone gave."""
     cfg = distiller_config(kind, channels=channels)
     cfg.GKD.FEATURES = ["p3", "p4", "p5"]
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5
     cfg.GKD.WARMUP_ITERS = 4
     distiller = build_model(cfg).train()
+    for parameter in distiller.method.parameters():
+        torch.nn.init.normal_(parameter)
     measurement = watched(distiller)
     distiller.gradient_scale = scale
     features = {}

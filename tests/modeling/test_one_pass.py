@@ -47,7 +47,7 @@ def in_both_ways(cfg, parts):
         ("faster", 16, ALL, []),
         ("faster", 8, ALL, []),
         ("faster", 16, (0.5, 0.0, 0.0, 0.0), ["p4"]),
-        ("retinanet", 8, ALL, []),
+        ("retinanet", 8, (*ALL, 1e-5), []),
         ("retinanet", 16, (0.0, 1e-3, 0.0, 0.0), ["p5", "p6"]),
         ("cascade", 8, (0.5, 0.0, 5e-4, 1e-3), []),
         ("mask", 16, ALL, []),
@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_two_passes(kind, channels, weights, l
     monkeypatch.setattr(proposal_utils, "batched_nms", nms)
     cfg = distiller_config(kind, channels=channels)
     cfg.GKD.FEATURES = levels
-    for key, weight in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE"), weights):
+    for key, weight in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION"), weights):
         cfg.GKD.LOSS_WEIGHTS[key] = weight
     batch = training_batch(((90, 120), (96, 100), (64, 64)), masks=kind == "mask")
     (ours, gradients), (expected, expected_gradients) = in_both_ways(cfg, [batch[:1], batch[1:]])

@@ -31,8 +31,8 @@ def test_five_lines(distiller_config, caplog):
     cfg.GKD.FEATURES = ["p3", "p4"]
     assert summary(cfg, caplog, steps=2) == [
         "Training a student GeneralizedRCNN with a teacher GeneralizedRCNN:",
-        "  method:  gkd, weights gradient 0.02, box 0.001, image 0.001 (off: attention); weights ramp up over 500 "
-        "iterations",
+        "  method:  gkd, weights gradient 0.02, box 0.001, image 0.001 (off: attention, relation); weights ramp up "
+        "over 500 iterations",
         "  levels:  p3 (8 to 16 channels, aligned), p4 (8 to 16 channels, aligned)",
         "  losses:  computed by the compiled extension, on cpu",
         "  heads:   not inherited from the teacher (GKD.STUDENT.INIT_FROM_TEACHER is False)",
@@ -46,6 +46,12 @@ def test_five_lines(distiller_config, caplog):
         (("GKD.IMPLEMENTATION", "reference"), 3, "PyTorch (GKD.IMPLEMENTATION is reference)"),
         (("GKD.METHOD", "fitnet"), 1, "fitnet, weights fitnet 1"),
         (("GKD.METHOD", "fitnet"), 3, "computed by PyTorch"),
+        # One channel becomes half of them, at least one: 16 + 8 * 17 + 16 + 16 * 9 parameters for each network.
+        (
+            ("GKD.METHOD", "fgd", "GKD.FEATURES", ["p3"]),
+            1,
+            "attention 5e-05, relation 5e-07; trains 624 parameters of its own",
+        ),
         (("GKD.METHOD", "none"), 1, "none, without a loss of a weight above 0: the student learns from the ground"),
         (("GKD.STUDENT.INIT_FROM_TEACHER", True), 4, "inherited from the teacher: proposal_generator, roi_heads.box"),
     ],

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from gkd_d2.analysis.runs import Run
+from gkd_d2.modeling.state_names import is_students
 from gkd_d2.utils import progress
 
 
@@ -33,7 +34,7 @@ def test_three_runs(demo, run_tool, tmp_path):
             metrics |= json.loads(line)
         state = torch.load(folder / "model_final.pth")["model"]
         buffers = ("running_mean", "running_var", "num_batches_tracked")
-        parameters = sum(v.numel() for k, v in state.items() if not k.endswith(buffers) and not k.startswith("align."))
+        parameters = sum(v.numel() for k, v in state.items() if not k.endswith(buffers) and is_students(k))
         assert found[""] == folder.name
         assert found["role"] == role
         assert found["AP"] == f"{metrics['bbox/AP']:.1f}"

@@ -56,9 +56,9 @@ def test_proposal_is_proportional_to_what_is_asked_for(suggest):
 def test_each_method_has_its_own_losses(suggest):
     output = suggest("--batches", 1, "--term", "background=1", "GKD.METHOD", "fgd")
     weights = proposed(output, "FGD")
-    assert list(weights) == ["FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT"]
+    assert list(weights) == ["FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT"]
     assert all(value > 0 for value in weights.values())
-    assert "For foreground 0.5, background 1, attention 0.5:" in output
+    assert "For foreground 0.5, background 1, attention 0.5, relation 0.5:" in output
 
 
 def test_a_loss_that_is_off_is_left_out(suggest):
@@ -72,8 +72,9 @@ def test_a_loss_that_is_off_is_left_out(suggest):
 
 def test_a_loss_that_is_off_is_measured_where_it_is_named(suggest):
     off = [f"GKD.LOSS_WEIGHTS.{name}" for name in ("GRADIENT", "BOX", "ATTENTION", "IMAGE")]
-    output = suggest("--batches", 1, "--term", "attention=0.1", *(argument for key in off for argument in (key, 0.0)))
-    assert list(proposed(output)) == ["ATTENTION"] and proposed(output)["ATTENTION"] > 0
+    named = ("--term", "attention=0.1", "--term", "relation=0.2")
+    output = suggest("--batches", 1, *named, *(argument for key in off for argument in (key, 0.0)))
+    assert list(proposed(output)) == ["ATTENTION", "RELATION"] and min(proposed(output).values()) > 0
     said = suggest("--batches", 1, *(argument for key in off for argument in (key, 0.0)), status=1)
     assert "all weights of GKD.METHOD gkd are 0: name losses by --term gradient=0.5" in said
 
@@ -89,7 +90,7 @@ def test_progress_is_shown(suggest, monkeypatch):
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "is no config of a GKDDistiller"),
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
         (["DATALOADER.NUM_WORKERS"], "the config key DATALOADER.NUM_WORKERS has no value: give pairs KEY VALUE"),
-        (["--term", "fgd=1"], "--term names fgd, but the method's losses are gradient, box, attention, image"),
+        (["--term", "fgd=1"], "--term names fgd, but the method's losses are gradient, box, attention, image, rel"),
         (["GKD.METHOD", "none"], "GKD.METHOD is none, which has no loss to weigh"),
     ],
 )

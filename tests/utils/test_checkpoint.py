@@ -77,8 +77,8 @@ def test_a_partial_checkpoint_is_refused_where_all_is_needed(tmp_path):
     del state["head.cls_score.bias"], state["head.bbox_pred.weight"]
     with pytest.raises(ValueError, match="leaves 2 .* unset: head.bbox_pred.weight, head.cls_score.bias"):
         CompleteCheckpointer(model).load(save(tmp_path / "part.pth", state))
-    # Extra tensors, such as a distiller's align convolutions, do no harm.
-    extra = model.state_dict() | {"align.p3.weight": torch.zeros(1)}
+    # Extra tensors, such as a distiller's align convolutions and what its method trains, do no harm.
+    extra = model.state_dict() | {"align.p3.weight": torch.zeros(1), "method.layer.bias": torch.zeros(1)}
     CompleteCheckpointer(model).load(save(tmp_path / "more.pth", extra))
 
 

@@ -13,7 +13,7 @@ WEIGHTS = {
     "gkd": LOSSES,
     "fitnet": ["GKD.FITNET.WEIGHT"],
     "fgfi": ["GKD.FGFI.WEIGHT"],
-    "fgd": ["GKD.FGD.FOREGROUND_WEIGHT", "GKD.FGD.BACKGROUND_WEIGHT", "GKD.FGD.ATTENTION_WEIGHT"],
+    "fgd": [f"GKD.FGD.{name}_WEIGHT" for name in ("FOREGROUND", "BACKGROUND", "ATTENTION", "RELATION")],
     "pkd": ["GKD.PKD.WEIGHT"],
 }
 PLACE = ("OUTPUT_DIR", "SEED", "GKD.TEACHER.WEIGHTS")
