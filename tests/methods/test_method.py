@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 from levels import built, random_level, random_pyramid
 
 from gkd_d2 import add_gkd_config
-from gkd_d2.losses import LossWeights, distillation_losses
+from gkd_d2.losses import LossOptions, LossWeights, distillation_losses
 from gkd_d2.methods import (
     FGD,
     FGFI,
@@ -164,7 +164,7 @@ def test_defaults_of_config_and_class_agree(name, cfg):
     cfg.GKD.METHOD = name
     method = build_method(cfg)
     # The weights of gkd without a config are those of its page of formulas; a config's were chosen by a study.
-    options = {"weights": LossWeights(0.02, 1e-2, 0.0, 1e-3)} if name == "gkd" else {}
+    options = {"weights": LossWeights(2e-3, 1e-2, 0.0, 1e-3)} if name == "gkd" else {}
     assert method.terms == type(method)(**options).terms
     for number, term in enumerate(method.terms.values(), start=1):
         *path, key = term.key.split(".")
@@ -174,6 +174,27 @@ def test_defaults_of_config_and_class_agree(name, cfg):
         node[key] = 0.25 * number
     changed = build_method(cfg)
     assert [term.weight for term in changed.terms.values()] == [0.25 * n for n in range(1, 1 + len(method.terms))]
+
+
+def test_the_options_of_gkd_come_from_the_config(cfg):
+    assert build_method(cfg).options == LossOptions(map_region="boxes")
+    assert not build_method(cfg).needs_cell_grads
+    values = {
+        "TEMPERATURE": 0.75,
+        "WEIGHTING": "attention_gradient",
+        "RECTIFIER": "relu",
+        "MAP_REGION": "image",
+        "IMPORTANCE": "norm",
+        "IMPORTANCE_FLOOR": 0.25,
+        "IMPORTANCE_CAP": 5.0,
+    }
+    cfg.merge_from_list([part for key, value in values.items() for part in (f"GKD.{key}", value)])
+    method = build_method(cfg)
+    assert method.options == LossOptions(**{key.lower(): value for key, value in values.items()})
+    assert method.needs_cell_grads
+    cfg.GKD.IMPLEMENTATION = "fused"
+    with pytest.raises(ValueError, match="but importance 'norm' is computed by 'reference' alone"):
+        build_method(cfg)
 
 
 def test_other_options_come_from_the_config(cfg):

@@ -57,6 +57,7 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
         [x["instances"].gt_boxes.tensor for x in batch],
         tuple(images.tensor.shape[2:]),
         weights=LossWeights(0.5, 1e-3, 5e-4, 1e-3),
+        map_region="boxes",
     )
     assert set(losses) == set(own) | set(NAMES)
     for name, value in {**own, **expected}.items():
@@ -97,11 +98,40 @@ def test_each_image_keeps_its_own_boxes(counts, distiller_config):
 def test_all_four_losses_fall_on_a_repeated_batch(kind, channels, distiller_config):
     cfg = distiller_config(kind, channels=channels)
     cfg.SOLVER.BASE_LR = 0.02
-    set_weights(cfg, 0.5, 1e-3, 5e-4, 1e-3)
+    set_weights(cfg, 0.02, 1e-3, 5e-4, 1e-3)
     distiller = build_model(cfg)
     history = train(distiller, cfg, training_batch(), 40)
     assert len(distiller.align) == (0 if channels == 16 else len(distiller.student_features))
     for name in NAMES:
+        first = sum(losses[name] for losses in history[:3])
+        last = sum(losses[name] for losses in history[-3:])
+        assert 0 < last < first, name
+
+
+AUTHORS = {"WEIGHTING": "attention_gradient", "RECTIFIER": "relu", "LOSS_WEIGHTS.RELATION": 1e-5}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"MAP_REGION": "image", "LOSS_WEIGHTS.GRADIENT": 0.2},
+        AUTHORS,
+        {"IMPORTANCE": "element"},
+        {"IMPORTANCE": "norm", "IMPORTANCE_FLOOR": 0.5, "IMPORTANCE_CAP": 5.0},
+        {"IMPORTANCE": "student", "WEIGHTING": "attention_gradient"},
+    ],
+    ids=lambda options: ",".join(map(str, options.values())),
+)
+def test_every_option_teaches(kind, options, distiller_config):
+    """Through convolutions that align channels, so that the student's gradient of each cell is solved for."""
+    cfg = distiller_config(kind, channels=8)
+    cfg.SOLVER.BASE_LR = 0.02
+    set_weights(cfg, 0.02, 1e-3, 1e-4, 1e-3)
+    cfg.merge_from_list([part for key, value in options.items() for part in (f"GKD.{key}", value)])
+    distiller = build_model(cfg)
+    history = train(distiller, cfg, training_batch(), 25)
+    for name in distiller.method.active():
         first = sum(losses[name] for losses in history[:3])
         last = sum(losses[name] for losses in history[-3:])
         assert 0 < last < first, name
