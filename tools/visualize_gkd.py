@@ -25,6 +25,7 @@ from gkd_d2.utils.random_streams import seed_everything
 from gkd_d2.utils.text import counted
 from gkd_d2.utils.user_modules import add_import_option
 from gkd_d2.visualize.draw import draw
+from gkd_d2.visualize.legend import COLUMNS
 from gkd_d2.visualize.page import write_page
 
 from detectron2.config import CfgNode
@@ -107,7 +108,7 @@ def main() -> None:
                 figure.savefig(output / name)
                 captions[name] = f"{path.name}, objects: {len(picture.truth)}"
                 print(f"{number} of {len(records)}: {output / name}", flush=True)
-            write_page(output / "index.html", "What teacher and student see", facts, captions)
+            write_page(output / "index.html", "What teacher and student see", facts, captions, COLUMNS)
     except OSError as error:
         sys.exit(str(error))
     print(f"Page: {output / 'index.html'}")
