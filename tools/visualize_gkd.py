@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
 """Draw what teacher and student see in images of a dataset: gradient maps, box context masks and detections.
 
-Writes a PNG for each image and a page of them, index.html. The config is a distiller's; MODEL.WEIGHTS names the
-checkpoint of the student, KEY VALUE pairs at the end override the config. Examples:
+Writes a PNG for each image and a page of them, index.html. With --importance-report the pictures show instead what each
+GKD.IMPORTANCE makes of the cells, beside the teacher's score, and a table, also in importance.md and importance.json,
+says how much of it lies in the ground-truth boxes.
+The config is a distiller's; MODEL.WEIGHTS names the checkpoint of the student, KEY VALUE pairs at the end override the
+config. Examples:
     python tools/visualize_gkd.py --config-file configs/gkd_frcnn_kitti.yaml --count 8 \\
         MODEL.WEIGHTS output/gkd_frcnn_kitti/model_final.pth
     python tools/visualize_gkd.py --config-file configs/toy/gkd_frcnn.yaml --image 500003 --image 500007 \\
         --output output/pictures MODEL.WEIGHTS output/toy/gkd_frcnn/model_final.pth
+    python tools/visualize_gkd.py --config-file configs/toy/gkd_frcnn.yaml --importance-report --count 40 \\
+        --output output/importance MODEL.WEIGHTS output/toy/gkd_frcnn/model_final.pth
 """
 
 from __future__ import annotations
@@ -15,8 +20,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.dataset_pictures import choose_images, take_pictures
+from gkd_d2.analysis.dataset_images import choose_images, observe_images
+from gkd_d2.analysis.importance_maps import take_importance_picture
+from gkd_d2.analysis.importance_report import ImportanceReport, report_text, write_report
 from gkd_d2.config import read_distiller_config
+from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.modeling.state_names import is_students
 from gkd_d2.utils.checkpoint import StudentCheckpointer
@@ -25,12 +33,16 @@ from gkd_d2.utils.files import check_writable, naming
 from gkd_d2.utils.random_streams import seed_everything
 from gkd_d2.utils.text import counted
 from gkd_d2.utils.user_modules import add_import_option
-from gkd_d2.visualize.draw import draw
+from gkd_d2.visualize.draw import draw, draw_importances
+from gkd_d2.visualize.legend import COLUMNS
 from gkd_d2.visualize.page import write_page
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+
+# Images, where --count does not say how many.
+PICTURES, REPORTED = 4, 40
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,14 +54,29 @@ def parse_args() -> argparse.Namespace:
     which.add_argument(
         "--image", action="append", metavar="NAME", help="id or file name of an image; may be given several times"
     )
-    which.add_argument("--count", type=int, default=4, metavar="N", help="the first N images with objects (default: 4)")
+    which.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help=f"the first N images with objects (default: {PICTURES}; {REPORTED} for a report)",
+    )
     parser.add_argument(
         "--score", type=float, default=0.5, metavar="S", help="detections below it are left out (default: 0.5)"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: visualize below OUTPUT_DIR")
+    parser.add_argument(
+        "--importance-report", action="store_true", help="how much of each importance of a cell lies in objects"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: visualize below OUTPUT_DIR, or importance for a report",
+    )
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
     args = parse_options_first(parser)
+    if args.count is None:
+        args.count = REPORTED if args.importance_report else PICTURES
     check_at_least(parser, args, {"count": 1})
     check_config_file(parser, args)
     return args
@@ -70,7 +97,7 @@ def main() -> None:
     args = parse_args()
     try:
         cfg = dataset_config(args)
-        output = args.output or Path(cfg.OUTPUT_DIR) / "visualize"
+        output = args.output or Path(cfg.OUTPUT_DIR) / ("importance" if args.importance_report else "visualize")
         check_writable(output, "--output" if args.output else "the default of --output")
         check_inputs(cfg, eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
@@ -91,24 +118,31 @@ def main() -> None:
         print(f"MODEL.WEIGHTS is {student}", file=sys.stderr)
     output.mkdir(parents=True, exist_ok=True)
     classes = MetadataCatalog.get(dataset).get("thing_classes", ())
-    captions = {}
+    captions, report = {}, ImportanceReport()
     facts = {
         "config": args.config_file,
         "dataset": dataset,
         "teacher": cfg.GKD.TEACHER.WEIGHTS,
         "student": student,
     }
+    take, paint = (take_importance_picture, draw_importances) if args.importance_report else (take_picture, draw)
     try:
         with naming(output):
-            pictures = take_pictures(distiller, cfg, records, seed)
-            for number, (record, picture) in enumerate(zip(records, pictures), start=1):
-                path = Path(record["file_name"])
-                figure = draw(picture, class_names=classes, score=args.score, title=path.name)
+            observed = observe_images(distiller, cfg, records, seed)
+            for number, (record, seen) in enumerate(zip(records, observed), start=1):
+                path, picture = Path(record["file_name"]), take(distiller, seen)
+                if args.importance_report:
+                    report.add(picture.levels)
+                figure = paint(picture, class_names=classes, score=args.score, title=path.name)
                 name = f"{number:02d}_{path.stem}.png"
                 figure.savefig(output / name)
                 captions[name] = f"{path.name}, objects: {len(picture.truth)}"
                 print(f"{number} of {len(records)}: {output / name}", flush=True)
-            write_page(output / "index.html", "What teacher and student see", facts, captions)
+            if args.importance_report:
+                print(f"\n{report_text(report.result())}\n")
+                write_report(output, report.result(), facts, captions)
+            else:
+                write_page(output / "index.html", "What teacher and student see", facts, captions, COLUMNS)
     except OSError as error:
         sys.exit(str(error))
     print(f"Page: {output / 'index.html'}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from gkd_d2.visualize.legend import COLUMNS, TOP_ROW
+from gkd_d2.visualize.legend import TOP_ROW
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -21,11 +22,13 @@ dt {{ font-weight: 600 }}
 dd {{ margin: 0 }}
 figure {{ margin: 2em 0; border-top: 1px solid #ccc; padding-top: 1em }}
 img {{ width: 100%; height: auto }}
+th, td {{ padding: .1em 1em .1em 0; text-align: left }}
 </style>
 <h1>{title}</h1>
 <dl>
 {facts}
 </dl>
+{table}
 <h2>What the pictures show</h2>
 <dl>
 {legend}
@@ -35,7 +38,14 @@ img {{ width: 100%; height: auto }}
 """
 
 
-def write_page(path: Path, title: str, facts: dict[str, str], pictures: dict[str, str]) -> None:
+def write_page(
+    path: Path,
+    title: str,
+    facts: Mapping[str, str],
+    pictures: Mapping[str, str],
+    columns: Mapping[str, str],
+    table: str = "",
+) -> None:
     """Write an HTML page of many pictures, with a legend.
 
     Args:
@@ -43,21 +53,28 @@ def write_page(path: Path, title: str, facts: dict[str, str], pictures: dict[str
         title: of the page.
         facts: what the pictures were made of, name -> value.
         pictures: file beside the page -> caption.
+        columns: of the maps in them, heading -> what it shows.
+        table: HTML to stand above the pictures.
     """
     legend = {
         "top row": TOP_ROW,
         "rows below": "One level each: its name, stride in pixels and size in cells.",
-    } | COLUMNS
+        **columns,
+    }
     figures = [
         f'<figure><a href="{quote(name)}"><img src="{quote(name)}" alt="{html.escape(caption)}" loading="lazy"></a>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for name, caption in pictures.items()
     ]
     page = _PAGE.format(
-        title=html.escape(title), facts=_terms(facts), legend=_terms(legend), figures="\n".join(figures)
+        title=html.escape(title),
+        facts=_terms(facts),
+        table=table,
+        legend=_terms(legend),
+        figures="\n".join(figures),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _terms(texts: dict[str, str]) -> str:
+def _terms(texts: Mapping[str, str]) -> str:
     return "\n".join(f"<dt>{html.escape(term)}<dd>{html.escape(text)}" for term, text in texts.items())

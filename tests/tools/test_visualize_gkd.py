@@ -1,5 +1,6 @@
 """Pictures through the command line, of toy scenes and tiny detectors."""
 
+import json
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import calm
 
 from gkd_d2.config import detector_config
 from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.visualize.legend import IMPORTANCES
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,31 @@ def test_page_of_pictures(kind, rows, visualize, write_config, tmp_path):
             assert one.tobytes() == other.tobytes()
     with Image.open(folder / links[0]) as one, Image.open(folder / links[1]) as other:
         assert one.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("faster", "p2 p3 p4 p5"), ("retinanet", "p3 p4 p5 p6 p7")])
+def test_importance_report(kind, levels, visualize, write_config, tmp_path):
+    config, student = write_config(kind)
+    printed = visualize("--config-file", config, "--importance-report", "--count", 2, "MODEL.WEIGHTS", student)
+    folder = tmp_path / "run" / "importance"
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'<img src="([^"]*)"', page)
+    assert {path.name for path in folder.iterdir()} == {*links, "index.html", "importance.md", "importance.json"}
+    for link in links:
+        with Image.open(folder / link) as image:
+            # Five panels of 4 x 1.6 inches.
+            assert image.size == (95 + 5 * 400 + 4 * 12 + 15, 90 + 160 * 6 + 28 * 5 - (kind == "faster") * 188)
+
+    result = json.loads((folder / "importance.json").read_text())
+    assert (result["images"], result["dataset"], result["student"]) == (2, "toy_kitti_val", str(student))
+    assert " ".join(result["levels"]) == levels
+    table = [line for line in (folder / "importance.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in printed
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["area of the boxes (chance)", *IMPORTANCES]
+    for level in result["levels"].values():
+        assert 0 < level["area"] <= 1 and level["importances"].keys() == IMPORTANCES.keys()
+    for number in (f"{level['area']:.2f}" for level in result["levels"].values()):
+        assert number in table[2] and f">{number}" in page.replace("> ", ">")
 
 
 def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_path):

@@ -1,12 +1,14 @@
 """Pictures: what they show, and where it lies."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from gkd_d2.visualize.draw import draw, render
-from gkd_d2.visualize.picture import LevelMaps, Picture
+from gkd_d2.visualize.draw import draw, draw_importances, render
+from gkd_d2.visualize.picture import LevelImportances, LevelMaps, Picture, Place, PlacedMap
 
 
 def objects(size, boxes=(), classes=(), scores=None):
@@ -161,3 +163,35 @@ def test_masks_share_one_scale():
     )
     assert heavy == other
     assert sum(light) < sum(heavy)
+
+
+def test_an_importance_of_its_own_is_a_fifth_column():
+    level = dataclasses.replace(maps(cell(0, 0)), importance=1e-6 * cell(2, 3) + 5e-7 * cell(4, 5))
+    figure = draw(picture([level]))
+    assert len([axes for axes in figure.axes if axes.images]) == 3 + 5
+    assert figure.axes[9].get_title() == "importance"
+    read = pixel_reader(figure, 9)
+    # In proportion to the largest value.
+    assert read(28, 20).sum() > read(44, 36).sum() > read(4, 4).sum()
+
+
+def test_importances_have_a_column_each():
+    placed = {
+        "channel": PlacedMap(0.25 * cell(2, 3), Place(0.125, False)),
+        "norm": PlacedMap(4 * cell(1, 1), Place(0.789, True)),
+        "student": PlacedMap(torch.zeros(8, 8), None),
+        "element": PlacedMap(cell(1, 1), Place(1.0, True)),
+    }
+    figure = draw_importances(picture([LevelImportances("p3", 8, 0.25, placed)]))
+    row = figure.axes[5:10]
+    assert [axes.get_title() for axes in row] == [
+        "channel: 12% inside, peak outside",
+        "element: 100% inside, peak inside",
+        "norm: 79% inside, peak inside",
+        "student (0 everywhere)",
+        "score: none at this level",
+    ]
+    assert [len(axes.images) for axes in row] == [2, 2, 2, 2, 1]
+    assert row[0].texts[0].get_text() == "p3\nstride 8\n8 × 8\nboxes: 25%"
+    # Each in proportion to its own largest value.
+    assert pixel_reader(figure, 5)(28, 20).tolist() == pixel_reader(figure, 7)(12, 12).tolist()

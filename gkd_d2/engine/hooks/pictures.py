@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from detectron2.utils.events import get_event_storage
 from PIL import Image
 from torch import Tensor, nn
 
-from gkd_d2.losses import box_context_mask, gradient_map
+from gkd_d2.losses import LossOptions, box_context_mask, gradient_map
+from gkd_d2.losses.reference import cell_importance
+from gkd_d2.methods import GKD, Method
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Listener, Observation
 from gkd_d2.utils.random_streams import separate_random_stream
-from gkd_d2.visualize.picture import LevelMaps, Picture
+from gkd_d2.visualize.picture import LevelImportances, LevelMaps, Picture
 
 
 class PeriodicPicture(HookBase):
@@ -71,7 +74,7 @@ class _Painter(Listener):
 
 @torch.no_grad()
 def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
-    """The first image of a batch as both networks see it.
+    """The first image of a batch as both networks see it, with the gradient maps that the method compares.
 
     It changes nothing of the distiller: no parameter, buffer, mode or random stream. The student's maps are those of
     its features before alignment, which equal those of the aligned ones.
@@ -80,21 +83,55 @@ def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
         distiller: in training mode.
         seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
     """
-    batched_input, rectifier = seen.batched_inputs[0], distiller.method.rectifier
-    truth = batched_input["instances"].to("cpu")
+    options = map_options(distiller.method)
+    weighs_otherwise = _weighs_by_other_than_maps(distiller.method)
+    boxes = [seen.batched_inputs[0]["instances"].gt_boxes.tensor.float().cpu()]
     levels = []
     for level, (name, stride) in enumerate(distiller.strides.items()):
-        ours, theirs = (
-            gradient_map(features[level][:1], gradients[level][:1], rectifier)[0].float().cpu()
-            for features, gradients in ((seen.student, seen.student_grad), (seen.teacher, seen.teacher_grad))
+        student, student_grad, teacher, teacher_grad = (
+            tensors[level][:1] for tensors in (seen.student, seen.student_grad, seen.teacher, seen.teacher_grad)
         )
-        mask = box_context_mask([truth.gt_boxes.tensor.float()], seen.image_size, tuple(ours.shape))[0]
-        levels.append(LevelMaps(name, stride, teacher=theirs, student=ours, mask=mask))
+        ours, theirs = (
+            gradient_map(feature, gradient, options.rectifier, options.map_importance)[0].float().cpu()
+            for feature, gradient in ((student, student_grad), (teacher, teacher_grad))
+        )
+        importance = None
+        if weighs_otherwise:
+            importance = cell_importance(teacher, teacher_grad, student_grad, options)[0].float().cpu()
+        mask = box_context_mask(boxes, seen.image_size, tuple(ours.shape))[0]
+        levels.append(LevelMaps(name, stride, teacher=theirs, student=ours, mask=mask, importance=importance))
+    return picture_with(distiller, seen, levels)
+
+
+def map_options(method: Method) -> LossOptions:
+    """What the gradient maps in pictures of a method are computed with: as gkd is configured, else the paper's."""
+    return method.options if isinstance(method, GKD) else LossOptions(rectifier=method.rectifier)
+
+
+def _weighs_by_other_than_maps(method: Method) -> bool:
+    """Whether gradients weigh the cells in the imitation, but not by the maps."""
+    if not isinstance(method, GKD):
+        return False
+    options = method.options
+    return options.importance != options.map_importance and options.weighs_by_gradient(method.weights)
+
+
+def picture_with(
+    distiller: GKDDistiller, seen: Observation, levels: Sequence[LevelMaps] | Sequence[LevelImportances]
+) -> Picture:
+    """The first image of a batch and both networks' detections, with what was made of its levels.
+
+    Args:
+        distiller: left as it is, as by :func:`take_picture`.
+        seen: the batch.
+        levels: of its first image.
+    """
+    batched_input = seen.batched_inputs[0]
     return Picture(
         image=_rgb(batched_input["image"], distiller.student.input_format),
         padded_size=seen.image_size,
         levels=levels,
-        truth=truth,
+        truth=batched_input["instances"].to("cpu"),
         teacher=detect(distiller.teacher, batched_input),
         student=detect(distiller.student, batched_input),
     )

@@ -106,6 +106,17 @@ class SplitDetector(ABC):
             if name in features
         }
 
+    def score_maps(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How sure the heads are, cell by cell, that there is an object.
+
+        Args:
+            features: level name -> N,C,H,W, of all levels that the heads use.
+
+        Returns:
+            Level name -> N,H,W, probabilities, for the levels whose cells the heads score. By default there are none.
+        """
+        return {}
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level."""
         return self.model.backbone.output_shape()

@@ -45,6 +45,14 @@ class SplitGeneralizedRCNN(SplitDetector):
         rpn = self.model.proposal_generator
         return (rpn.anchor_generator, rpn.in_features) if hasattr(rpn, "anchor_generator") else None
 
+    def score_maps(self, features):
+        """The RPN's objectness, the largest of a cell's anchors; the ROI heads score regions, not cells."""
+        rpn = self.model.proposal_generator
+        if not hasattr(rpn, "rpn_head"):
+            return {}
+        logits, _ = rpn.rpn_head([features[name] for name in rpn.in_features])
+        return {name: level.amax(dim=1).sigmoid() for name, level in zip(rpn.in_features, logits)}
+
     @property
     def num_classes(self):
         return self.model.roi_heads.num_classes

@@ -42,6 +42,12 @@ class SplitRetinaNet(SplitDetector):
     def anchor_generator(self):
         return self.model.anchor_generator, self.model.head_in_features
 
+    def score_maps(self, features):
+        """The class probability, the largest of a cell's classes and anchors."""
+        levels = self.model.head_in_features
+        logits, _ = self.model.head([features[name] for name in levels])
+        return {name: level.amax(dim=1).sigmoid() for name, level in zip(levels, logits)}
+
     @property
     def num_classes(self):
         return self.model.num_classes

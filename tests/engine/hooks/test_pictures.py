@@ -127,9 +127,11 @@ def test_a_picture_holds_what_both_networks_make_of_the_first_image(kind, half, 
         assert len(found) == 0 or found.pred_boxes.tensor.max() <= 120
 
 
-def test_differences_add_up_to_the_loss_of_an_aligned_student(distiller_config):
+@pytest.mark.parametrize("importance", ["channel", "element"])
+def test_differences_add_up_to_the_loss_of_an_aligned_student(importance, distiller_config):
     cfg = distiller_config("retinanet", channels=8)
     cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.5
+    cfg.GKD.MAP_REGION, cfg.GKD.IMPORTANCE = "image", importance
     distiller = build_model(cfg).train()
     batch = training_batch(((96, 128),))
     with EventStorage():
@@ -137,3 +139,36 @@ def test_differences_add_up_to_the_loss_of_an_aligned_student(distiller_config):
         loss = distiller(batch)["loss_gkd_gradient"]
     total = sum((level.teacher - level.student).abs().mean() for level in taken.levels)
     assert 0.5 * total.item() == pytest.approx(loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("importance", "weighting", "weighs"),
+    [
+        ("element", "gradient", None),
+        ("norm", "gradient", "teacher_grad"),
+        ("student", "attention_gradient", "student_grad"),
+        ("norm", "uniform", None),
+    ],
+)
+def test_a_picture_shows_what_the_config_makes_of_the_gradients(importance, weighting, weighs, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.GKD.IMPORTANCE, cfg.GKD.WEIGHTING, cfg.GKD.RECTIFIER = importance, weighting, "relu"
+    distiller = build_model(cfg).train()
+    with EventStorage():
+        seen = distiller.observe(training_batch(), student_grad=True, teacher_grad=True)
+        taken = take_picture(distiller, seen)
+    for index, level in enumerate(taken.levels):
+        for ours, feature, gradient in (
+            (level.student, seen.student, seen.student_grad),
+            (level.teacher, seen.teacher, seen.teacher_grad),
+        ):
+            rectified = (feature[index][0] * gradient[index][0]).sum(dim=0).relu().detach()
+            low, high = rectified.min(), rectified.max()
+            # p7 has one cell, of which there is no map.
+            expected = (rectified - low) / (high - low) if high > low else torch.zeros(1, 1)
+            torch.testing.assert_close(ours, expected)
+        if weighs is None:
+            assert level.importance is None
+        else:
+            norm = getattr(seen, weighs)[index][0].norm(dim=0)
+            torch.testing.assert_close(level.importance / level.importance.max(), norm / norm.max())

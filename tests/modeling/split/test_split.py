@@ -1,6 +1,7 @@
 """Splits are the detectors' own forward, to the bit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -227,3 +228,42 @@ def test_levels_and_detectors_without_anchors():
     assert split.anchor_generator() is None
     with pytest.raises(ValueError, match="GeneralizedRCNN has none at p3"):
         split.anchors({"p3": torch.zeros(1, 1, 2, 2)})
+
+
+# --- scores of cells
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("faster", 5), ("retinanet", 5)])
+def test_scores_are_the_largest_probabilities_that_the_detector_finds_in_a_cell(kind, levels):
+    cfg = detector_config(kind)
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size, 2 * size] for size in (8, 16, 32, 64, 128)]
+    model = build_model(cfg).eval()
+    split = split_detector(model)
+    head = model.proposal_generator.rpn_head if kind == "faster" else model.head
+    logits = []
+    # A RetinaNet's inference overwrites them.
+    handle = head.register_forward_hook(lambda module, args, output: logits.extend(x.clone() for x in output[0]))
+    batch = training_batch()
+    with torch.no_grad():
+        model(batch)
+        _, features = split.features(batch)
+        handle.remove()
+        scores = split.score_maps(features)
+    assert list(scores) == [f"p{(2 if kind == 'faster' else 3) + level}" for level in range(levels)]
+    for name, level in zip(scores, logits):
+        n, channels, height, width = level.shape
+        # 2 sizes of 3 shapes, and 3 classes.
+        assert channels == (6 if kind == "faster" else 18)
+        assert (n, height, width) == (2, *features[name].shape[2:])
+        expected = [
+            [[max(1 / (1 + math.exp(-logit)) for logit in cell) for cell in row] for row in image]
+            for image in level.movedim(1, 3).tolist()
+        ]
+        torch.testing.assert_close(scores[name], torch.tensor(expected))
+
+
+def test_detectors_whose_heads_score_no_cell():
+    split = split_detector(build_model(detector_config("faster")))
+    split.model.proposal_generator = None
+    assert split.score_maps({"p3": torch.zeros(1, 16, 2, 2)}) == {}
+    assert SplitScorer(build_model(detector_config("scorer"))).score_maps({"p3": torch.zeros(1, 16, 2, 2)}) == {}

@@ -1,4 +1,4 @@
-"""What teacher and student see in images of a dataset: which images to draw, and their pictures."""
+"""What teacher and student see in images of a dataset: which images to look at, and what is observed of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.events import EventStorage
 
 from gkd_d2.data.mapper import FileNamingMapper
-from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.observation import Observation
 from gkd_d2.modeling.teacher import hold_norms
 from gkd_d2.utils.random_streams import separate_random_stream
 from gkd_d2.utils.text import counted
-from gkd_d2.visualize.picture import Picture
 
 
 def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dict]:
@@ -58,8 +57,8 @@ def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dic
     return [by_name[name] for name in names]
 
 
-def take_pictures(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict], seed: int) -> Iterator[Picture]:
-    """The pictures of images by themselves, each the same whatever was drawn before it.
+def observe_images(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict], seed: int) -> Iterator[Observation]:
+    """What both networks make of images by themselves, each the same whatever was observed before it.
 
     Args:
         distiller: left in training mode, its norms in evaluation mode.
@@ -77,4 +76,4 @@ def take_pictures(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict]
         batch = [mapper(record)]
         with EventStorage(), separate_random_stream(distiller.device, seed):
             seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
-        yield take_picture(distiller, seen)
+        yield seen.detached()

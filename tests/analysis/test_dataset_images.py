@@ -3,7 +3,7 @@
 import pytest
 from detectron2.data import DatasetCatalog
 
-from gkd_d2.analysis.dataset_pictures import choose_images
+from gkd_d2.analysis.dataset_images import choose_images
 
 
 @pytest.fixture
