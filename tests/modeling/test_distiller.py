@@ -127,13 +127,14 @@ def test_every_option_teaches(kind, options, distiller_config):
     """Through convolutions that align channels, so that the student's gradient of each cell is solved for."""
     cfg = distiller_config(kind, channels=8)
     cfg.SOLVER.BASE_LR = 0.02
-    set_weights(cfg, 0.02, 1e-3, 1e-4, 1e-3)
+    # Maps of elements follow the student's gradients, which are others in each step, so that their loss falls slowly.
+    set_weights(cfg, 0.1 if "IMPORTANCE" in options else 0.02, 1e-3, 1e-4, 1e-3)
     cfg.merge_from_list([part for key, value in options.items() for part in (f"GKD.{key}", value)])
     distiller = build_model(cfg)
-    history = train(distiller, cfg, training_batch(), 25)
+    history = train(distiller, cfg, training_batch(), 40)
     for name in distiller.method.active():
-        first = sum(losses[name] for losses in history[:3])
-        last = sum(losses[name] for losses in history[-3:])
+        first = sum(losses[name] for losses in history[:10])
+        last = sum(losses[name] for losses in history[-10:])
         assert 0 < last < first, name
 
 
