@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd_d2.engine.hooks.pictures import map_options, picture_with
+from gkd_d2.engine.hooks.pictures import picture_with
 from gkd_d2.losses import LossOptions
 from gkd_d2.losses.options import IMPORTANCES
 from gkd_d2.losses.reference import boxes_on_grid, cell_importance
@@ -36,7 +36,7 @@ def level_importances(distiller: GKDDistiller, seen: Observation) -> list[LevelI
         distiller: in training mode.
         seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
     """
-    rectifier = map_options(distiller.method).rectifier
+    rectifier = distiller.method.map_options.rectifier
     scores = _teacher_scores(distiller, seen)
     levels = []
     for level, (name, stride) in enumerate(distiller.strides.items()):

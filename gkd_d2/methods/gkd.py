@@ -54,7 +54,7 @@ class GKD(Method):
         self.needs_student_grad = self.options.need_student_grad(self.weights)
         self.needs_teacher_grad = self.options.need_teacher_grad(self.weights)
         self.needs_cell_grads = self.options.need_cell_grads(self.weights)
-        self.rectifier = self.options.rectifier
+        self.map_options = self.options
         self._implementation = implementation
 
     def implementation(self, device):

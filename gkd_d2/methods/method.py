@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from gkd_d2.losses.options import LossOptions
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.utils.registries import not_registered
 
@@ -96,7 +97,7 @@ class Method(nn.Module):
         needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
         needs_cell_grads: whether the mean over cells of :attr:`Level.student_grad` would not do.
         needs_anchors: whether :attr:`Level.anchors` is asked for.
-        rectifier: "abs" or "relu", of the gradient maps in pictures.
+        map_options: what the gradient maps in pictures are computed with.
 
     Raises:
         ValueError: a key does not begin with "loss_", or two losses have one name.
@@ -107,7 +108,7 @@ class Method(nn.Module):
     needs_teacher_grad: bool = False
     needs_cell_grads: bool = False
     needs_anchors: bool = False
-    rectifier: str = "abs"
+    map_options: LossOptions = LossOptions()
 
     def __init__(self, terms: dict[str, Term]):
         super().__init__()

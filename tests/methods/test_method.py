@@ -206,7 +206,7 @@ def test_other_options_come_from_the_config(cfg):
     cfg.merge_from_list(["GKD.METHOD", "fgd", "GKD.FGD.TEMPERATURE", 0.75])
     assert build_method(cfg).temperature == 0.75
     cfg.merge_from_list(["GKD.METHOD", "gkd", "GKD.RECTIFIER", "relu"])
-    assert build_method(cfg).rectifier == "relu"
+    assert build_method(cfg).map_options.rectifier == "relu"
     cfg.GKD.METHOD = "none"
     assert build_method(cfg).terms == {}
 

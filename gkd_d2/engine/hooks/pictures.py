@@ -15,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from PIL import Image
 from torch import Tensor, nn
 
-from gkd_d2.losses import LossOptions, box_context_mask, gradient_map
+from gkd_d2.losses import box_context_mask, gradient_map
 from gkd_d2.losses.reference import cell_importance
 from gkd_d2.methods import GKD, Method
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -83,7 +83,7 @@ def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
         distiller: in training mode.
         seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
     """
-    options = map_options(distiller.method)
+    options = distiller.method.map_options
     weighs_otherwise = _weighs_by_other_than_maps(distiller.method)
     boxes = [seen.batched_inputs[0]["instances"].gt_boxes.tensor.float().cpu()]
     levels = []
@@ -101,11 +101,6 @@ def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
         mask = box_context_mask(boxes, seen.image_size, tuple(ours.shape))[0]
         levels.append(LevelMaps(name, stride, teacher=theirs, student=ours, mask=mask, importance=importance))
     return picture_with(distiller, seen, levels)
-
-
-def map_options(method: Method) -> LossOptions:
-    """What the gradient maps in pictures of a method are computed with: as gkd is configured, else the paper's."""
-    return method.options if isinstance(method, GKD) else LossOptions(rectifier=method.rectifier)
 
 
 def _weighs_by_other_than_maps(method: Method) -> bool:
