@@ -41,7 +41,7 @@ def detector_config(kind: str, *, channels: int = 16, width: int = 8) -> CfgNode
     add_gkd_config(cfg)
     cfg.SEED = 7
     # All four losses of gkd, of which the defaults leave one out.
-    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 0.02
+    cfg.GKD.LOSS_WEIGHTS.GRADIENT = 2e-3
     cfg.GKD.LOSS_WEIGHTS.BOX = cfg.GKD.LOSS_WEIGHTS.IMAGE = 1e-3
     cfg.GKD.LOSS_WEIGHTS.ATTENTION = 1e-4
     model = cfg.MODEL

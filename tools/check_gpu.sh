@@ -36,7 +36,7 @@ stage() { # NAME COMMAND...
 stage "tests" "$python" -m pytest -m cuda
 
 # All types and both layouts, with whole vectors and remainders; few tensors and small ones, for the tools are slow.
-selection="(test_equals_reference and (gradient-abs or attention-relu)) or large_maps or box_counts or other_layouts"
+selection="(test_equals_reference and (attention_gradient-abs or attention-relu)) or large_maps or box_counts or other_layouts"
 if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"); then
   for tool in memcheck initcheck racecheck synccheck; do
     # Memory of each tensor by itself, so that reading past one is seen.

@@ -12,9 +12,8 @@ from gkd_d2.losses.reference import boxes_on_grid, cell_importance
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Observation
 from gkd_d2.modeling.split import split_detector
+from gkd_d2.visualize.legend import SCORE
 from gkd_d2.visualize.picture import LevelImportances, Picture, Place, PlacedMap
-
-SCORE = "score"
 
 
 def take_importance_picture(distiller: GKDDistiller, seen: Observation) -> Picture:

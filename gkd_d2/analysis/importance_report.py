@@ -14,59 +14,58 @@ from gkd_d2.utils.files import write_whole
 from gkd_d2.utils.text import counted
 from gkd_d2.visualize.legend import IMPORTANCES
 from gkd_d2.visualize.page import write_page
-from gkd_d2.visualize.picture import LevelImportances, Place
+from gkd_d2.visualize.picture import LevelImportances
 
 _NONE = "–"
 
 
 class ImportanceReport:
-    """Gathers where the maps of images lie. An image without an object does not count."""
+    """Gathers where the maps of images lie.
+
+    At each level only the images count that have an object and no map that is 0 everywhere there, so that all numbers
+    of a level are means over the same images.
+    """
 
     def __init__(self):
         self._images = 0
-        self._areas: dict[str, list[float]] = {}
-        self._places: dict[str, dict[str, list[Place]]] = {}
+        self._levels: dict[str, list[LevelImportances]] = {}
 
     def add(self, levels: Sequence[LevelImportances]) -> None:
         """Take one more image, of the same levels as the others."""
         boxed = any(level.area for level in levels)
         self._images += boxed
         for level in levels:
-            areas = self._areas.setdefault(level.name, [])
-            places = self._places.setdefault(level.name, {})
-            for importance, found in level.maps.items():
-                listed = places.setdefault(importance, [])
-                if boxed and found.place is not None:
-                    listed.append(found.place)
-            if boxed:
-                areas.append(level.area)
+            counted_levels = self._levels.setdefault(level.name, [])
+            if boxed and all(found.place is not None for found in level.maps.values()):
+                counted_levels.append(level)
 
     def result(self) -> dict:
-        """Means over the images with objects.
+        """Means over the images that count.
 
         Returns:
-            ``images``: their number. ``levels``: name of a level -> ``area``, the share of its cells in boxes, and
-            ``importances``: name -> ``share`` of the map's sum in them, ``peak``, the part of the images in which its
-            largest cell is one of them, and ``images``, in which it is not 0 everywhere. None where there is nothing
-            to average; an importance that the level does not have is left out.
+            ``images``: those with objects. ``levels``: name of a level -> ``images``, those that count there; ``area``,
+            the share of its cells in boxes; and ``importances``: name -> ``share`` of the map's sum in them, and
+            ``peak``, the part of the images in which its largest cell is one of them. Without images ``area`` is None
+            and there are no importances; one that the level does not have is left out.
         """
-        return {
-            "images": self._images,
-            "levels": {
-                name: {
-                    "area": _mean(areas),
-                    "importances": {
-                        importance: {
-                            "share": _mean([place.share for place in places]),
-                            "peak": _mean([place.peak_inside for place in places]),
-                            "images": len(places),
-                        }
-                        for importance, places in self._places[name].items()
-                    },
-                }
-                for name, areas in self._areas.items()
-            },
-        }
+        return {"images": self._images, "levels": {name: _means(levels) for name, levels in self._levels.items()}}
+
+
+def _means(levels: list[LevelImportances]) -> dict:
+    """Of one level of several images."""
+    importances = levels[0].maps if levels else {}
+    places = {name: [level.maps[name].place for level in levels] for name in importances}
+    return {
+        "images": len(levels),
+        "area": statistics.fmean(level.area for level in levels) if levels else None,
+        "importances": {
+            name: {
+                "share": statistics.fmean(place.share for place in found),
+                "peak": statistics.fmean(place.peak_inside for place in found),
+            }
+            for name, found in places.items()
+        },
+    }
 
 
 def importance_table(result: dict, tablefmt: str = "github") -> str:
@@ -79,9 +78,12 @@ def importance_table(result: dict, tablefmt: str = "github") -> str:
     levels = result["levels"]
     rows = [["area of the boxes (chance)", *(_number(level["area"]) for level in levels.values())]]
     for importance in IMPORTANCES:
-        cells = [_cell(level["importances"].get(importance), result["images"]) for level in levels.values()]
-        rows.append([importance, *cells])
-    return tabulate(rows, ["", *levels], tablefmt=tablefmt, disable_numparse=True)
+        rows.append([importance, *(_cell(level["importances"].get(importance)) for level in levels.values())])
+    headers = [
+        name if level["images"] == result["images"] else f"{name} ({counted(level['images'], 'image')})"
+        for name, level in levels.items()
+    ]
+    return tabulate(rows, ["", *headers], tablefmt=tablefmt, disable_numparse=True)
 
 
 def report_text(result: dict) -> str:
@@ -128,11 +130,10 @@ def _heading(result: dict) -> str:
 
 def _notes(result: dict) -> list[str]:
     levels, lines = result["levels"], []
-    found = [place for level in levels.values() for place in level["importances"].values()]
-    if any(place["images"] < result["images"] for place in found):
-        lines.append("A number of images in brackets: in the others the map is 0 everywhere; they do not count.")
+    if any(level["images"] < result["images"] for level in levels.values()):
+        lines.append("A number of images in brackets: in the others some map is 0 everywhere; they do not count there.")
     for importance in IMPORTANCES:
-        without = [name for name, level in levels.items() if importance not in level["importances"]]
+        without = [name for name, level in levels.items() if level["images"] and importance not in level["importances"]]
         if without:
             lines.append(
                 f"No {importance} at {', '.join(without)}: the teacher's heads score no cells there, or its split does "
@@ -141,16 +142,9 @@ def _notes(result: dict) -> list[str]:
     return lines
 
 
-def _cell(place: dict | None, images: int) -> str:
-    if place is None or place["share"] is None:
-        return _NONE
-    fewer = f" ({counted(place['images'], 'image')})" if place["images"] < images else ""
-    return f"{_number(place['share'])}, peak {_number(place['peak'])}{fewer}"
+def _cell(place: dict | None) -> str:
+    return _NONE if place is None else f"{_number(place['share'])}, peak {_number(place['peak'])}"
 
 
 def _number(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2f}"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None

@@ -27,7 +27,6 @@ _IRRELEVANT = (
     "GKD.WATCH_PATIENCE",
     "GKD.WATCH_MAX_RATIO",
     "GKD.KITTI_RESULTS",
-    "GKD.KITTI_VOC_STRICT",
     "GKD.IMPORTS",
 )
 # Nodes of a teacher's config that say how it was trained, or what the student's config says for both.

@@ -134,7 +134,7 @@ def distillation_losses(
         importance_floor=importance_floor,
         importance_cap=importance_cap,
     )
-    check_implementation(implementation, options)
+    check_implementation(implementation, options, weights)
     _check_boxes(boxes, image_size)
     if not options.need_student_grad(weights):
         student_grad = None
@@ -149,7 +149,7 @@ def distillation_losses(
     _check_levels(student, teacher, student_grad, teacher_grad, len(boxes))
     if options.need_cell_grads(weights):
         _check_all_cells(student, student_grad, teacher_grad, options, weights)
-    compute = _choose(implementation, options, student[0].device)
+    compute = _choose(implementation, options, weights, student[0].device)
     return compute(
         list(student),
         list(teacher),
@@ -162,12 +162,15 @@ def distillation_losses(
     )
 
 
-def describe_implementation(implementation: str, options: LossOptions, device: torch.device) -> str:
+def describe_implementation(
+    implementation: str, options: LossOptions, weights: LossWeights, device: torch.device
+) -> str:
     """Who computes the losses on a device and why, in words.
 
     Args:
         implementation: as for :func:`distillation_losses`.
         options: of the losses.
+        weights: of the losses.
         device: of the features.
 
     Raises:
@@ -175,27 +178,30 @@ def describe_implementation(implementation: str, options: LossOptions, device: t
     """
     if implementation == "reference":
         return "PyTorch (GKD.IMPLEMENTATION is reference)"
-    reason = _fallback_reason(implementation, options, device)
+    reason = _fallback_reason(implementation, options, weights, device)
     if reason is None:
         return f"the compiled extension, on {device.type}"
     return f"PyTorch, which is slower: {reason}"
 
 
-def _choose(implementation: str, options: LossOptions, device: torch.device):
+def _choose(implementation: str, options: LossOptions, weights: LossWeights, device: torch.device):
     """The function that computes the losses."""
     if implementation == "reference":
         return reference.distillation_losses
-    reason = _fallback_reason(implementation, options, device)
+    reason = _fallback_reason(implementation, options, weights, device)
     if reason is None:
         return fused.distillation_losses
     _log_fallback(reason)
     return reference.distillation_losses
 
 
-def _fallback_reason(implementation: str, options: LossOptions, device: torch.device) -> str | None:
+def _fallback_reason(
+    implementation: str, options: LossOptions, weights: LossWeights, device: torch.device
+) -> str | None:
     """Why "auto" does without the extension; None where it does not."""
-    if options.unfused():
-        return f"the extension does not know {options.unfused()}"
+    unfused = options.unfused(weights)
+    if unfused:
+        return f"the extension does not support {', '.join(unfused)}"
     reason = fused.unavailable_reason(device)
     if reason is not None and implementation == "fused":
         raise RuntimeError(f"implementation 'fused' is not available: {reason}")

@@ -14,6 +14,7 @@ MAP_REGIONS = ("image", "boxes")
 MAP_IMPORTANCES = ("channel", "element")
 IMPORTANCES = (*MAP_IMPORTANCES, "norm", "student")
 IMPLEMENTATIONS = ("auto", "reference", "fused")
+_LIMITS = ("importance_floor", "importance_cap")
 # Name of a loss's weight -> key of the loss.
 LOSS_KEYS = {
     "gradient": "loss_gkd_gradient",
@@ -72,10 +73,11 @@ class LossOptions:
         temperature: of the attention softmax, > 0.
         weighting: of the imitation: "gradient", "attention", "attention_gradient" or "uniform".
         rectifier: of the gradient maps: "abs" or "relu".
-        map_region: where maps are compared: "image", all cells alike, or "boxes", in and about the objects.
-        importance: what the gradients make of a cell: "channel", "element", "norm" or "student".
+        map_region: where maps are compared: "image", all cells alike, or "boxes", in and around the objects.
+        importance: how gradients make the importance of cells: "channel", "element", "norm" or "student".
         importance_floor: the part of a cell's weight in the imitation that is the same for all cells, in [0, 1].
-        importance_cap: the most that a cell may weigh there, in multiples of the mean, ahead of the floor; 0: no limit.
+        importance_cap: the most that a cell may weigh there, in multiples of the mean, >= 1, before the floor is
+            applied; 0: no limit. Both apply to every weighting.
 
     Raises:
         ValueError: an option is unknown or out of range.
@@ -98,9 +100,9 @@ class LossOptions:
             raise ValueError(f"temperature is {self.temperature}, but must be a finite number > 0")
         if not 0 <= self.importance_floor <= 1:
             raise ValueError(f"importance_floor is {self.importance_floor}, but must be in [0, 1]")
-        if not (math.isfinite(self.importance_cap) and self.importance_cap >= 0):
+        if not (self.importance_cap == 0 or (math.isfinite(self.importance_cap) and self.importance_cap >= 1)):
             raise ValueError(
-                f"importance_cap is {self.importance_cap}, but must be a finite number > 0, or 0 for no limit"
+                f"importance_cap is {self.importance_cap}, but must be a finite number >= 1, or 0 for no limit"
             )
 
     @property
@@ -126,26 +128,32 @@ class LossOptions:
         """Whether more of the gradients than their spatial means enters any loss."""
         return self.importance != "channel" and (weights.gradient > 0 or self.weighs_by_gradient(weights))
 
-    def unfused(self) -> str | None:
-        """The first option that only the reference implementation knows, in words; None where there is none."""
-        if self.importance != "channel":
-            return f"importance {self.importance!r}"
-        for name in ("importance_floor", "importance_cap"):
-            if getattr(self, name):
-                return f"{name} {getattr(self, name)}"
-        return None
+    def unfused(self, weights: LossWeights) -> list[str]:
+        """The options that only the reference implementation supports, in words, as far as they affect a loss."""
+        weighs = weights.imitates and self.weighting != "uniform"
+        texts = [f"importance {self.importance!r}"] if self.need_cell_grads(weights) else []
+        texts += [f"{name} {getattr(self, name)}" for name in _LIMITS if getattr(self, name) and weighs]
+        return texts
+
+    def without_effect(self, weights: LossWeights) -> list[str]:
+        """The options on importance that are set and change no loss, in words."""
+        used = self.unfused(weights)
+        texts = [f"importance {self.importance!r}"] if self.importance != "channel" else []
+        texts += [f"{name} {getattr(self, name)}" for name in _LIMITS if getattr(self, name)]
+        return [text for text in texts if text not in used]
 
 
-def check_implementation(implementation: str, options: LossOptions) -> None:
+def check_implementation(implementation: str, options: LossOptions, weights: LossWeights) -> None:
     """Check who is to compute the losses, before there are features.
 
     Raises:
-        ValueError: there is no such implementation, or it does not know an option.
+        ValueError: there is no such implementation, or it does not support an option.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "fused" and options.unfused():
+    unfused = options.unfused(weights)
+    if implementation == "fused" and unfused:
         raise ValueError(
-            f"implementation is 'fused', but {options.unfused()} is computed by 'reference' alone: set that, or 'auto'"
+            f"implementation is 'fused', but only 'reference' supports {', '.join(unfused)}: choose it, or 'auto'"
         )
 
 

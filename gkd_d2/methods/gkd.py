@@ -41,8 +41,8 @@ class GKD(Method):
         **options: str | float,
     ):
         loss_options = LossOptions(**options)
-        check_implementation(implementation, loss_options)
         weights = LossWeights() if weights is None else weights
+        check_implementation(implementation, loss_options, weights)
         terms = {
             key: Term(name, getattr(weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
             for name, key in LOSS_KEYS.items()
@@ -57,8 +57,17 @@ class GKD(Method):
         self.map_options = self.options
         self._implementation = implementation
 
+    def describe(self):
+        options = self.options
+        limits = [f"floor {options.importance_floor:g}"] if options.importance_floor else []
+        limits += [f"cap {options.importance_cap:g}"] if options.importance_cap else []
+        region = {"image": "over the image", "boxes": "in the boxes"}[options.map_region]
+        return ", ".join(
+            [f"weighting {options.weighting}", f"maps {region}", f"importance {options.importance}", *limits]
+        )
+
     def implementation(self, device):
-        described = describe_implementation(self._implementation, self.options, device)
+        described = describe_implementation(self._implementation, self.options, self.weights, device)
         return f"{described}; the relation loss by PyTorch" if RELATION in self.active() else described
 
     def build_parameters(self, channels):
@@ -89,18 +98,26 @@ class GKD(Method):
 
 @METHOD_REGISTRY.register()
 def gkd(cfg: CfgNode) -> GKD:
-    """The options stand in GKD itself."""
+    """The options stand in GKD itself.
+
+    Raises:
+        ValueError: an option is unknown, out of range or without effect.
+    """
     weights = {key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}
     relation = weights.pop("relation")
-    return GKD(
-        LossWeights(**weights),
-        relation=relation,
-        temperature=cfg.GKD.TEMPERATURE,
-        weighting=cfg.GKD.WEIGHTING,
-        rectifier=cfg.GKD.RECTIFIER,
-        map_region=cfg.GKD.MAP_REGION,
-        importance=cfg.GKD.IMPORTANCE,
-        importance_floor=cfg.GKD.IMPORTANCE_FLOOR,
-        importance_cap=cfg.GKD.IMPORTANCE_CAP,
-        implementation=cfg.GKD.IMPLEMENTATION,
-    )
+    options = {field.name: cfg.GKD[field.name.upper()] for field in dataclasses.fields(LossOptions)}
+    try:
+        method = GKD(LossWeights(**weights), relation=relation, implementation=cfg.GKD.IMPLEMENTATION, **options)
+    except ValueError as error:
+        # A message about an option begins with its name.
+        name, _, rest = str(error).partition(" ")
+        if name in (*options, "implementation"):
+            raise ValueError(f"GKD.{name.upper()} {rest}") from error
+        raise
+    unused = method.options.without_effect(method.weights)
+    if unused and method:
+        raise ValueError(
+            f"GKD has {', '.join(unused)}, which changes no loss: it weights the cells in the losses of boxes and "
+            "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a weight"
+        )
+    return method

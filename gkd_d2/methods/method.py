@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +11,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from gkd_d2.losses.options import LossOptions
+from gkd_d2.losses.options import LARGEST_WEIGHT, LossOptions
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.utils.registries import not_registered
 
@@ -66,7 +65,7 @@ class Term:
             a level to which no object of a batch belongs. Such a loss is judged over all levels together.
 
     Raises:
-        ValueError: the weight is negative or not finite.
+        ValueError: the weight is negative, not finite or more than float32 holds.
     """
 
     name: str
@@ -75,8 +74,8 @@ class Term:
     level_assigned: bool = False
 
     def __post_init__(self):
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"{self.key} is {self.weight}, but must be a finite number >= 0")
+        if not 0 <= self.weight <= LARGEST_WEIGHT:
+            raise ValueError(f"{self.key} is {self.weight}, but must be a finite number >= 0 that float32 holds")
 
 
 class Method(nn.Module):
@@ -129,6 +128,10 @@ class Method(nn.Module):
     def active(self) -> dict[str, str]:
         """Key of the loss -> its name, for the losses of a weight above 0."""
         return {key: term.name for key, term in self.terms.items() if term.weight > 0}
+
+    def describe(self) -> str:
+        """The options beside the weights, in words for the log; empty where there are none."""
+        return ""
 
     def implementation(self, device: torch.device) -> str:
         """Who computes the losses of features on a device, in words for the log.

@@ -69,7 +69,8 @@ def _method(cfg: CfgNode, method: Method) -> str:
     ramp = f"; weights ramp up over {counted(cfg.GKD.WARMUP_ITERS, 'iteration')}" if cfg.GKD.WARMUP_ITERS else ""
     parameters = sum(parameter.numel() for parameter in method.parameters())
     own = f"; trains {counted(parameters, 'parameter')} of its own" if parameters else ""
-    return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{ramp}{own}"
+    options = f"; {text}" if (text := method.describe()) else ""
+    return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
 
 
 def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]]) -> str:

@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gkd_d2.visualize.legend import COLUMNS, IMPORTANCES
+from gkd_d2.visualize.legend import COLUMNS, IMPORTANCES, SCORE
 from gkd_d2.visualize.picture import LevelImportances, LevelMaps, Picture, PlacedMap
 from gkd_d2.visualize.sheet import Panel, Row, Scale, draw_sheet
 
@@ -86,7 +86,9 @@ def _importance_panel(name: str, found: PlacedMap | None) -> Panel:
     if found.place is None:
         return Panel(name + _emptiness(found.values), found.values.numpy(), _MAP)
     where = "inside" if found.place.peak_inside else "outside"
-    return Panel(f"{name}: {found.place.share:.0%} inside, peak {where}", _of_largest(found.values), _MAP)
+    # A score is a probability, and low everywhere where the teacher knows little.
+    values = found.values.numpy() if name == SCORE else _of_largest(found.values)
+    return Panel(f"{name}: {found.place.share:.0%} inside, peak {where}", values, _MAP)
 
 
 def _row_text(level: LevelMaps | LevelImportances, values: Tensor) -> str:

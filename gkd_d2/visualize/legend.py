@@ -17,6 +17,7 @@ COLUMNS = {
     "importance": "Only with GKD.IMPORTANCE norm and student: the norm of the gradient by which the imitation weighs "
     "the cells, the student's before alignment; in proportion to its largest value.",
 }
+SCORE = "score"
 # The importances of a cell: name -> what it is.
 IMPORTANCES = {
     "channel": "The paper's map of the teacher: features times the mean gradient of their channel, summed over the "
@@ -24,6 +25,6 @@ IMPORTANCES = {
     "element": "The same with the gradient of each element in place of the channel's mean.",
     "norm": "The norm over channels of the teacher's gradient.",
     "student": "The norm over channels of the gradient of the student's own losses, before alignment.",
-    "score": "The teacher's score of the cell: for a RetinaNet, its largest class probability; for an R-CNN, which "
+    SCORE: "The teacher's score of the cell: for a RetinaNet, its largest class probability; for an R-CNN, which "
     "scores no class in a cell, the largest objectness of its RPN.",
 }

@@ -63,5 +63,5 @@ def test_what_can_not_be_measured(distiller_config):
     batch = training_batch()
     for image in batch:
         image["instances"] = image["instances"][:0]
-    with pytest.raises(ValueError, match="the box loss had no gradient"):
+    with pytest.raises(ValueError, match="the gradient loss had no gradient"):
         measure_ratios(distiller, itertools.repeat(batch, 2), seed=0)

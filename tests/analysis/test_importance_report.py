@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from gkd_d2.analysis.importance_report import ImportanceReport, importance_table, report_text, write_report
@@ -20,7 +21,7 @@ def report():
     report.add(
         [
             level("p2", 0.1, channel=Place(0.2, True), norm=Place(0.9, True), score=Place(0.5, False)),
-            level("p3", 0.25, channel=Place(0.25, False), norm=None),
+            level("p3", 0.25, channel=Place(0.25, False), norm=Place(0.75, True)),
         ]
     )
     report.add(
@@ -32,7 +33,7 @@ def report():
     report.add(
         [
             level("p2", 0.3, channel=Place(0.4, False), norm=Place(0.8, True), score=Place(0.7, True)),
-            level("p3", 0.5, channel=None, norm=None),
+            level("p3", 0.5, channel=Place(1.0, True), norm=None),
         ]
     )
     return report.result()
@@ -42,11 +43,13 @@ def test_means_over_the_images_with_objects():
     result = report()
     assert result["images"] == 2
     p2, p3 = result["levels"]["p2"], result["levels"]["p3"]
-    assert (p2["area"], p3["area"]) == (0.2, 0.375)
-    assert p2["importances"]["norm"] == {"share": 0.8500000000000001, "peak": 1, "images": 2}
-    assert p3["importances"] == {
-        "channel": {"share": 0.25, "peak": 0, "images": 1},
-        "norm": {"share": None, "peak": None, "images": 0},
+    assert p2["images"] == 2 and p2["area"] == 0.2
+    assert p2["importances"]["norm"] == {"share": pytest.approx(0.85), "peak": 1}
+    # Chance, too, of the one image that counts.
+    assert p3 == {
+        "images": 1,
+        "area": 0.25,
+        "importances": {"channel": {"share": 0.25, "peak": 0}, "norm": {"share": 0.75, "peak": 1}},
     }
 
 
@@ -54,11 +57,11 @@ def test_table():
     lines = importance_table(report()).splitlines()
     rows = [[text.strip() for text in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
     assert rows == [
-        ["", "p2", "p3"],
-        ["area of the boxes (chance)", "0.20", "0.38"],
-        ["channel", "0.30, peak 0.50", "0.25, peak 0.00 (1 image)"],
+        ["", "p2", "p3 (1 image)"],
+        ["area of the boxes (chance)", "0.20", "0.25"],
+        ["channel", "0.30, peak 0.50", "0.25, peak 0.00"],
         ["element", "–", "–"],
-        ["norm", "0.85, peak 1.00", "–"],
+        ["norm", "0.85, peak 1.00", "0.75, peak 1.00"],
         ["student", "–", "–"],
         ["score", "0.60, peak 0.50", "–"],
     ]
@@ -67,7 +70,7 @@ def test_table():
 def test_text_says_what_counts_and_what_is_missing():
     text = report_text(report())
     assert "means over 2 images with objects" in text
-    assert "in the others the map is 0 everywhere" in text
+    assert "in the others some map is 0 everywhere" in text
     assert "No score at p3: the teacher's heads score no cells there" in text
 
 

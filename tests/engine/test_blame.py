@@ -26,10 +26,11 @@ def failed_training(cfg) -> tuple[Trainer, str]:
 
 RATE = "Lower SOLVER.BASE_LR, or clip the gradients by SOLVER.CLIP_GRADIENTS"
 BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
+OVER_THE_IMAGE = ["GKD.MAP_REGION", "image", "GKD.LOSS_WEIGHTS.GRADIENT", 0.02]
 DIVERGING = {
     "rate": ("retinanet", ["SOLVER.BASE_LR", 1e6], "learning rate 1e+06"),
     # Of the two images one still has finite losses.
-    "rate, in part": ("retinanet", ["SOLVER.BASE_LR", 10.0], "learning rate 10;"),
+    "rate, in part": ("retinanet", ["SOLVER.BASE_LR", 10.0, *OVER_THE_IMAGE], "learning rate 10;"),
     "rate, bfloat16": ("retinanet", ["SOLVER.BASE_LR", 1e6, *BFLOAT16], "learning rate 1e+06"),
     "rate, faster": ("faster", ["SOLVER.BASE_LR", 1e6], "learning rate 1e+06"),
     "rate, alone": ("faster", ["SOLVER.BASE_LR", 1e6, "GKD.METHOD", "none"], "learning rate 1e+06"),

@@ -100,22 +100,25 @@ def test_the_wrong_card_gets_the_reference_and_one_sentence(machine, caplog):
     )
     device = torch.device("cuda", 0)
     for _ in range(2):
-        assert _choose("auto", LossOptions(), device) is reference.distillation_losses
+        assert _choose("auto", LossOptions(), LossWeights(), device) is reference.distillation_losses
     assert caplog.text.count(sentence) == 1
     with pytest.raises(RuntimeError) as error:
-        _choose("fused", LossOptions(), device)
+        _choose("fused", LossOptions(), LossWeights(), device)
     assert str(error.value) == f"implementation 'fused' is not available: {sentence}"
 
 
 def test_options_that_the_extension_does_not_know_get_the_reference_and_one_sentence(caplog):
     device = torch.device("cpu")
     for _ in range(2):
-        assert _choose("auto", LossOptions(importance="norm"), device) is reference.distillation_losses
-    assert caplog.text.count("is used: the extension does not know importance 'norm'") == 1
+        assert _choose("auto", LossOptions(importance="norm"), LossWeights(), device) is reference.distillation_losses
+    assert caplog.text.count("is used: the extension does not support importance 'norm'") == 1
     for options in (LossOptions(importance_floor=0.5), LossOptions(importance_cap=5.0)):
-        assert _choose("auto", options, device) is reference.distillation_losses
-    assert describe_implementation("auto", LossOptions(importance="norm"), device) == (
-        "PyTorch, which is slower: the extension does not know importance 'norm'"
+        assert _choose("auto", options, LossWeights(), device) is reference.distillation_losses
+    # Where they change nothing they cost nothing.
+    unused = LossOptions(importance="norm", importance_floor=0.5, weighting="uniform")
+    assert _choose("auto", unused, LossWeights(gradient=0.0), device) is fused.distillation_losses
+    assert describe_implementation("auto", LossOptions(importance="norm"), LossWeights(), device) == (
+        "PyTorch, which is slower: the extension does not support importance 'norm'"
     )
 
 

@@ -193,7 +193,37 @@ def test_the_options_of_gkd_come_from_the_config(cfg):
     assert method.options == LossOptions(**{key.lower(): value for key, value in values.items()})
     assert method.needs_cell_grads
     cfg.GKD.IMPLEMENTATION = "fused"
-    with pytest.raises(ValueError, match="but importance 'norm' is computed by 'reference' alone"):
+    with pytest.raises(
+        ValueError, match="^GKD.IMPLEMENTATION is 'fused', but only 'reference' supports importance 'norm'"
+    ):
+        build_method(cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"MAP_REGION": "box"}, "GKD.MAP_REGION is 'box', but must be one of 'image', 'boxes'"),
+        ({"WEIGHTING": "both"}, "GKD.WEIGHTING is 'both'"),
+        ({"IMPORTANCE": "max"}, "GKD.IMPORTANCE is 'max'"),
+        ({"IMPORTANCE_FLOOR": 2.0}, "GKD.IMPORTANCE_FLOOR is 2.0"),
+        ({"IMPORTANCE_CAP": 0.5}, "GKD.IMPORTANCE_CAP is 0.5"),
+        ({"TEMPERATURE": 0.0}, "GKD.TEMPERATURE is 0.0"),
+        ({"IMPLEMENTATION": "cuda"}, "GKD.IMPLEMENTATION is 'cuda'"),
+        ({"LOSS_WEIGHTS.BOX": -1.0}, "loss weight box is -1.0"),
+        (
+            {"LOSS_WEIGHTS.RELATION": 1e39},
+            r"GKD.LOSS_WEIGHTS.RELATION is 1e\+39, but must be a finite number >= 0 that",
+        ),
+        (
+            {"IMPORTANCE": "norm", "WEIGHTING": "uniform", "LOSS_WEIGHTS.GRADIENT": 0.0},
+            "GKD has importance 'norm', which changes no loss",
+        ),
+        ({"IMPORTANCE_FLOOR": 0.5, "WEIGHTING": "uniform"}, "GKD has importance_floor 0.5, which changes no loss"),
+    ],
+)
+def test_bad_options_of_gkd_are_named_by_their_key(cfg, options, message):
+    cfg.merge_from_list([part for key, value in options.items() for part in (f"GKD.{key}", value)])
+    with pytest.raises(ValueError, match=f"^{message}"):
         build_method(cfg)
 
 

@@ -31,8 +31,8 @@ def test_five_lines(distiller_config, caplog):
     cfg.GKD.FEATURES = ["p3", "p4"]
     assert summary(cfg, caplog, steps=2) == [
         "Training a student GeneralizedRCNN with a teacher GeneralizedRCNN:",
-        "  method:  gkd, weights gradient 0.02, box 0.001, image 0.001 (off: attention, relation); weights ramp up "
-        "over 500 iterations",
+        "  method:  gkd, weights gradient 0.002, box 0.001, image 0.001 (off: attention, relation); weighting "
+        "gradient, maps in the boxes, importance channel; weights ramp up over 500 iterations",
         "  levels:  p3 (8 to 16 channels, aligned), p4 (8 to 16 channels, aligned)",
         "  losses:  computed by the compiled extension, on cpu",
         "  heads:   not inherited from the teacher (GKD.STUDENT.INIT_FROM_TEACHER is False)",
@@ -44,6 +44,25 @@ def test_five_lines(distiller_config, caplog):
     ("options", "line", "text"),
     [
         (("GKD.IMPLEMENTATION", "reference"), 3, "PyTorch (GKD.IMPLEMENTATION is reference)"),
+        (
+            (
+                "GKD.IMPORTANCE",
+                "norm",
+                "GKD.IMPORTANCE_FLOOR",
+                0.5,
+                "GKD.IMPORTANCE_CAP",
+                5.0,
+                "GKD.MAP_REGION",
+                "image",
+            ),
+            1,
+            "; weighting gradient, maps over the image, importance norm, floor 0.5, cap 5",
+        ),
+        (
+            ("GKD.IMPORTANCE", "norm", "GKD.IMPORTANCE_FLOOR", 0.5),
+            3,
+            "PyTorch, which is slower: the extension does not support importance 'norm', importance_floor 0.5",
+        ),
         (("GKD.METHOD", "fitnet"), 1, "fitnet, weights fitnet 1"),
         (("GKD.METHOD", "fitnet"), 3, "computed by PyTorch"),
         # One channel becomes half of them, at least one: 16 + 8 * 17 + 16 + 16 * 9 parameters for each network.

@@ -105,7 +105,7 @@ def test_the_sanitizers_see_every_type_and_layout(rehearse, project):
     tests = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
     for dtype in range(4):
         for layout in ("contiguous", "channels_last"):
-            assert f"test_equals_reference[dtype{dtype}-gradient-abs-{layout}-cuda]" in tests
+            assert f"test_equals_reference[dtype{dtype}-attention_gradient-abs-{layout}-cuda]" in tests
             assert f"test_equals_reference[dtype{dtype}-attention-relu-{layout}-cuda]" in tests
     names = {test.partition("[")[0] for test in tests}
     assert names >= {"test_equals_reference_on_large_maps", "test_box_counts", "test_other_layouts"}

@@ -42,7 +42,7 @@ def test_a_weight_of_0_stays_0(make_study):
     options = {key: 0.0 for key in LOSSES[1:]}
     study = make_study(beside={"gradient": {"options": options, "scale": 0.2}})
     cfg = study.student_jobs("retinanet", "gradient")[1].config
-    assert [value(cfg, key) for key in LOSSES] == [pytest.approx(0.2 * 0.02), 0, 0, 0]
+    assert [value(cfg, key) for key in LOSSES] == [pytest.approx(0.2 * 0.002), 0, 0, 0]
 
 
 def test_a_training_has_its_folder_seed_and_teacher(make_study, tmp_path):
@@ -88,5 +88,5 @@ def test_the_scale_of_the_highest_mean_is_chosen_and_no_detection_counts_as_0(ma
     assert study.scale("retinanet", "alone") == 1
     job = study.student_jobs("retinanet", "half")[3]
     assert job.folder.parts[-3:] == ("half", "weights_x0.1", "seed_3")
-    # The config's own is 0.02.
-    assert job.config.GKD.LOSS_WEIGHTS.GRADIENT == pytest.approx(0.002)
+    # The config's own is 0.002.
+    assert job.config.GKD.LOSS_WEIGHTS.GRADIENT == pytest.approx(0.0002)
