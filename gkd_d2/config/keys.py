@@ -70,19 +70,19 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.WEIGHTING = "gradient"
     # Of gkd: what makes the gradient maps non-negative: abs or relu.
     cfg.GKD.RECTIFIER = "abs"
-    # Of gkd: where the gradient maps are compared: boxes (in and about the objects, as the authors do) or image (all
+    # Of gkd: where the gradient maps are compared: boxes (in and around the objects, as the authors do) or image (all
     # cells alike). The two need different weights: see "Defaults" in docs/results.md.
     cfg.GKD.MAP_REGION = "boxes"
-    # Of gkd: what the gradients make of a cell, in the maps and in the weightings by gradients: channel (the paper's
-    # map: the mean gradient of each channel), element (the gradient of each element), norm (the size of the teacher's
-    # gradient at the cell) or student (that of the student's). norm and student weigh the imitation; the maps are then
-    # those of element. The extension knows channel alone.
+    # Of gkd: how the importance of a cell is computed from gradients, for the maps and for the weightings by gradients:
+    # channel (the paper's map: the mean gradient of each channel), element (the gradient of each element), norm (the
+    # norm of the teacher's gradient at the cell) or student (that of the student's). norm and student weight the
+    # imitation; the maps are then those of element. The extension supports channel alone.
     cfg.GKD.IMPORTANCE = "channel"
-    # Of gkd: the part of a cell's weight in the imitation that is the same for all cells, 0 to 1. The reference
-    # implementation alone has it, and the cap.
+    # Of gkd: the part of a cell's weight in the imitation that is the same for all cells, 0 to 1. Only the reference
+    # implementation supports it, and the cap.
     cfg.GKD.IMPORTANCE_FLOOR = 0.0
-    # Of gkd: the most that a cell may weigh in the imitation, in multiples of the mean weight, ahead of the floor; 0:
-    # no limit.
+    # Of gkd: the most that a cell may weigh in the imitation, in multiples of the mean weight, at least 1, before the
+    # floor is applied; 0: no limit.
     cfg.GKD.IMPORTANCE_CAP = 0.0
     # Of gkd: who computes the losses: reference (PyTorch), fused (the extension), auto (fused where it is built).
     cfg.GKD.IMPLEMENTATION = "auto"
