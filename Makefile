@@ -25,7 +25,7 @@ demo: setup
 
 # A file's tests share what they train, so a file goes to one process.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What only a GPU can show, compute-sanitizer's findings and the times of both benchmarks included.
 check-gpu: setup

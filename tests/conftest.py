@@ -26,6 +26,25 @@ from gkd_d2.methods import METHOD_REGISTRY
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"
+# The files that take longest. Where processes share the tests file by file, one of these begun last would leave the
+# others idle at the end.
+LONGEST = (
+    "tools/test_faults.py",
+    "tools/test_run_study.py",
+    "tools/test_train_net.py",
+    "test_docs.py",
+    "test_wheel.py",
+    "tools/test_compare_runs.py",
+    "engine/test_distributed.py",
+    "tools/test_export_student.py",
+    "engine/test_launch.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the longest files come first."""
+    order = {PROJECT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -245,7 +245,7 @@ def imitation_weights(
 def _mean_one_weights(
     teacher: Tensor, teacher_grad: Tensor | None, student_grad: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """u and v ahead of the cap and the floor."""
+    """u and v before the cap and the floor."""
     dtype = accumulation_dtype(teacher)
     if options.weighting == "gradient":
         channel = _normalized(channel_gradient(teacher_grad, dtype).abs())
