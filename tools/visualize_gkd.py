@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from gkd_d2.analysis.dataset_images import choose_images, observe_images
+from gkd_d2.analysis.dataset_images import choose_images, has_objects, observe_images
 from gkd_d2.analysis.importance_maps import take_importance_picture
 from gkd_d2.analysis.importance_report import ImportanceReport, report_text, write_report
 from gkd_d2.config import read_distiller_config
@@ -102,6 +102,8 @@ def main() -> None:
         check_inputs(cfg, eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
         records = choose_images(dataset, args.image, args.count)
+        if args.importance_report and not any(map(has_objects, records)):
+            raise ValueError("none of the images of --image has an object, so there is nothing to report of them")
         seed = max(cfg.SEED, 0)
         seed_everything(seed)
         distiller = build_model(cfg)

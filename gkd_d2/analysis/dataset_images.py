@@ -36,7 +36,7 @@ def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dic
             "by --dataset"
         )
     if not names:
-        chosen = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])][:count]
+        chosen = list(filter(has_objects, records))[:count]
         if not chosen:
             raise ValueError(
                 f"no object in the {counted(len(records), 'image')} of dataset {dataset}: name an image by --image"
@@ -55,6 +55,11 @@ def choose_images(dataset: str, names: list[str] | None, count: int) -> list[dic
                 "or its file name"
             )
     return [by_name[name] for name in names]
+
+
+def has_objects(record: dict) -> bool:
+    """Whether a record of Detectron2's form has an annotation that is no crowd."""
+    return any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
 
 
 def observe_images(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict], seed: int) -> Iterator[Observation]:

@@ -50,7 +50,7 @@ class AlignConv(nn.Conv2d):
             else:
                 aligned = torch.linalg.solve_ex(weight @ weight.t(), weight @ columns)[0]
         n, _, h, w = wanted.shape
-        return aligned.view(-1, n, h, w).movedim(0, 1).to(gradient.dtype)
+        return aligned.reshape(-1, n, h, w).movedim(0, 1).to(gradient.dtype)
 
 
 class AlignConvs(nn.ModuleDict):

@@ -3,7 +3,7 @@
 import pytest
 from detectron2.data import DatasetCatalog
 
-from gkd_d2.analysis.dataset_images import choose_images
+from gkd_d2.analysis.dataset_images import choose_images, has_objects
 
 
 @pytest.fixture
@@ -33,6 +33,10 @@ def test_images_are_named_by_id_or_file_in_any_order(scenes):
     assert numbers(choose_images(scenes, ["image3.png", "11", "image0"], 1)) == [3, 1, 0]
     with pytest.raises(ValueError, match=r"has no image 'image9' among its 4: name one by its id \(10, 11, 12, "):
         choose_images(scenes, ["11", "image9"], 1)
+
+
+def test_a_crowd_is_no_object(scenes):
+    assert list(map(has_objects, DatasetCatalog.get(scenes))) == [False, False, True, True]
 
 
 def test_without_an_object_an_image_must_be_named(scenes):

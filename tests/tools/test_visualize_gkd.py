@@ -107,6 +107,20 @@ def test_importance_report(kind, levels, visualize, write_config, tmp_path):
         assert number in table[2] and f">{number}" in page.replace("> ", ">")
 
 
+def test_nothing_is_reported_of_images_without_objects(visualize, write_config, datasets, tmp_path):
+    config, _ = write_config("retinanet")
+    name = (datasets / "toy_kitti" / "ImageSets" / "val.txt").read_text().split()[0]
+    labels = datasets / "toy_kitti" / "training" / "label_2" / f"{name}.txt"
+    text = labels.read_text()
+    labels.write_text("")
+    try:
+        printed = visualize("--config-file", config, "--importance-report", "--image", name, status=1)
+    finally:
+        labels.write_text(text)
+    assert "none of the images of --image has an object, so there is nothing to report of them" in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_students_checkpoint_is_what_is_drawn(visualize, write_config, tmp_path):
     config, student = write_config("retinanet")
     scenes = ("--config-file", config, "--count", 1, "--output")
