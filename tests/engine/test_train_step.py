@@ -210,6 +210,7 @@ def test_half_precision_trains_like_float32(kind, device, amp_dtype, distiller_c
     cfg = distiller_config(kind, channels=8)
     cfg.MODEL.DEVICE = device
     cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5
+    cfg.GKD.MAP_REGION, cfg.GKD.LOSS_WEIGHTS.GRADIENT = "image", 0.02
     # A level of one cell has no gradient of the map loss.
     cfg.GKD.FEATURES = ["p3", "p4", "p5"]
     # All proposals: which of them would be drawn depends on their last bits.

@@ -415,10 +415,10 @@ def test_features_of_other_size_are_refused(distiller_config):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("GKD.TEMPERATURE", 0.0, "temperature is 0.0"),
-        ("GKD.WEIGHTING", "foo", "weighting is 'foo'"),
-        ("GKD.RECTIFIER", "foo", "rectifier is 'foo'"),
-        ("GKD.IMPLEMENTATION", "foo", "implementation is 'foo'"),
+        ("GKD.TEMPERATURE", 0.0, "GKD.TEMPERATURE is 0.0"),
+        ("GKD.WEIGHTING", "foo", "GKD.WEIGHTING is 'foo'"),
+        ("GKD.RECTIFIER", "foo", "GKD.RECTIFIER is 'foo'"),
+        ("GKD.IMPLEMENTATION", "foo", "GKD.IMPLEMENTATION is 'foo'"),
         ("GKD.WARMUP_ITERS", -1, "GKD.WARMUP_ITERS is -1"),
         ("GKD.LOSS_WEIGHTS.BOX", -1.0, "loss weight box is -1.0"),
         (
