@@ -67,6 +67,8 @@ def test_configs_with_the_settings_of_the_authors(project, name, data, gradient)
     }
     assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
     assert (theirs.GKD.WEIGHTING, theirs.GKD.MAP_REGION) == ("attention_gradient", "boxes")
+    # With relu a level whose sums are all negative would have no map.
+    assert theirs.GKD.RECTIFIER == "abs"
     assert (theirs.SOLVER.BASE_LR, theirs.SOLVER.WARMUP_ITERS) == (0.02, 500)
     clipping = theirs.SOLVER.CLIP_GRADIENTS
     assert (clipping.ENABLED, clipping.CLIP_TYPE, clipping.CLIP_VALUE) == (True, "norm", 35.0)

@@ -49,7 +49,7 @@ SETTINGS = {
     ),
     "authors": Setting(
         LossWeights(gradient=0.05, box=1e-3, attention=5e-4, image=0.0),
-        LossOptions(weighting="attention_gradient", rectifier="relu", map_region="boxes"),
+        LossOptions(weighting="attention_gradient", map_region="boxes"),
         passes=9,
     ),
 }
