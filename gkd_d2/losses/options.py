@@ -14,7 +14,6 @@ MAP_REGIONS = ("image", "boxes")
 MAP_IMPORTANCES = ("channel", "element")
 IMPORTANCES = (*MAP_IMPORTANCES, "norm", "student")
 IMPLEMENTATIONS = ("auto", "reference", "fused")
-_LIMITS = ("importance_floor", "importance_cap")
 # Name of a loss's weight -> key of the loss.
 LOSS_KEYS = {
     "gradient": "loss_gkd_gradient",
@@ -130,17 +129,27 @@ class LossOptions:
 
     def unfused(self, weights: LossWeights) -> list[str]:
         """The options that only the reference implementation supports, in words, as far as they affect a loss."""
-        weighs = weights.imitates and self.weighting != "uniform"
-        texts = [f"importance {self.importance!r}"] if self.need_cell_grads(weights) else []
-        texts += [f"{name} {getattr(self, name)}" for name in _LIMITS if getattr(self, name) and weighs]
-        return texts
+        limits = weights.imitates and self.weighting != "uniform"
+        return [
+            text
+            for name, text in self._on_importance().items()
+            if (self.need_cell_grads(weights) if name == "importance" else limits)
+        ]
 
     def without_effect(self, weights: LossWeights) -> list[str]:
         """The options on importance that are set and change no loss, in words."""
         used = self.unfused(weights)
-        texts = [f"importance {self.importance!r}"] if self.importance != "channel" else []
-        texts += [f"{name} {getattr(self, name)}" for name in _LIMITS if getattr(self, name)]
-        return [text for text in texts if text not in used]
+        return [text for text in self._on_importance().values() if text not in used]
+
+    def _on_importance(self) -> dict[str, str]:
+        """Name of an option on importance that is set -> the option in words."""
+        # A field's default is its class's attribute.
+        names = ("importance", "importance_floor", "importance_cap")
+        return {
+            name: f"{name} {getattr(self, name)!r}"
+            for name in names
+            if getattr(self, name) != getattr(LossOptions, name)
+        }
 
 
 def check_implementation(implementation: str, options: LossOptions, weights: LossWeights) -> None:
