@@ -77,7 +77,9 @@ class GKD(Method):
     def forward(self, levels, factor=1.0):
         losses = self._four_losses(levels, factor) if self.weights else {}
         if RELATION in self.active():
-            relation = sum(self.relation(widened(level)) for level in levels)
+            # Without the gradients, which would be widened too.
+            features = [dataclasses.replace(level, student_grad=None, teacher_grad=None) for level in levels]
+            relation = sum(self.relation(widened(level)) for level in features)
             losses[RELATION] = factor * self.terms[RELATION].weight * relation
         return losses
 
