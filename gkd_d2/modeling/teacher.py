@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -17,28 +17,30 @@ from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.random_streams import separate_random_stream
-from gkd_d2.utils.registries import build_detector
 
 
-def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
+def build_teacher(
+    make: Callable[[], nn.Module], weights: str, seed: int, *, swap_channels: bool = False
+) -> FrozenTeacher:
     """Build a teacher and load its weights, drawing nothing from the global random stream.
 
     Args:
-        cfg: from :func:`gkd_d2.config.teacher_config`.
+        make: makes the detector, with random weights.
+        weights: its checkpoint, GKD.TEACHER.WEIGHTS.
         seed: of the teacher's random stream, >= 0.
+        swap_channels: see :class:`FrozenTeacher`.
 
     Raises:
         CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
-        ValueError: a name in the config is not registered, the meta-architecture has no split, or a tensor holds
-            infinite or NaN values.
+        ValueError: the detector can't be built, has no split, or a tensor holds infinite or NaN values.
     """
     with separate_random_stream(torch.device("cpu"), seed):
-        model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
+        model = make()
     CompleteCheckpointer(model).load_weights(
-        cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
+        weights, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
     )
     check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
-    return FrozenTeacher(model, seed)
+    return FrozenTeacher(model, seed, swap_channels=swap_channels)
 
 
 def hold_norms(model: nn.Module) -> None:
@@ -60,7 +62,7 @@ class FrozenTeacher:
             draws what an uninterrupted one would.
     """
 
-    def __init__(self, model: nn.Module, seed: int):
+    def __init__(self, model: nn.Module, seed: int, *, swap_channels: bool = False):
         self.model = model
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
