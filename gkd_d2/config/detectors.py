@@ -68,11 +68,7 @@ def teacher_spec(cfg: CfgNode) -> DetectorSpec:
         return YacsSpec(teacher_config(cfg), file=path)
     with _naming_opts(cfg):
         spec = load_lazy_spec(path, cfg.GKD.TEACHER.OPTS)
-    if proposals := _proposals(cfg):
-        if "roi_heads" not in spec.model:
-            raise ValueError(_no_proposals(proposals, path, "a detector"))
-        spec.model.roi_heads.batch_size_per_image = proposals
-    return spec
+    return spec.with_proposals(cfg.GKD.TEACHER.ROI_BATCH_SIZE)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -93,9 +89,14 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS
-    if proposals := _proposals(cfg):
+    if proposals := cfg.GKD.TEACHER.ROI_BATCH_SIZE:
+        if proposals < 0:
+            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but must be >= 0")
         if teacher.MODEL.META_ARCHITECTURE == "RetinaNet":
-            raise ValueError(_no_proposals(proposals, path, "a RetinaNet"))
+            raise ValueError(
+                f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but {path} describes a RetinaNet, which samples no "
+                "proposals: leave it at 0"
+            )
         teacher.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = proposals
     # Its pictures would overwrite the student's.
     teacher.VIS_PERIOD = 0
@@ -129,18 +130,3 @@ def _naming_opts(cfg: CfgNode):
         if not opts:
             raise
         raise ValueError(f"with GKD.TEACHER.OPTS {list(opts)}: {error}") from error
-
-
-def _proposals(cfg: CfgNode) -> int:
-    """GKD.TEACHER.ROI_BATCH_SIZE."""
-    proposals = cfg.GKD.TEACHER.ROI_BATCH_SIZE
-    if proposals < 0:
-        raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but must be >= 0")
-    return proposals
-
-
-def _no_proposals(proposals: int, path: str, kind: str) -> str:
-    return (
-        f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but {path} describes {kind}, which samples no proposals: leave it "
-        "at 0"
-    )

@@ -50,6 +50,21 @@ class LazySpec(DetectorSpec):
     def without(self, heads):
         return LazySpec(without_heads(self.model, heads), self.file, self.train_sets, self.image_format)
 
+    def with_proposals(self, number: int) -> LazySpec:
+        """The same detector, whose ROI heads sample so many proposals an image in training; 0: as many as they did.
+
+        Raises:
+            ValueError: ``number`` is negative, or there are no ROI heads.
+        """
+        if number < 0 or (number and "roi_heads" not in self.model):
+            kind = "must be >= 0" if number < 0 else "the detector samples no proposals: leave it at 0"
+            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {number}, but {kind}")
+        if not number:
+            return self
+        model = self.model.copy()
+        model.roi_heads.batch_size_per_image = number
+        return LazySpec(model, self.file, self.train_sets, self.image_format)
+
     def problems(self):
         return []
 
