@@ -556,9 +556,9 @@ def test_bad_arguments_are_named(change, message):
         distillation_losses(**arguments)
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e39])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e39, "1e-3", None])
 def test_bad_weight_is_named(value):
     with pytest.raises(
-        ValueError, match=f"loss weight box is {re.escape(str(value))}, but must be a finite number >= 0"
+        ValueError, match=f"loss weight box is {re.escape(repr(value))}, but must be a finite number >= 0"
     ):
         LossWeights(box=value)
