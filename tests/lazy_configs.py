@@ -19,10 +19,10 @@ from detectron2.modeling.backbone.resnet import BasicBlock
 def resnet(width, out_features):
     stages = [
         L(ResNet.make_stage)(
-            block_class=BasicBlock, num_blocks=1, stride_per_block=[stride], in_channels=width, out_channels=width,
-            norm="BN",
+            block_class=BasicBlock, num_blocks=1, stride_per_block=[1 if number == 0 else 2], norm="BN",
+            in_channels=width * 2**number, out_channels=width * 2 ** (number + 1),
         )
-        for stride in (1, 2, 2, 2)
+        for number in range(4)
     ]
     stem = L(BasicStem)(in_channels=3, out_channels=width, norm="BN")
     return L(ResNet)(stem=stem, stages=stages, out_features=out_features, freeze_at=0)
@@ -36,7 +36,7 @@ model = model_zoo.get_config("common/models/retinanet.py").model
 model.num_classes = 3
 model.backbone.bottom_up = resnet({width}, ["res3", "res4", "res5"])
 model.backbone.out_channels = {channels}
-model.backbone.top_block.in_channels = {width}
+model.backbone.top_block.in_channels = 16 * {width}
 model.backbone.top_block.in_feature = "res5"
 model.head.input_shape = [ShapeSpec(channels={channels})]
 model.head.conv_dims = [{channels}]

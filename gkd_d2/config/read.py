@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from gkd_d2.config.keys import DISTILLER, add_gkd_config
@@ -128,10 +128,10 @@ def _placed(key: str, path: str, config_file: str) -> str:
 
 def file_of_model_zoo(name: str) -> str | None:
     """The file of a config in Detectron2's model zoo, such as new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py."""
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        return None
+    # Not by its own function: in later versions the module needs a part of setuptools that newer ones of these lack.
+    (folder,) = importlib.util.find_spec("detectron2.model_zoo").submodule_search_locations
+    path = os.path.join(folder, "configs", name)
+    return path if os.path.isfile(path) else None
 
 
 def with_absolute_teacher(cfg: CfgNode) -> CfgNode:
