@@ -1,22 +1,27 @@
-# `make demo` and `make test` set up all they need. Another Python: make setup PYTHON=python3.12
+# `make demo` and `make test` set up all they need. Others than the tested versions, in a fresh clone:
+# make setup PYTHON=python3.12 TORCH=2.9.1
 PYTHON ?= python3
+TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
 	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate wheel
+# With another torch, torchvision is the one that fits it.
+CONSTRAINTS := $(VENV)/constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test fuzz stress sanitize check-gpu bench lint format clean
+.PHONY: setup demo test matrix fuzz stress sanitize check-gpu bench lint format clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/install_detectron2.py gkd_d2/losses/fused.py $(SOURCES)
 	@echo "Setting up $(VENV): torch with CUDA libraries is about 6 GB the first time, 8 while they are unpacked"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt $(PACKAGES)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python tools/install_detectron2.py
-	$(PIP) --constraint constraints.txt --no-build-isolation --editable .
+	{ $(if $(TORCH),grep -v ^torch constraints.txt; echo torch==$(TORCH),cat constraints.txt); } > $(CONSTRAINTS)
+	$(PIP) --constraint $(CONSTRAINTS) $(PACKAGES)
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python tools/install_detectron2.py
+	$(PIP) --constraint $(CONSTRAINTS) --no-build-isolation --editable .
 	@$(BIN)/python -W ignore -m gkd_d2.collect_env
 	@touch $@
 
@@ -26,6 +31,13 @@ demo: setup
 # A file's tests share what they train, so a file goes to one process.
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The test suite on other versions, of all that is committed; DETECTRON2 is the folder of Detectron2 HEAD's source.
+ROWS ?=
+MATRIX ?= build/matrix
+
+matrix:
+	MATRIX=$(MATRIX) bash tools/matrix.sh $(ROWS)
 
 # What only a GPU can show, compute-sanitizer's findings and the times of both benchmarks included.
 check-gpu: setup

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
@@ -11,15 +12,14 @@ from tabulate import tabulate
 from gkd_d2.losses import fused
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _imported(package: str) -> str:
+    """Version and folder of what is imported, which PYTHONPATH may put before what is installed."""
+    module = import_module(package)
+    return f"{module.__version__} in {Path(module.__file__).parent}"
 
 
 def collect_env() -> list[tuple[str, str]]:
-    """Names and values: versions, devices, and for which devices the extension gkd_d2._C has kernels."""
+    """Names and values: versions of what is imported, devices, and what the extension gkd_d2._C has kernels for."""
     cpu_reason = fused.unavailable_reason(torch.device("cpu"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.device("cuda", index) for index in range(count)]
@@ -29,7 +29,7 @@ def collect_env() -> list[tuple[str, str]]:
     return [
         ("Python", platform.python_version()),
         ("Platform", platform.platform()),
-        *((package, _version(package)) for package in ("gkd_d2", "detectron2", "torch", "torchvision")),
+        *((package, _imported(package)) for package in ("gkd_d2", "detectron2", "torch", "torchvision")),
         ("CUDA of torch", torch.version.cuda or "none"),
         ("GPU", ", ".join(gpus) or "none that torch can use"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),

@@ -14,6 +14,7 @@ Example:
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -97,6 +98,22 @@ def run(*command: str | Path) -> None:
         raise InstallError(f"this command failed, its reason stands above: {' '.join(map(str, command))}")
 
 
+def ensure_wheels_can_be_built(folder: Path) -> None:
+    """Fetch what builds wheels into ``folder`` for the pips that are run later, where this environment has none.
+
+    A build that must see torch can't be isolated, so pip fetches nothing for it. A new environment of Python 3.11 or
+    earlier has a setuptools that can't build wheels by itself, one of later Pythons has none.
+    """
+    try:
+        if importlib.util.find_spec("setuptools.command.bdist_wheel") or importlib.util.find_spec("wheel"):
+            return
+    except ModuleNotFoundError:
+        pass
+    say("setuptools and wheel are fetched for this build alone, for this environment can't build wheels")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, "setuptools", "wheel")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def probe_import() -> tuple[str | None, str]:
     """Try ``import detectron2`` in a fresh interpreter.
 
@@ -142,6 +159,7 @@ def fetch(folder: Path) -> Path:
     except metadata.PackageNotFoundError:
         raise InstallError("torch is missing and Detectron2 needs it first: pip install torch torchvision") from None
     pip = pip_that_fetches(folder)
+    ensure_wheels_can_be_built(folder / "builds")
     # The archive's setup.py imports torch, which an isolated build would not see.
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", folder]
     run(*pip, "download", *options, SDIST)
@@ -188,7 +206,8 @@ def install_v05() -> None:
         (root / "setup.py").write_text(SETUP_PY, encoding="utf-8")
         (root / "setup.cfg").unlink()
         say(f"v0.5 unpacked, sha256 as expected, {len(EDITS)} edits applied; installing it")
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", root)
+        # This setup.py does not need torch, so pip can fetch what builds it.
+        run(sys.executable, "-m", "pip", "install", "--quiet", root)
 
 
 def install() -> None:
@@ -201,7 +220,10 @@ def install() -> None:
     version, detail = probe_import()
     if wanted:
         say(f"installing {wanted!r}, because DETECTRON2 asks for it")
-        run(sys.executable, "-m", "pip", "install", "--no-build-isolation", wanted)
+        with tempfile.TemporaryDirectory(prefix="detectron2-") as folder:
+            if not wanted.endswith(".whl"):
+                ensure_wheels_can_be_built(Path(folder))
+            run(sys.executable, "-m", "pip", "install", "--no-build-isolation", wanted)
     elif version:
         say(f"Detectron2 {version} can be imported from {detail}; nothing to do")
         return

@@ -67,6 +67,9 @@ if __name__ == "__main__":
         parser.error("--config-file is missing: name one of configs/")
     try:
         cfg = read_config(args.config_file, args.opts, args.imports)
+    except (OSError, ValueError) as error:
+        sys.exit(f"This run can't start:\n- {error}")
+    try:
         if args.eval_only:
             # The student is evaluated as the plain detector it is: no teacher is built.
             cfg = detector_config(cfg)

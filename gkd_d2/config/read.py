@@ -29,7 +29,7 @@ def read_config(config_file: str, opts: list[str], imports: Sequence[str] = ()) 
 
     Raises:
         FileNotFoundError: ``config_file``, or a file that it is based on, does not exist.
-        ValueError: ``opts`` are no pairs, a key does not exist, a value does not fit its key, or a module in
+        ValueError: ``opts`` are no pairs, keys do not exist, values do not fit their keys, or a module in
             GKD.IMPORTS is not found.
         ImportError: a module in GKD.IMPORTS raises an error.
     """
@@ -67,7 +67,7 @@ class _Placed(str):
 
 def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
     """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
-    written = load_file(config_file, _place_own)
+    written, files = load_file(config_file, _place_own)
     teacher = _node(written, "GKD", "TEACHER")
     teacher.update({key: str(path) for key, path in teacher.items() if isinstance(path, _Placed)})
     modules = [*_listed_modules(config_file, written, opts), *imports]
@@ -75,7 +75,7 @@ def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> 
     # Made after the imports, for a module may add keys to Detectron2's defaults.
     cfg = get_cfg()
     add_gkd_config(cfg)
-    merge_loaded(cfg, written, config_file)
+    merge_loaded(cfg, written, files, config_file)
     merge_pairs(cfg, opts)
     for key in _TEACHER_PATHS:
         if f"GKD.TEACHER.{key}" in opts[::2]:

@@ -196,6 +196,9 @@ def why_unreadable(error: Exception) -> str:
             f"holds objects beside arrays, tensors and plain data ({refused}), which could run any code and are not "
             "read: where you trust it, write its tensors alone into a .pth"
         )
+    # torch 2.4 speaks of weights_only here, too.
+    if cut := re.search(r"unexpected EOF.*", text):
+        return f"is damaged: {cut[0]}"
     if "weights_only" in text or "Weights only" in text:
         return "is not a checkpoint: its content is of another form"
     # A text of a single word or number, as a KeyError's, says nothing by itself.

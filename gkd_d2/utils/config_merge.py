@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
+import detectron2
 import yaml
 from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config.compat import guess_version
@@ -20,6 +21,19 @@ _SCALES = re.compile(
     r"""!!python/object/apply:eval\s*\[\s*(["'])"""
     r"""\[\[x, x \* 2\*\*\(1\.0/3\), x \* 2\*\*\(2\.0/3\) ?\] for x in \[(\d[\d., ]*)\]\]\1\s*\]"""
 )
+
+# Keys that Detectron2's main branch has and its releases, up to 0.6, have not, with the month in which they came.
+_KEYS_OF_MAIN_BRANCH = {
+    "DATALOADER.REPEAT_SQRT": "2024-03",
+    "FLOAT32_PRECISION": "2024-08",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": "2022-04",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": "2022-04",
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "2022-04",
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": "2022-04",
+    "SOLVER.BASE_LR_END": "2021-12",
+    "SOLVER.NUM_DECAYS": "2022-09",
+    "SOLVER.RESCALE_INTERVAL": "2022-08",
+}
 
 # What Detectron2 raises for a file that holds something other than config keys.
 _WRONG_CONTENT = (AssertionError, AttributeError, RecursionError, TypeError, ValueError)
@@ -76,13 +90,17 @@ def read_yaml(path: str | os.PathLike) -> object:
             raise ValueError(f"{path}: {_fault(error)}") from error
 
 
-def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
+def load_file(path: str, own_paths: Callable[[dict, str], None]) -> tuple[dict, dict[str, str]]:
     """What a YAML file holds, merged into what its ``_BASE_`` holds.
 
     Args:
         path: of the file, which may name others as its ``_BASE_``.
         own_paths: called with the merged content and the path of each file of the chain, the deepest ``_BASE_`` first.
             It may change the content.
+
+    Returns:
+        The content, and the file of each key in it, in its full form such as SOLVER.BASE_LR: of several in the chain
+        the deepest.
 
     Raises:
         FileNotFoundError: the file, or one that it is based on, does not exist.
@@ -94,6 +112,7 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
         raise FileNotFoundError(f"there is no config file {path}")
     # The chain of files that are being read; after an error it ends with the one at fault.
     chain: list[str] = []
+    files: dict[str, str] = {}
 
     class Reader(CfgNode):
         @classmethod
@@ -114,11 +133,13 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
             if not isinstance(loaded, dict):
                 raise TypeError
             own_paths(loaded, filename)
+            # Those of its _BASE_ are there already.
+            files.update({key: filename for key in config_keys(loaded) if key not in files})
             chain.pop()
             return loaded
 
     try:
-        return Reader.load_yaml_with_base(path, allow_unsafe=False)
+        return Reader.load_yaml_with_base(path, allow_unsafe=False), files
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{': its _BASE_ '.join(chain[-2:])} does not exist") from error
     except OSError as error:
@@ -127,35 +148,60 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> dict:
         raise ValueError(f"{', the _BASE_ of '.join(chain[:-3:-1])}: {_fault(error)}") from error
 
 
-def merge_loaded(cfg: CfgNode, loaded: dict, path: str) -> None:
+def merge_loaded(cfg: CfgNode, loaded: dict, files: dict[str, str], path: str) -> None:
     """Merge the content of a file into a config, as ``cfg.merge_from_file`` does, with errors that say what to do.
 
     Args:
         cfg: changed in place.
-        loaded: see :func:`load_file`.
+        loaded: the content; see :func:`load_file`.
+        files: that of each key, for messages.
         path: of the file, for messages.
 
     Raises:
-        ValueError: a key does not exist, a value does not fit its key, or the content is of an unknown VERSION.
+        ValueError: keys do not exist or have values that do not fit, all of which are named; or the content is of an
+            unknown VERSION.
     """
+    problems = []
     try:
         node = CfgNode(loaded)
         version = node["VERSION"] if "VERSION" in node else guess_version(node, path)
         if version not in range(1, cfg.VERSION + 1):
             raise ValueError(f"VERSION is {version!r}, but Detectron2's configs have versions up to {cfg.VERSION}")
-        if version == cfg.VERSION:
-            cfg.merge_from_other_cfg(node)
-        else:
-            older = downgrade_config(cfg, to_version=version)
-            older.merge_from_other_cfg(node)
-            cfg.update(upgrade_config(older))
+        target = cfg if version == cfg.VERSION else downgrade_config(cfg, to_version=version)
+        # A merge ends at the first mistake, so it is taken out and the next is looked for.
+        while mistake := _merge(target, node):
+            key, problem = mistake
+            problems.append(f"{files.get(key, path)}: {problem}")
+            _remove(node, key)
+        if target is not cfg:
+            cfg.update(upgrade_config(target))
+    except (*_WRONG_CONTENT, KeyError) as error:
+        problems.append(f"{path}: {_fault(error)}")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+
+
+def _merge(cfg: CfgNode, node: CfgNode) -> tuple[str, str] | None:
+    """Merge a node; the first key that can't be merged, and why."""
+    try:
+        cfg.merge_from_other_cfg(node)
     except KeyError as error:
-        raise ValueError(f"{path}: {_unknown(_named_key(error), config_keys(cfg))}") from error
-    except _WRONG_CONTENT as error:
-        if str(error).startswith("Type mismatch"):
-            key = _named_key(error)
-            raise ValueError(f"{path}: {key} is {_value(loaded, key)!r}, but {_wanted(cfg, key)}") from error
-        raise ValueError(f"{path}: {_fault(error)}") from error
+        if not str(error.args[0]).startswith("Non-existent config key"):
+            # Of a key that was renamed, the text says so.
+            raise ValueError(error.args[0]) from error
+        key = _named_key(error)
+        return key, _unknown(key, config_keys(cfg))
+    except ValueError as error:
+        if not str(error).startswith("Type mismatch"):
+            raise
+        key = _named_key(error)
+        return key, f"{key} is {_value(node, key)!r}, but {_wanted(cfg, key)}"
+    return None
+
+
+def _remove(node: CfgNode, key: str) -> None:
+    parent, _, name = key.rpartition(".")
+    del (_value(node, parent) if parent else node)[name]
 
 
 def _three_scales(match: re.Match) -> str:
@@ -164,12 +210,12 @@ def _three_scales(match: re.Match) -> str:
     return str([[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in sizes])
 
 
-def config_keys(cfg: CfgNode) -> list[str]:
+def config_keys(cfg: dict) -> list[str]:
     """All keys that have a value, and nodes, in their full form such as SOLVER.BASE_LR."""
     keys = []
     for name, value in cfg.items():
         keys.append(name)
-        if isinstance(value, CfgNode):
+        if isinstance(value, dict):
             keys += [f"{name}.{key}" for key in config_keys(value)]
     return keys
 
@@ -210,6 +256,11 @@ def _wanted(cfg: CfgNode, key: str) -> str:
 
 def _unknown(key: str, keys: Sequence[str]) -> str:
     """Says that there is no such key, and which is nearest."""
+    if key in _KEYS_OF_MAIN_BRANCH:
+        return (
+            f"there is no config key {key!r} in Detectron2 {detectron2.__version__}, which is imported here: remove "
+            f"it, or install Detectron2's main branch, which has it since {_KEYS_OF_MAIN_BRANCH[key]}"
+        )
     # The end of a key is often remembered without its node.
     matches = [other for other in keys if other.lower().endswith(f".{key.lower()}")]
     if not matches:

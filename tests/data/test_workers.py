@@ -9,6 +9,7 @@ from itertools import islice
 from multiprocessing import resource_tracker
 
 from batches import build, equal, load
+from processes import PATIENCE
 
 from gkd_d2.data.workers import outliving_sigterm
 
@@ -70,7 +71,7 @@ def test_a_run_whose_worker_is_killed_ends(project):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(project / "tests")])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1
     assert re.search(r"RuntimeError: DataLoader worker \(pid.*\) is killed by signal: Killed", done.stderr)

@@ -8,12 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from detectron2.engine import default_argument_parser
-from processes import is_alive
+from processes import PATIENCE, is_alive, wait_until
 from torch.multiprocessing import ProcessExitedException
 
 from gkd_d2.engine import launch as module
@@ -252,17 +251,14 @@ def free_port():
 
 def status(process):
     """The exit status of a process that shall end, with what it wrote where that is not 0."""
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, errors if process.returncode else ""
 
 
 def reports(folder, count):
     """What ``count`` processes wrote, once all have, by rank."""
     paths = [folder / f"{rank}.json" for rank in range(count)]
-    end = time.monotonic() + 60
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, "the processes did not meet"
-        time.sleep(0.05)
+    wait_until(lambda: all(path.exists() for path in paths))
     return [json.loads(path.read_text()) for path in paths]
 
 

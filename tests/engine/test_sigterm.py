@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from processes import is_alive
+from processes import PATIENCE, is_alive, wait_until
 
 from gkd_d2.engine import sigterm
 from gkd_d2.engine.sigterm import SigtermRelay, SigtermWatch
@@ -39,20 +39,13 @@ def watch():
     watch.release()
 
 
-def wait_until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_the_process_and_its_workers_end_in_time():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", WAITING], **pipes)
     worker = int(process.stdout.readline())
     os.kill(worker, signal.SIGSTOP)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert "SIGTERM: what was under way did not end within 0.2 s" in errors
     wait_until(lambda: not is_alive(worker))
@@ -122,7 +115,7 @@ def test_processes_that_do_not_end_are_killed(stuck, monkeypatch):
     with SigtermRelay() as relay:
         signal.raise_signal(signal.SIGTERM)
         for child in children:
-            child.join(timeout=20)
+            child.join(timeout=PATIENCE)
     assert relay.killed == {children[number].pid for number in stuck}
     ends = [signal.SIGKILL if number in stuck else signal.SIGTERM for number in range(2)]
     assert [child.exitcode for child in children] == [-number for number in ends]

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import PATIENCE, wait_until
 
 from gkd_d2.analysis.runs import Run
 from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.engine import sigterm
 from gkd_d2.utils.checkpoint import CompleteCheckpointer, DamagedCheckpointError
 
 # Small networks and pictures; align convolutions, a ramp, a step of the learning rate and workers, so that a resume
@@ -84,7 +86,7 @@ def distil(workplace):
 
 def finish(process, status=0):
     """Wait for the end of a run and return its output."""
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, output[-4000:]
     return output
 
@@ -334,13 +336,10 @@ def test_sigterm_ends_a_run_of_which_a_process_is_stopped(distil):
     start = time.monotonic()
     run.terminate()
     assert "did not end within 2 s" in finish(run, 128 + signal.SIGTERM)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < sigterm.GRACE_SECONDS
     assert last_iteration(folder) >= 4
     # Workers of a process that was killed see that it is gone.
-    end = time.monotonic() + 20
-    while any_of_session(run.pid):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: not any_of_session(run.pid))
 
 
 def wait_until_idle(pid: int) -> None:

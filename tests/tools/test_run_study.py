@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import PATIENCE, wait_until
 
 from gkd_d2.data.toy import make_toy_kitti
 
@@ -90,7 +91,7 @@ def runs(workplace) -> Path:
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Wait for the end and return what was printed."""
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, output[-4000:]
     return output
 
@@ -124,10 +125,7 @@ def kill(process: subprocess.Popen) -> None:
     assert len(started) >= 2
     process.kill()
     finish(process, -signal.SIGKILL)
-    end = time.monotonic() + 60
-    while any(map(runs_still, started)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(runs_still, started)))
 
 
 def starts(folder: Path) -> list[int]:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import detectron2
 import pytest
 import yaml
 from config_files import read, write
@@ -65,6 +66,46 @@ def test_mistakes_in_files(distiller_config, tmp_path, text, message):
     cfg.GKD.TEACHER.CONFIG_FILE = str(tmp_path / "mine.yaml")
     with pytest.raises(ValueError, match=re.escape(message)):
         teacher_config(cfg)
+
+
+def test_all_mistakes_are_named_with_the_file_that_holds_them(tmp_path):
+    base = write(tmp_path / "base.yaml", "SOLVER: {BASELR: 1, MAX_ITER: many}\nMINE: {A: 1, B: 2}")
+    above = write(tmp_path / "above.yaml", "_BASE_: base.yaml\nSEEED: 3\nSOLVER: {BASELR: 2}")
+    with pytest.raises(ValueError) as error:
+        read(above)
+    assert sorted(str(error.value).split("\n  ")) == [
+        f"{above}: there is no config key 'SEEED', did you mean SEED?",
+        f"{base}: SOLVER.MAX_ITER is 'many', but must be of the type int, such as 40000",
+        f"{base}: there is no config key 'MINE'",
+        f"{base}: there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?",
+    ]
+
+
+KEYS_OF_MAIN_BRANCH = """
+DATALOADER: {REPEAT_SQRT: False}
+FLOAT32_PRECISION: highest
+MODEL:
+  ROI_BOX_HEAD:
+    {FED_LOSS_FREQ_WEIGHT_POWER: 0.5, FED_LOSS_NUM_CLASSES: 50, USE_FED_LOSS: False, USE_SIGMOID_CE: False}
+SOLVER: {BASE_LR_END: 0.0, NUM_DECAYS: 3, RESCALE_INTERVAL: False}
+"""
+
+
+def test_keys_of_a_later_detectron2(tmp_path):
+    """They are read where they are known; elsewhere it is said which Detectron2 has them."""
+    path = write(tmp_path / "mine.yaml", KEYS_OF_MAIN_BRANCH)
+    if "BASE_LR_END" in get_cfg().SOLVER:
+        assert read(path).SOLVER.NUM_DECAYS == 3
+        return
+    with pytest.raises(ValueError) as error:
+        read(path)
+    lines = str(error.value).split("\n  ")
+    assert len(lines) == 9
+    assert all(f"in Detectron2 {detectron2.__version__}, which is imported here" in line for line in lines)
+    end = "remove it, or install Detectron2's main branch, which has it since 2021-12"
+    assert [line for line in lines if "'SOLVER.BASE_LR_END'" in line and line.endswith(end)]
+    with pytest.raises(ValueError, match=f"there is no config key 'FLOAT32_PRECISION' in .*{end[:40]}"):
+        read(write(tmp_path / "plain.yaml", "SEED: 1"), "FLOAT32_PRECISION", "high")
 
 
 @pytest.mark.parametrize(

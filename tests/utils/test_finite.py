@@ -15,7 +15,7 @@ from gkd_d2.utils.finite import find_not_finite
 def test_tensors_of_any_type_are_looked_at(dtype):
     """A sum, which torch has not for each type and which overflows, is no way to find out."""
     network = nn.Module()
-    largest = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+    largest = torch.full((3,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
     network.register_buffer("sound", largest)
     network.register_buffer("counter", torch.tensor(3))
     assert find_not_finite(network) == []
