@@ -12,7 +12,7 @@ from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import check_pair, pair_levels, without_unlabelled_heads
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.summary import log_summary
-from gkd_d2.modeling.teacher import build_teacher
+from gkd_d2.modeling.teacher import build_teacher, swaps_channels
 from gkd_d2.modeling.trainer_keys import TrainerKeys
 from gkd_d2.utils.registries import build_detector
 from gkd_d2.utils.user_modules import import_modules
@@ -36,10 +36,11 @@ def build_parts(cfg: CfgNode) -> dict:
     method = build_method(cfg)
     student_cfg = detector_config(cfg)
     teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
+    swap_channels = swaps_channels(student_cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT)
     student = build_detector(student_cfg, architecture_key(cfg))
     split = split_detector(student)
     seed = max(cfg.SEED, 0)
-    teacher = build_teacher(teacher_cfg, seed)
+    teacher = build_teacher(teacher_cfg, seed, swap_channels=swap_channels)
     check_pair(split, teacher.split, student_cfg, teacher_cfg)
     student_features, teacher_features = pair_levels(split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES)
     inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []

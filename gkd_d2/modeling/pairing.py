@@ -101,7 +101,7 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
 
     Raises:
         ValueError: the number of classes differs between the two or from that of the student's datasets, as far as it
-            is known; the names of classes, channel order, channels of the image or padding differ; or the teacher's
+            is known; the names of classes or the number of channels of the image differ; or the teacher's
             losses need what the student's batches do not hold.
     """
     if student.num_classes != teacher.num_classes:
@@ -130,15 +130,12 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
                 f"is False, and the student's MODEL.{key} is False, so that no {kind} are loaded: set it for the "
                 "student, or choose a teacher without them"
             )
-    for what, ours, theirs in (
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT),
-        ("the number of values in MODEL.PIXEL_MEAN", len(cfg.MODEL.PIXEL_MEAN), len(teacher_cfg.MODEL.PIXEL_MEAN)),
-        # What images are padded to decides the size of every level.
-        ("the backbone's size_divisibility", *(s.model.backbone.size_divisibility for s in (student, teacher))),
-        ("the backbone's padding", *(_padding(s) for s in (student, teacher))),
-    ):
-        if ours != theirs:
-            raise ValueError(f"{what} is {ours} for the student and {theirs} for the teacher, but they see one batch")
+    ours, theirs = len(cfg.MODEL.PIXEL_MEAN), len(teacher_cfg.MODEL.PIXEL_MEAN)
+    if ours != theirs:
+        raise ValueError(
+            f"the number of values in MODEL.PIXEL_MEAN is {ours} for the student and {theirs} for the teacher, but "
+            "they see one batch"
+        )
 
 
 def check_class_names(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
@@ -165,11 +162,6 @@ def check_class_names(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
                 f"{listed(other_names, 100)}: a teacher must be trained on the student's classes, in their order. "
                 "Where they are the same classes under other names, set DATASETS.TRAIN to () in the teacher's config"
             )
-
-
-def _padding(detector: SplitDetector) -> dict:
-    """Constraints beyond size_divisibility, which Detectron2 0.5 does not have."""
-    return getattr(detector.model.backbone, "padding_constraints", {})
 
 
 def _names(detector: SplitDetector) -> str:

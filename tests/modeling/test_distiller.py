@@ -437,7 +437,7 @@ def test_features_of_other_size_are_refused(distiller_config):
         ("GKD.TEACHER.ROI_BATCH_SIZE", 8, "teacher.yaml describes a RetinaNet, which samples no proposals"),
         ("GKD.STUDENT.META_ARCHITECTURE", "", "GKD.STUDENT.META_ARCHITECTURE is ''"),
         ("MODEL.RETINANET.NUM_CLASSES", 5, "student detects 5 classes"),
-        ("INPUT.FORMAT", "RGB", "INPUT.FORMAT is RGB for the student and BGR"),
+        ("INPUT.FORMAT", "L", "student's images are L, those of the teacher BGR"),
     ],
 )
 def test_bad_config_is_refused_when_the_model_is_built(key, value, message, distiller_config):

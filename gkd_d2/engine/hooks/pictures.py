@@ -127,7 +127,7 @@ def picture_with(
         padded_size=seen.image_size,
         levels=levels,
         truth=batched_input["instances"].to("cpu"),
-        teacher=detect(distiller.teacher, batched_input),
+        teacher=detect(distiller.teacher, *distiller.teacher_inputs([batched_input])),
         student=detect(distiller.student, batched_input),
     )
 
