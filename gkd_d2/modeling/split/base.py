@@ -148,6 +148,11 @@ class SplitDetector(ABC):
         """
         return {}
 
+    @property
+    def input_format(self) -> str:
+        """Of the images, such as "RGB"; where the detector does not hold it, "BGR", which is Detectron2's default."""
+        return getattr(self.model, "input_format", None) or "BGR"
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level."""
         return self.model.backbone.output_shape()
