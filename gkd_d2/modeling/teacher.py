@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -18,50 +18,30 @@ from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.random_streams import separate_random_stream
-from gkd_d2.utils.registries import build_detector
 
 
-def build_teacher(cfg: CfgNode, seed: int, *, swap_channels: bool = False) -> FrozenTeacher:
+def build_teacher(
+    make: Callable[[], nn.Module], weights: str, seed: int, *, swap_channels: bool = False
+) -> FrozenTeacher:
     """Build a teacher and load its weights, drawing nothing from the global random stream.
 
     Args:
-        cfg: from :func:`gkd_d2.config.teacher_config`.
+        make: makes the detector, with random weights.
+        weights: its checkpoint, GKD.TEACHER.WEIGHTS.
         seed: of the teacher's random stream, >= 0.
         swap_channels: see :class:`FrozenTeacher`.
 
     Raises:
         CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
-        ValueError: a name in the config is not registered, the meta-architecture has no split, or a tensor holds
-            infinite or NaN values.
+        ValueError: the detector can't be built, has no split, or a tensor holds infinite or NaN values.
     """
     with separate_random_stream(torch.device("cpu"), seed):
-        model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
+        model = make()
     CompleteCheckpointer(model).load_weights(
-        cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
+        weights, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
     )
     check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
     return FrozenTeacher(model, seed, swap_channels=swap_channels)
-
-
-def swaps_channels(student_format: str, teacher_format: str) -> bool:
-    """Whether the teacher takes the colours of the student's images in the opposite order.
-
-    Args:
-        student_format: of the images that are loaded, as Detectron2 names it: "BGR", "RGB", "L", ...
-        teacher_format: of the images that the teacher was trained with.
-
-    Raises:
-        ValueError: they differ otherwise than as "RGB" and "BGR".
-    """
-    if student_format == teacher_format:
-        return False
-    if {student_format, teacher_format} != {"RGB", "BGR"}:
-        raise ValueError(
-            f"the student's images are {student_format}, those of the teacher {teacher_format} (INPUT.FORMAT in a yacs "
-            "config, input_format in a LazyConfig): only RGB and BGR can be made from one another. Train the student "
-            f"with {teacher_format}, or choose a teacher that was trained with {student_format}"
-        )
-    return True
 
 
 def hold_norms(model: nn.Module) -> None:
@@ -82,7 +62,7 @@ class FrozenTeacher:
         seed: of its random stream; each iteration and process draws from its own part of it, so that a resumed run
             draws what an uninterrupted one would.
         swap_channels: whether the images of a batch have their three colours in the opposite order of what the teacher
-            was trained with, RGB or BGR; see :func:`swaps_channels`.
+            was trained with, RGB or BGR; see :func:`gkd_d2.modeling.pairing.channels_swapped`.
     """
 
     def __init__(self, model: nn.Module, seed: int, *, swap_channels: bool = False):

@@ -9,10 +9,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, detector_config, training_batch
 
-from gkd_d2.config import teacher_config
+from gkd_d2.config import teacher_spec
 from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.modeling.split import split_detector
-from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher, swaps_channels
+from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher
 
 
 def plain_state(model):
@@ -73,11 +73,11 @@ def test_gradients_equal_an_independent_computation(kind):
 
 
 def test_own_random_stream_and_names(distiller_config):
-    teacher_cfg = teacher_config(distiller_config("faster"))
+    cfg = distiller_config("faster")
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    teacher = build_teacher(teacher_cfg, seed=0)
+    teacher = build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)
     batch = training_batch()
     torch.manual_seed(11)
     with EventStorage() as storage:
@@ -119,13 +119,6 @@ def test_colours_in_the_other_order(distiller_config):
     assert torch.equal(taken.teacher.scores, detections["instances"].scores)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "swaps"), [("BGR", "BGR", False), ("RGB", "BGR", True), ("BGR", "RGB", True), ("L", "L", False)]
-)
-def test_formats_that_one_batch_serves(ours, theirs, swaps):
-    assert swaps_channels(ours, theirs) is swaps
-
-
 def test_no_losses_without_need():
     teacher = FrozenTeacher(build_model(detector_config("faster")), seed=0)
     features, gradients = teacher.features(training_batch(), ["p2"], with_gradients=False)
@@ -152,7 +145,7 @@ def test_unset_parameters_are_listed(distiller_config, tmp_path):
     state["model"]["backbone.fpn_output3.weight"] = torch.zeros(2, 2)
     torch.save(state, tmp_path / "teacher.pth")
     with pytest.raises(ValueError, match="leaves 2 of the model's parameters unset") as error:
-        build_teacher(teacher_config(cfg), seed=0)
+        build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)
     for part in (
         "GKD.TEACHER.WEIGHTS",
         "roi_heads.box_predictor.cls_score.bias",
@@ -174,4 +167,4 @@ def test_a_teacher_that_is_not_finite_is_refused(part, distiller_config, tmp_pat
         path, name = tmp_path / "teacher.yaml", "pixel_std"
         path.write_text(path.read_text().replace("57.375", ".nan"))
     with pytest.raises(ValueError, match=f"infinite or NaN values in the teacher's {name}: GKD.TEACHER.WEIGHTS must"):
-        build_teacher(teacher_config(cfg), seed=0)
+        build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)

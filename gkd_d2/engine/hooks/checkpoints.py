@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import HookBase
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
 from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermWatch
@@ -93,13 +93,13 @@ class EndOfWatch(HookBase):
         self._watch.release()
 
 
-def release_sigterm(trainer: DefaultTrainer) -> None:
+def release_sigterm(trainer: TrainerBase) -> None:
     """Leave SIGTERM to whoever handled it before a training, also where a hook failed ahead of the one that does so."""
     for hook in trainer._hooks:
         if isinstance(hook, SaveOnSigterm):
             hook.watch.release()
 
 
-def saves_in_all_processes(trainer: DefaultTrainer) -> bool:
+def saves_in_all_processes(trainer: TrainerBase) -> bool:
     """Whether it is gkd_d2's own trainer, which saves in all processes; Detectron2's saves in the main one alone."""
     return isinstance(trainer._trainer, TrainStep)

@@ -9,7 +9,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from gkd_d2.modeling.split.padding import Padding, pad, padding_of
+from gkd_d2.modeling.split.padding import Padding, pad, padding_of, square_of
 
 
 class SplitDetector(ABC):
@@ -34,7 +34,7 @@ class SplitDetector(ABC):
         Raises:
             ValueError: an image does not fit into the square to which the backbone has its batches padded.
         """
-        square = self.padding().square
+        square = square_of(self.model.backbone)
         for image in batched_inputs if square else ():
             height, width = image["image"].shape[-2:]
             if max(height, width) > square:

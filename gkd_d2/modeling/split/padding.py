@@ -41,8 +41,13 @@ def padding_of(backbone: nn.Module, shapes: dict[str, ShapeSpec]) -> Padding:
     return Padding(
         declared,
         divisor or max((int(shape.stride) for shape in shapes.values()), default=1),
-        constraints.get("square_size", 0),
+        square_of(backbone),
     )
+
+
+def square_of(backbone: nn.Module) -> int:
+    """Height and width in pixels of the square to which a backbone has its batches padded; 0: none."""
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
 
 
 def pad(images: ImageList, size: tuple[int, int]) -> ImageList:

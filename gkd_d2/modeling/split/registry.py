@@ -55,7 +55,7 @@ def split_detector(model: nn.Module) -> SplitDetector:
     if kind is None:
         raise ValueError(
             f"{name} can't be distilled: known meta-architectures are "
-            f"{', '.join(known.__name__ for known in _SPLITS)} and what is derived from them; "
+            f"{', '.join(sorted(known.__name__ for known in _SPLITS))} and what is derived from them; "
             "gkd_d2.register_split adds one, see docs/own_detector.md"
         )
     if type(model).forward is not kind.forward:
