@@ -76,12 +76,19 @@ def check_pair(student: SplitDetector, teacher: SplitDetector) -> None:
         teacher: the teacher, without those of EXTRA_HEADS that the student lacks.
 
     Raises:
-        ValueError: the number of classes differs; or the teacher's losses need what the student's batches do not hold.
+        ValueError: the number of classes or of the images' channels differs; or the teacher's losses need what the
+            student's batches do not hold.
     """
     if student.num_classes != teacher.num_classes:
         raise ValueError(
             f"the student detects {counted(student.num_classes, 'class', 'classes')}, the teacher "
             f"{teacher.num_classes}: a teacher must be trained on the student's classes"
+        )
+    channels = [len(getattr(split.model, "pixel_mean", ())) for split in (student, teacher)]
+    if channels[0] != channels[1] and all(channels):
+        raise ValueError(
+            f"the student's images have {counted(channels[0], 'channel')}, the teacher's {channels[1]} (the number of "
+            "values in MODEL.PIXEL_MEAN, or pixel_mean), but they see one batch"
         )
     if _takes_proposals(teacher) and not _takes_proposals(student):
         raise ValueError(

@@ -393,9 +393,7 @@ class AlwaysMasks(StandardROIHeads):
 
 def test_teacher_that_insists_on_masks_is_refused(distiller_config):
     cfg = distiller_config(teacher_options=("MODEL.ROI_HEADS.NAME", "AlwaysMasks"))
-    with pytest.raises(
-        ValueError, match="teacher's AlwaysMasks learns from masks, although its config"
-    ):
+    with pytest.raises(ValueError, match="teacher's AlwaysMasks learns from masks, although its config"):
         build_model(cfg)
 
 
@@ -439,7 +437,7 @@ def test_features_of_other_size_are_refused(distiller_config):
         ("GKD.TEACHER.ROI_BATCH_SIZE", 8, "teacher.yaml describes a RetinaNet, which samples no proposals"),
         ("GKD.STUDENT.META_ARCHITECTURE", "", "GKD.STUDENT.META_ARCHITECTURE is ''"),
         ("MODEL.RETINANET.NUM_CLASSES", 5, "student detects 5 classes"),
-        ("INPUT.FORMAT", "RGB", "INPUT.FORMAT is RGB for the student and BGR"),
+        ("INPUT.FORMAT", "L", "given images in L, which can't be made into the teacher's BGR"),
     ],
 )
 def test_bad_config_is_refused_when_the_model_is_built(key, value, message, distiller_config):

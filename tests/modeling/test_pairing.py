@@ -102,3 +102,10 @@ def test_orders_of_channels(pair, swapped):
 def test_formats_that_are_no_orders_of_the_same_channels():
     with pytest.raises(ValueError, match="given images in BGR, which can't be made into the teacher's YUV-BT.601"):
         channels_swapped("BGR", "YUV-BT.601")
+
+
+def test_other_number_of_channels(faster):
+    cfg = detector_config("faster")
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0], [1.0]
+    with pytest.raises(ValueError, match="student's images have 3 channels, the teacher's 1 .*PIXEL_MEAN"):
+        check_pair(faster, split_detector(build_model(cfg)))

@@ -1,8 +1,6 @@
 """RetinaNet with ResNet-101 on KITTI: the teacher of gkd_retinanet_kitti.py."""
 
-from ..common.kitti import dataloader, optimizer, train
-from ..common.kitti import teacher_lr_multiplier as lr_multiplier
-from ..common.kitti import teacher_max_iter
+from ..common.kitti import optimizer, teacher_max_iter, train
 from ..common.retinanet import model
 
 model.backbone.bottom_up.stages.depth = 101

@@ -5,9 +5,7 @@ from functools import partial
 from detectron2 import model_zoo
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 
-from ..common.kitti import dataloader, train
-from ..common.kitti import teacher_lr_multiplier as lr_multiplier
-from ..common.kitti import teacher_max_iter
+from ..common.kitti import dataloader, teacher_max_iter, train
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 for name in ("mask_in_features", "mask_pooler", "mask_head"):
