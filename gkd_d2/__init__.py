@@ -22,25 +22,27 @@ In training the model returns the student's losses and those of ``cfg.GKD.METHOD
 ``Trainer`` of ``gkd_d2.engine.trainer`` trains it, and so does ``tools/train_net.py`` where these keys stand in a
 config file.
 
-The four losses of the method gkd by themselves, for features of one level or several and their gradients:
+The four losses of the method gkd by themselves, for features of one level or several and their gradients. Weights and
+options that are not given are a config's defaults, by which the attention loss is off:
 
 >>> import torch
 >>> from gkd_d2 import LossWeights, distillation_losses
 >>> student = torch.rand(2, 8, 32, 32, requires_grad=True)
 >>> teacher, student_grad, teacher_grad = torch.rand(3, 2, 8, 32, 32)
 >>> boxes = [torch.tensor([[10.0, 20.0, 90.0, 80.0]]), torch.zeros(0, 4)]  # of each image, xyxy in pixels
+>>> weights = LossWeights(attention=5e-4)
 >>> losses = distillation_losses(
-...     [student], [teacher], [student_grad], [teacher_grad], boxes, (128, 128), weights=LossWeights()
+...     [student], [teacher], [student_grad], [teacher_grad], boxes, (128, 128), weights=weights
 ... )
 >>> list(losses)
 ['loss_gkd_gradient', 'loss_bmfi_box', 'loss_bmfi_attention', 'loss_bmfi_image']
 >>> sum(losses.values()).backward()
 
 Where to go next: ``python -m gkd_d2.config_docs`` lists the config's keys, ``python -m gkd_d2.collect_env`` says what
-is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN and RetinaNet, ``METHOD_REGISTRY``
-methods of distillation other than gkd, fitnet, fgfi, fgd and pkd; a ``Listener`` is told what both networks make of
-each batch. In the source folder README.md leads through a training, docs/method.md has the formulas and
-docs/datasets.md the data.
+is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN, RetinaNet and FCOS,
+``METHOD_REGISTRY`` methods of distillation other than gkd, fitnet, fgfi, fgd and pkd; a ``Listener`` is told what both
+networks make of each batch. In the source folder README.md leads through a training, docs/method.md has the formulas
+and docs/datasets.md the data.
 """
 
 import logging

@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import islice
 
 import torch
+from detectron2.data import DatasetMapper
 
 from gkd_d2.data.build import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 
 
 def build(cfg):
-    return build_train_loader(cfg, FileNamingMapper(cfg, is_train=True))
+    return build_train_loader(cfg, FileNamingMapper(DatasetMapper(cfg, is_train=True)))
 
 
 def load(cfg, count, *, first=0):

@@ -130,6 +130,17 @@ def training_batch(sizes=((90, 120), (96, 100)), *, masks: bool = False) -> list
     return batch
 
 
+def make_fcos(channels: int = 16) -> torch.nn.Module:
+    """A tiny FCOS on the backbone of the tiny RetinaNet, of Detectron2 after 0.5."""
+    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+
+    cfg = detector_config("retinanet", channels=channels)
+    backbone = build_backbone(cfg)
+    head = FCOSHead(input_shape=list(backbone.output_shape().values()), num_classes=3, conv_dims=[channels])
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    return calm(FCOS(backbone=backbone, head=head, num_classes=3, pixel_mean=mean, pixel_std=std))
+
+
 @META_ARCH_REGISTRY.register()
 class Scorer(torch.nn.Module):
     """A meta-architecture that gkd_d2 has no split for: it scores whether a cell lies near an object.

@@ -19,6 +19,7 @@ from gkd_d2.config import detector_config, read_config
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError, settle_seed
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
 from gkd_d2.engine.trainer import Trainer
@@ -39,7 +40,7 @@ def main(cfg: CfgNode, args: argparse.Namespace):
     import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
     with ending_in_a_sentence(cfg.OUTPUT_DIR, OSError, ResumeError, ValueError):
         cfg = settle_seed(cfg, resume=args.resume)
-        set_up_run(cfg, args)
+        set_up_run(YacsRun(cfg), args)
         if not args.eval_only:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
@@ -74,7 +75,7 @@ if __name__ == "__main__":
             cfg = detector_config(cfg)
         cfg.freeze()
         processes = count_processes(args, device=cfg.MODEL.DEVICE)
-        check_inputs(cfg, eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
+        check_inputs(YacsRun(cfg), eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:
         sys.exit(str(error))
     launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils.events import EventStorage
 
@@ -76,7 +76,7 @@ def observe_images(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict
     """
     # Seen as in evaluation; the heads of the student return losses in training mode only.
     hold_norms(distiller.train())
-    mapper = FileNamingMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
+    mapper = FileNamingMapper(DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False)))
     for record in records:
         batch = [mapper(record)]
         with EventStorage(), separate_random_stream(distiller.device, seed):

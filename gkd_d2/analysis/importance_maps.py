@@ -11,7 +11,6 @@ from gkd_d2.losses.options import IMPORTANCES
 from gkd_d2.losses.reference import boxes_on_grid, cell_importance
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Observation
-from gkd_d2.modeling.split import split_detector
 from gkd_d2.visualize.legend import SCORE
 from gkd_d2.visualize.picture import LevelImportances, Picture, Place, PlacedMap
 
@@ -36,7 +35,7 @@ def level_importances(distiller: GKDDistiller, seen: Observation) -> list[LevelI
         seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
     """
     rectifier = distiller.method.map_options.rectifier
-    scores = _teacher_scores(distiller, seen)
+    scores = distiller.teacher_score_maps(seen.batched_inputs)
     levels = []
     for level, (name, stride) in enumerate(distiller.strides.items()):
         teacher, teacher_grad, student_grad = (
@@ -84,11 +83,3 @@ def placed_map(values: Tensor, inside: Tensor) -> PlacedMap:
         return PlacedMap(values, None)
     share = (values[inside].double().sum() / values.double().sum()).item()
     return PlacedMap(values, Place(share, bool(inside.flatten()[values.argmax()])))
-
-
-def _teacher_scores(distiller: GKDDistiller, seen: Observation) -> dict[str, Tensor]:
-    """The teacher's name of a level -> N,H,W, for the levels whose cells its heads score."""
-    split = split_detector(distiller.teacher)
-    # What was observed are the distilled levels; the heads may want others too.
-    _, features = split.features(seen.batched_inputs)
-    return split.score_maps(features)

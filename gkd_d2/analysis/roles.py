@@ -39,7 +39,8 @@ def find_teacher(run: Run, runs: Sequence[Run]) -> Run | None:
     if named is not None:
         return named
     others = [r for r in runs if not r.distilled]
-    if os.path.isfile(run.config.GKD.TEACHER.CONFIG_FILE):
+    # Runs of a LazyConfig are not compared.
+    if os.path.isfile(path := run.config.GKD.TEACHER.CONFIG_FILE) and not path.endswith(".py"):
         architecture = architecture_of(teacher_config(run.config))
         alike = [r for r in others if r.architecture == architecture]
         if alike:

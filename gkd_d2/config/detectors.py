@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from detectron2.config import CfgNode
 
 from gkd_d2.config.keys import DISTILLER
-from gkd_d2.config.read import merged_config
+from gkd_d2.config.lazy_spec import load_lazy_spec
+from gkd_d2.config.read import file_of_model_zoo, merged_config
+from gkd_d2.config.spec import DetectorSpec, YacsSpec
 
 
 def architecture_key(cfg: CfgNode) -> str:
@@ -44,8 +47,32 @@ def detector_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def teacher_spec(cfg: CfgNode) -> DetectorSpec:
+    """The teacher that GKD.TEACHER describes: by a config of yacs or by a LazyConfig, a ``.py`` file.
+
+    A file that is found in no folder is looked for in Detectron2's model zoo. The modules in the GKD.IMPORTS of a
+    config of yacs are imported; a ``.py`` file is run.
+
+    Args:
+        cfg: the distiller's config.
+
+    Raises:
+        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set, the file is not a config, what
+            GKD.TEACHER.OPTS change is not in it, or GKD.TEACHER.ROI_BATCH_SIZE is negative or for a teacher without ROI
+            heads.
+        FileNotFoundError: the config file does not exist.
+        ImportError: a module in its GKD.IMPORTS raises an error.
+    """
+    path = _teacher_file(cfg)
+    if not path.endswith(".py"):
+        return YacsSpec(teacher_config(cfg), file=path)
+    with _naming_opts(cfg):
+        spec = load_lazy_spec(path, cfg.GKD.TEACHER.OPTS)
+    return spec.with_proposals(cfg.GKD.TEACHER.ROI_BATCH_SIZE)
+
+
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's config, read from GKD.TEACHER.CONFIG_FILE; the modules in its GKD.IMPORTS are imported.
+    """The config of a teacher that :func:`teacher_spec` finds to be one of yacs.
 
     Args:
         cfg: the distiller's config.
@@ -54,22 +81,11 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         A frozen config of a plain detector on the student's device, with GKD.TEACHER.WEIGHTS as its weights.
 
     Raises:
-        ValueError: GKD.TEACHER.CONFIG_FILE or GKD.TEACHER.WEIGHTS is not set, the file is not a config, or
-            GKD.TEACHER.ROI_BATCH_SIZE is negative or for a teacher without ROI heads.
-        FileNotFoundError: the config file does not exist.
-        ImportError: a module in its GKD.IMPORTS raises an error.
+        ValueError, FileNotFoundError, ImportError: as :func:`teacher_spec`.
     """
-    for key in ("CONFIG_FILE", "WEIGHTS"):
-        if not cfg.GKD.TEACHER[key]:
-            raise ValueError(f"GKD.TEACHER.{key} is empty: a teacher needs its config file and its checkpoint")
-    path = cfg.GKD.TEACHER.CONFIG_FILE
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file. A relative path is looked for in the working "
-            f"folder, {os.getcwd()}, and then, where gkd_d2.config.read_config reads the config, in the folder of the "
-            "file that sets the key: give the config the teacher was trained with"
-        )
-    teacher = detector_config(merged_config(path, [], ()))
+    path = _teacher_file(cfg)
+    with _naming_opts(cfg):
+        teacher = detector_config(merged_config(path, cfg.GKD.TEACHER.OPTS, ()))
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS
@@ -86,3 +102,31 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher.VIS_PERIOD = 0
     teacher.freeze()
     return teacher
+
+
+def _teacher_file(cfg: CfgNode) -> str:
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        if not cfg.GKD.TEACHER[key]:
+            raise ValueError(f"GKD.TEACHER.{key} is empty: a teacher needs its config file and its checkpoint")
+    path = cfg.GKD.TEACHER.CONFIG_FILE
+    if os.path.isfile(path):
+        return path
+    if (in_zoo := file_of_model_zoo(path)) is not None:
+        return in_zoo
+    raise FileNotFoundError(
+        f"GKD.TEACHER.CONFIG_FILE is {path!r}, which is no file. A relative path is looked for in the working "
+        f"folder, {os.getcwd()}, then, where gkd_d2.config.read_config reads the config, in the folder of the "
+        "file that sets the key, and then in Detectron2's model zoo: give the config the teacher was trained with"
+    )
+
+
+@contextlib.contextmanager
+def _naming_opts(cfg: CfgNode):
+    """Say where the fault may be, where there are GKD.TEACHER.OPTS."""
+    try:
+        yield
+    except ValueError as error:
+        opts = cfg.GKD.TEACHER.OPTS
+        if not opts:
+            raise
+        raise ValueError(f"with GKD.TEACHER.OPTS {list(opts)}: {error}") from error

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-
-from detectron2.config import CfgNode
+from collections.abc import Iterator, Mapping, Sequence
 
 
-def config_differences(one: CfgNode, other: CfgNode, ignored: Sequence[str] = ()) -> dict[str, tuple]:
+def config_differences(one: Mapping, other: Mapping, ignored: Sequence[str] = ()) -> dict[str, tuple]:
     """Key -> value in two configs, where they differ; None where one of them does not have the key.
 
     Numbers that differ by rounding are the same, and so are a list and a tuple.
 
     Args:
-        one: a config.
+        one: a config: a CfgNode, or nested dictionaries of plain values.
         other: another one.
         ignored: dotted names of nodes and keys that are left out.
     """
@@ -32,10 +30,10 @@ def _same(one: object, other: object) -> bool:
     return json.dumps(one) == json.dumps(other)
 
 
-def _flat(cfg: CfgNode, start: str = "") -> Iterator[tuple[str, object]]:
+def _flat(cfg: Mapping, start: str = "") -> Iterator[tuple[str, object]]:
     """Pairs of dotted key and value."""
     for key, value in cfg.items():
-        if isinstance(value, CfgNode):
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{start}{key}.")
         else:
             yield start + key, value

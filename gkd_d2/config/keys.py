@@ -29,9 +29,13 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.STUDENT.INIT_FROM_TEACHER = False
 
     cfg.GKD.TEACHER = CfgNode()
-    # The teacher's own training config. A relative path is looked for in the working folder, then in the folder of the
-    # config file that sets this key, which may be a _BASE_ of --config-file.
+    # The teacher's own training config: one of yacs, .yaml, or a LazyConfig, .py. A relative path is looked for in the
+    # working folder, then in the folder of the config file that sets this key, which may be a _BASE_ of --config-file,
+    # and then in Detectron2's model zoo, as new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py.
     cfg.GKD.TEACHER.CONFIG_FILE = ""
+    # Changes to it: pairs KEY, VALUE for a .yaml, such as ["MODEL.ROI_HEADS.NUM_CLASSES", "3"], and "key=value" for a
+    # .py, such as ["model.roi_heads.num_classes=3"].
+    cfg.GKD.TEACHER.OPTS = []
     # The teacher's checkpoint; it must set every parameter of the teacher. A relative path is looked for in the same
     # two folders.
     cfg.GKD.TEACHER.WEIGHTS = ""

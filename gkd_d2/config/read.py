@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -114,13 +115,23 @@ def _place_own(loaded: dict, config_file: str) -> None:
 def _placed(key: str, path: str, config_file: str) -> str:
     """A path of the teacher; a relative one that is not found in the working folder is that beside a config file.
 
-    A checkpoint that is found in neither folder stays as it is, for it may be trained yet; a config file then becomes
-    that beside ``config_file``, for the error.
+    A checkpoint that is found in neither folder stays as it is, for it may be trained yet, and so does the name of a
+    config of Detectron2's model zoo; another config file then becomes that beside ``config_file``, for the error.
     """
     if not path or os.path.isabs(path) or "://" in path or os.path.exists(path):
         return path
     beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), path)
-    return beside if key == "CONFIG_FILE" or os.path.exists(beside) else path
+    if os.path.exists(beside):
+        return beside
+    return beside if key == "CONFIG_FILE" and file_of_model_zoo(path) is None else path
+
+
+def file_of_model_zoo(name: str) -> str | None:
+    """The file of a config in Detectron2's model zoo, such as new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py."""
+    # Not by its own function: in later versions the module needs a part of setuptools that newer ones of these lack.
+    (folder,) = importlib.util.find_spec("detectron2.model_zoo").submodule_search_locations
+    path = os.path.join(folder, "configs", name)
+    return path if os.path.isfile(path) else None
 
 
 def with_absolute_teacher(cfg: CfgNode) -> CfgNode:
@@ -129,6 +140,7 @@ def with_absolute_teacher(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     for key in _TEACHER_PATHS:
         path = cfg.GKD.TEACHER[key]
-        if path and "://" not in path:
+        # The name of a config in the model zoo is no path.
+        if path and "://" not in path and (key == "WEIGHTS" or os.path.exists(path)):
             cfg.GKD.TEACHER[key] = os.path.realpath(path)
     return cfg

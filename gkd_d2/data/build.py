@@ -81,9 +81,7 @@ class BatchSampler(Sampler):
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoader:
-    """An endless loader of lists of samples, SOLVER.IMS_PER_BATCH over all processes.
-
-    Its ``batch_sampler`` is a :class:`BatchSampler`: set ``first`` before iterating to start in the middle.
+    """The :func:`seeded_loader` of a config's datasets, sampler and batch.
 
     Args:
         cfg: SEED must be >= 0.
@@ -93,10 +91,13 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
         ValueError: the batch can't be shared evenly, SEED is negative, no image is left to train on, or an option is
             unknown or lacks data.
     """
-    if cfg.SEED < 0:
-        raise ValueError(f"SEED is {cfg.SEED}, but the order of the images needs a seed >= 0")
-    check_batch(cfg, comm.get_world_size())
-    model = cfg.MODEL
+    solver, model = cfg.SOLVER, cfg.MODEL
+    check_batch(
+        solver.IMS_PER_BATCH,
+        comm.get_world_size(),
+        parts=solver.ACCUMULATE_STEPS,
+        reference=solver.REFERENCE_WORLD_SIZE,
+    )
     try:
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -110,29 +111,70 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> DataLoad
             f"DATASETS.TRAIN names {', '.join(cfg.DATASETS.TRAIN)}, in which no image is left to train on ({error}): "
             "with DATALOADER.FILTER_EMPTY_ANNOTATIONS, images without objects are left out"
         ) from error
-    groups = _wide(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    return DataLoader(
-        SeededDataset(dicts, mapper, cfg.SEED),
-        batch_sampler=BatchSampler(_build_sampler(cfg, dicts), batch_size, groups),
+    return seeded_loader(
+        dicts,
+        mapper,
+        _build_sampler(cfg, dicts),
+        seed=cfg.SEED,
+        batch_size=solver.IMS_PER_BATCH,
+        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=list,
+    )
+
+
+def seeded_loader(
+    dicts: list[dict],
+    mapper: Callable[[dict], dict],
+    sampler: Sampler,
+    *,
+    seed: int,
+    batch_size: int,
+    group_by_aspect_ratio: bool,
+    num_workers: int,
+    collate_fn: Callable[[list[dict]], object] = list,
+) -> DataLoader:
+    """An endless loader of lists of samples, whose batches depend on the seed, the process and the iteration alone.
+
+    Its ``batch_sampler`` is a :class:`BatchSampler`: set ``first`` before iterating to start in the middle.
+
+    Args:
+        dicts: dataset dicts in Detectron2's form.
+        mapper: dataset dict -> training sample.
+        sampler: yields the numbers of this process's images, endlessly, from a seed of its own.
+        seed: of the samples, >= 0.
+        batch_size: samples of all processes in a batch.
+        group_by_aspect_ratio: whether a batch holds either images that are wider than high or others.
+        num_workers: processes that load; 0: this one.
+        collate_fn: list of samples -> batch.
+
+    Raises:
+        ValueError: ``seed`` is negative, or the sizes of images, by which they are to be grouped, are not known.
+    """
+    if seed < 0:
+        raise ValueError(f"SEED is {seed}, but the order of the images needs a seed >= 0")
+    groups = _wide(dicts) if group_by_aspect_ratio else None
+    return DataLoader(
+        SeededDataset(dicts, mapper, seed),
+        batch_sampler=BatchSampler(sampler, batch_size // comm.get_world_size(), groups),
+        num_workers=num_workers,
+        collate_fn=collate_fn,
         worker_init_fn=init_worker,
     )
 
 
-def check_batch(cfg: CfgNode, processes: int) -> None:
+def check_batch(batch: int, processes: int, *, parts: int = 1, reference: int = 0) -> None:
     """Check that the processes of a run can share its batch evenly.
 
     Args:
-        cfg: with a SOLVER.REFERENCE_WORLD_SIZE above 0 the batch belongs to that number of processes, and Detectron2
-            scales it to ``processes``.
+        batch: images of all processes, SOLVER.IMS_PER_BATCH.
         processes: their number.
+        parts: SOLVER.ACCUMULATE_STEPS.
+        reference: SOLVER.REFERENCE_WORLD_SIZE; above 0 the batch belongs to that number of processes, and Detectron2
+            scales it to ``processes``.
 
     Raises:
         ValueError: they can't; the message gives the nearest batches that work.
     """
-    batch, parts, reference = (cfg.SOLVER[key] for key in ("IMS_PER_BATCH", "ACCUMULATE_STEPS", "REFERENCE_WORLD_SIZE"))
     if parts < 1:
         raise ValueError(f"SOLVER.ACCUMULATE_STEPS is {parts}, but must be >= 1")
     shares = (reference or processes) * parts

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import detector_architecture
+from gkd_d2.config import DetectorSpec
 from gkd_d2.data.classes import known_class_names
 from gkd_d2.data.contents import DatasetContents, read_contents
 from gkd_d2.data.datasets.builtin import check_datasets
+from gkd_d2.engine.run import Run
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
 from gkd_d2.modeling.pairing import check_class_names
-from gkd_d2.utils.registries import architecture_class
 from gkd_d2.utils.text import counted, listed
 
-# Meta-architecture -> the node of MODEL that holds its NUM_CLASSES, and that of what derives from it.
-_CLASS_NODES = {GeneralizedRCNN: "ROI_HEADS", RetinaNet: "RETINANET"}
 
-
-def dataset_problems(cfg: CfgNode, *, eval_only: bool, read: bool = True) -> list[str]:
+def dataset_problems(run: Run, *, eval_only: bool, read: bool = True) -> list[str]:
     """What is wrong with the datasets of a run: absent, of other classes than the model, impossible to use.
 
     Args:
-        cfg: the config of the run, a distiller's or a plain detector's.
+        run: as its config describes it.
         eval_only: whether it only evaluates.
         read: whether to read annotations, for which see :func:`gkd_d2.data.contents.read_contents`. Otherwise only
             whether the files are there is looked at.
@@ -36,8 +31,8 @@ def dataset_problems(cfg: CfgNode, *, eval_only: bool, read: bool = True) -> lis
     Returns:
         A sentence for each problem.
     """
-    used = list(dict.fromkeys([*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]))
-    if not used or not (eval_only or cfg.DATASETS.TRAIN):
+    used = list(dict.fromkeys([*(() if eval_only else run.train_sets), *run.test_sets]))
+    if not used or not (eval_only or run.train_sets):
         return [f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use"]
     problems = _absent(used)
     if problems or not read:
@@ -45,50 +40,56 @@ def dataset_problems(cfg: CfgNode, *, eval_only: bool, read: bool = True) -> lis
     found: dict[str, DatasetContents] = {}
     for name in used:
         try:
-            found[name] = _contents(cfg, name)
+            found[name] = _contents(run, name)
         except (OSError, ValueError) as error:
-            problems.append(f"DATASETS.{'TEST' if name in cfg.DATASETS.TEST else 'TRAIN'} names {name}: {error}")
+            problems.append(f"DATASETS.{'TEST' if name in run.test_sets else 'TRAIN'} names {name}: {error}")
     problems += _absent_images(found)
     different = _other_classes_among(found)
-    architecture = detector_architecture(cfg)
     if eval_only:
-        problems += _other_classes(cfg, architecture, found, remedy="both must be as in the model's training")
+        problems += _other_classes(_classes(run), found, "both must be as in the model's training")
     elif different:
         problems += different
     else:
-        problems += _other_classes(cfg, architecture, found)
-    return problems or _other_order(cfg, found)
+        problems += _other_classes(_classes(run), found)
+    return problems or _other_order(run, found)
 
 
-def teacher_class_problems(cfg: CfgNode, teacher: CfgNode) -> list[str]:
+def _classes(run: Run) -> tuple[str, int] | None:
+    """As ``DetectorSpec.classes``; None too where the config names no detector, which is reported as that."""
+    try:
+        return run.student.classes
+    except ValueError:
+        return None
+
+
+def teacher_class_problems(train_sets: Sequence[str], teacher: DetectorSpec) -> list[str]:
     """Where a teacher's classes are not those of the student's training sets or of its own.
 
     The teacher's own datasets need not be registered or there.
 
     Args:
-        cfg: the distiller's config.
-        teacher: the teacher's config.
+        train_sets: the student's.
+        teacher: as its config describes it.
 
     Returns:
         A sentence for each problem.
     """
-    architecture, file = teacher.MODEL.META_ARCHITECTURE, cfg.GKD.TEACHER.CONFIG_FILE
     ours, own = (
-        {name: DatasetContents(names) for name in config.DATASETS.TRAIN if (names := known_class_names(name))}
-        for config in (cfg, teacher)
+        {name: DatasetContents(names) for name in datasets if (names := known_class_names(name))}
+        for datasets in (train_sets, teacher.train_sets)
     )
     # It can't have the classes of training sets that differ, which is reported as their own fault.
     if _other_classes_among(ours):
         return []
     own = {name: contents for name, contents in own.items() if name not in ours}
     problems = [
-        *_other_classes(teacher, architecture, ours, file, "take a teacher that was trained on the student's classes"),
-        *_other_classes(teacher, architecture, own, file, "both must be as in the teacher's training"),
+        *_other_classes(teacher.classes, ours, "take a teacher that was trained on the student's classes"),
+        *_other_classes(teacher.classes, own, "both must be as in the teacher's training"),
     ]
     if problems:
         return problems
     try:
-        check_class_names(cfg, teacher)
+        check_class_names(train_sets, teacher.train_sets)
     except ValueError as error:
         return [str(error)]
     return []
@@ -114,10 +115,10 @@ def _absent(names: Iterable[str]) -> list[str]:
     return problems + [f"DATASETS names {', '.join(names)}: {reason}" for reason, names in broken.items()]
 
 
-def _contents(cfg: CfgNode, name: str) -> DatasetContents:
+def _contents(run: Run, name: str) -> DatasetContents:
     """What a dataset holds; raises OSError or ValueError where it can't be used."""
-    options = {"masks": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
-    tested = name in cfg.DATASETS.TEST
+    options = {"masks": run.masks, "keypoints": run.keypoints}
+    tested = name in run.test_sets
     if tested and MetadataCatalog.get(name).get("evaluator_type", "coco") == "coco":
         return check_coco_ground_truth(name, **options)
     return read_contents(name, evaluate=tested, **options)
@@ -152,26 +153,21 @@ def _other_classes_among(found: Mapping[str, DatasetContents]) -> list[str]:
 
 
 def _other_classes(
-    cfg: CfgNode, architecture: str, found: Mapping[str, DatasetContents], file: str = "", remedy: str = ""
+    classes: tuple[str, int] | None, found: Mapping[str, DatasetContents], remedy: str = ""
 ) -> Iterator[str]:
-    """A sentence for each dataset that has not as many classes as a detector; ``file`` is of its config."""
-    node = _class_node(architecture)
-    if node is None:
+    """A sentence for each dataset that has not as many classes as a detector: the setting of them, and their number."""
+    if classes is None:
         return
-    number = cfg.MODEL[node].NUM_CLASSES
-    setting = f"MODEL.{node}.NUM_CLASSES{f' of {file}' if file else ''} is {number}"
+    setting, number = classes
     for name, contents in found.items():
         least = _least_number(contents)
         if contents.class_names is not None and least != number:
-            yield f"{setting}, but dataset {name} has {_described(contents)}: {remedy or f'set it to {least}'}"
+            advice = remedy or f"set it to {least}"
         elif least > number:
-            yield f"{setting}, but dataset {name} has {_described(contents)}: {remedy or f'set it to at least {least}'}"
-
-
-def _class_node(architecture: str) -> str | None:
-    """The node of MODEL with a detector's NUM_CLASSES; None where that is known only once it is built."""
-    kind = architecture_class(architecture)
-    return next((node for base, node in _CLASS_NODES.items() if kind and issubclass(kind, base)), None)
+            advice = remedy or f"set it to at least {least}"
+        else:
+            continue
+        yield f"{setting} is {number}, but dataset {name} has {_described(contents)}: {advice}"
 
 
 def _least_number(contents: DatasetContents) -> int:
@@ -187,10 +183,10 @@ def _described(contents: DatasetContents) -> str:
     return f"{counted(len(contents.class_names), 'class', 'classes')} ({listed(contents.class_names)})"
 
 
-def _other_order(cfg: CfgNode, found: Mapping[str, DatasetContents]) -> list[str]:
+def _other_order(run: Run, found: Mapping[str, DatasetContents]) -> list[str]:
     """Where one class has different numbers in two datasets, of which the second is evaluated wrongly."""
     problems = []
-    for trained, tested in itertools.product(dict.fromkeys(cfg.DATASETS.TRAIN), dict.fromkeys(cfg.DATASETS.TEST)):
+    for trained, tested in itertools.product(dict.fromkeys(run.train_sets), dict.fromkeys(run.test_sets)):
         # What only was trained on is not read for an evaluation.
         names = (found[d].class_names if d in found else known_class_names(d) for d in (trained, tested))
         ours, theirs = ([name.casefold() for name in known or ()] for known in names)

@@ -10,29 +10,29 @@ import os
 import sys
 from pathlib import Path
 
-from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 
 from gkd_d2.engine.output import OutputError, naming_output
+from gkd_d2.engine.run import Run
 from gkd_d2.utils.files import write_whole
 from gkd_d2.utils.last_checkpoint import has_checkpoint
 
 
-def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def set_up_run(run: Run, args: argparse.Namespace) -> None:
     """Detectron2's ``default_setup``; config.yaml is written whole, and a log that can't be written ends the run.
 
     An evaluation leaves the config.yaml of a training as it is: it holds the seed that a resume needs, and the teacher.
     A training that begins anew sets the metrics.json of an earlier one aside.
 
     Args:
-        cfg: of the run; its OUTPUT_DIR is made if need be.
+        run: whose output folder is made if need be.
         args: of Detectron2's default_argument_parser.
 
     Raises:
         OutputError: OUTPUT_DIR can't be written to; from then on a message that log.txt can't take raises it, too.
     """
-    folder = cfg.OUTPUT_DIR
+    folder = run.output_dir
     rank = comm.get_rank()
     with naming_output(folder):
         os.makedirs(folder, exist_ok=True)
@@ -41,19 +41,16 @@ def set_up_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).addHandler(log)
     # Without a folder Detectron2 writes no files of its own.
-    without_files = cfg.clone()
-    without_files.defrost()
-    without_files.OUTPUT_DIR = None
-    default_setup(without_files, args)
+    default_setup(run.without_output(), args)
     if comm.is_main_process():
         path = Path(folder, "config.yaml")
         keeps = args.eval_only and path.is_file()
         place = "" if keeps else f", saved to {path}"
-        logging.getLogger(__name__).info("The whole config%s:\n%s", place, cfg.dump())
+        logging.getLogger(__name__).info("The whole config%s:\n%s", place, run.dump())
         if keeps:
             return
         try:
-            write_whole({path: cfg.dump()})
+            write_whole({path: run.dump()})
         except OSError as error:
             raise OutputError.of(str(path), error, folder) from error
         if not args.eval_only and not (args.resume and has_checkpoint(folder)):

@@ -89,14 +89,14 @@ def distillation_losses(
     boxes: list[Tensor],
     image_size: tuple[int, int],
     *,
-    weights: LossWeights,
-    temperature: float = 0.5,
-    weighting: str = "gradient",
-    rectifier: str = "abs",
-    map_region: str = "image",
-    importance: str = "channel",
-    importance_floor: float = 0.0,
-    importance_cap: float = 0.0,
+    weights: LossWeights = LossWeights(),
+    temperature: float = LossOptions.temperature,
+    weighting: str = LossOptions.weighting,
+    rectifier: str = LossOptions.rectifier,
+    map_region: str = LossOptions.map_region,
+    importance: str = LossOptions.importance,
+    importance_floor: float = LossOptions.importance_floor,
+    importance_cap: float = LossOptions.importance_cap,
     implementation: str = "auto",
 ) -> dict[str, Tensor]:
     """The four distillation losses of a batch, weighted and summed over L levels.
@@ -110,7 +110,7 @@ def distillation_losses(
         teacher_grad: the same of the teacher. May be None where :meth:`LossOptions.need_teacher_grad` is False.
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
-        weights: of the four losses.
+        weights: of the four losses; default: those of a config, as for all options.
         temperature, weighting, rectifier, map_region, importance, importance_floor, importance_cap: see
             :class:`gkd_d2.losses.LossOptions`.
         implementation: "reference" (PyTorch), "fused" (the extension) or "auto": fused where the extension is built

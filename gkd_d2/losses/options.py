@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import torch
 
@@ -29,7 +30,7 @@ LARGEST_WEIGHT = torch.finfo(torch.float32).max
 class LossWeights:
     """Weights of the four losses; a loss of weight 0 is not computed.
 
-    Those of a config, ``GKD.LOSS_WEIGHTS``, have other defaults: docs/results.md says why.
+    The defaults are those of a config's ``GKD.LOSS_WEIGHTS``: docs/results.md says why.
 
     Attributes:
         gradient: of ``loss_gkd_gradient``, the difference of the gradient maps.
@@ -38,18 +39,17 @@ class LossWeights:
         image: of ``loss_bmfi_image``, imitation of the whole image.
 
     Raises:
-        ValueError: a weight is negative, not finite or more than float32 holds.
+        ValueError: a weight is no number, negative, not finite or more than float32 holds.
     """
 
-    gradient: float = 0.5
-    box: float = 1e-3
-    attention: float = 5e-4
+    gradient: float = 2e-3
+    box: float = 1e-2
+    attention: float = 0.0
     image: float = 1e-3
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value <= LARGEST_WEIGHT:
-                raise ValueError(f"loss weight {name} is {value}, but must be a finite number >= 0 that float32 holds")
+            check_weight(f"loss weight {name}", value)
 
     def __bool__(self) -> bool:
         return any(dataclasses.astuple(self))
@@ -68,6 +68,8 @@ class LossWeights:
 class LossOptions:
     """What the losses can be asked for beside their weights; formulas: docs/method.md.
 
+    The defaults are those of a config's keys of the same names, as ``GKD.MAP_REGION``.
+
     Attributes:
         temperature: of the attention softmax, > 0.
         weighting: of the imitation: "gradient", "attention", "attention_gradient" or "uniform".
@@ -85,7 +87,7 @@ class LossOptions:
     temperature: float = 0.5
     weighting: str = "gradient"
     rectifier: str = "abs"
-    map_region: str = "image"
+    map_region: str = "boxes"
     importance: str = "channel"
     importance_floor: float = 0.0
     importance_cap: float = 0.0
@@ -164,6 +166,16 @@ def check_implementation(implementation: str, options: LossOptions, weights: Los
         raise ValueError(
             f"implementation is 'fused', but only 'reference' supports {', '.join(unfused)}: choose it, or 'auto'"
         )
+
+
+def check_weight(name: str, value: float) -> None:
+    """Check the weight of a loss.
+
+    Raises:
+        ValueError: it is no number, negative, not finite or more than float32 holds.
+    """
+    if not (isinstance(value, numbers.Real) and 0 <= value <= LARGEST_WEIGHT):
+        raise ValueError(f"{name} is {value!r}, but must be a finite number >= 0 that float32 holds")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 
@@ -23,7 +24,8 @@ class GKD(Method):
     authors' code: see :class:`gkd_d2.methods.relation.RelationLoss`.
 
     Args:
-        weights: of the four losses; default: those of LossWeights.
+        weights: of the four losses; or a mapping, as a LazyConfig has it, from names of :class:`LossWeights` to the
+            weights that differ from its defaults.
         relation: weight of the relation loss.
         implementation: see :func:`gkd_d2.losses.distillation_losses`.
         options: those of :class:`gkd_d2.losses.LossOptions`.
@@ -34,14 +36,14 @@ class GKD(Method):
 
     def __init__(
         self,
-        weights: LossWeights | None = None,
+        weights: LossWeights | Mapping[str, float] = LossWeights(),
         *,
         relation: float = 0.0,
         implementation: str = "auto",
         **options: str | float,
     ):
         loss_options = LossOptions(**options)
-        weights = LossWeights() if weights is None else weights
+        weights = weights if isinstance(weights, LossWeights) else _from_mapping(weights)
         check_implementation(implementation, loss_options, weights)
         terms = {
             key: Term(name, getattr(weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
@@ -98,6 +100,17 @@ class GKD(Method):
         )
 
 
+def _from_mapping(weights: Mapping[str, float]) -> LossWeights:
+    """The default weights with those in their places that ``weights`` names."""
+    unknown = [name for name in weights if name not in LOSS_KEYS]
+    if unknown:
+        raise ValueError(
+            f"the weights of GKD have {unknown[0]!r}, but their names are {', '.join(LOSS_KEYS)}; the weight of the "
+            "relation loss is the argument relation"
+        )
+    return LossWeights(**weights)
+
+
 @METHOD_REGISTRY.register()
 def gkd(cfg: CfgNode) -> GKD:
     """The options stand in GKD itself.
@@ -109,7 +122,7 @@ def gkd(cfg: CfgNode) -> GKD:
     relation = weights.pop("relation")
     options = {field.name: cfg.GKD[field.name.upper()] for field in dataclasses.fields(LossOptions)}
     try:
-        method = GKD(LossWeights(**weights), relation=relation, implementation=cfg.GKD.IMPLEMENTATION, **options)
+        method = GKD(weights, relation=relation, implementation=cfg.GKD.IMPLEMENTATION, **options)
     except ValueError as error:
         # A message about an option begins with its name.
         name, _, rest = str(error).partition(" ")

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from gkd_d2.losses.options import LARGEST_WEIGHT, LossOptions
+from gkd_d2.losses.options import LossOptions, check_weight
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.utils.registries import not_registered
 
@@ -65,7 +65,7 @@ class Term:
             a level to which no object of a batch belongs. Such a loss is judged over all levels together.
 
     Raises:
-        ValueError: the weight is negative, not finite or more than float32 holds.
+        ValueError: the weight is no number, negative, not finite or more than float32 holds.
     """
 
     name: str
@@ -74,8 +74,7 @@ class Term:
     level_assigned: bool = False
 
     def __post_init__(self):
-        if not 0 <= self.weight <= LARGEST_WEIGHT:
-            raise ValueError(f"{self.key} is {self.weight}, but must be a finite number >= 0 that float32 holds")
+        check_weight(self.key, self.weight)
 
 
 class Method(nn.Module):

@@ -1,20 +1,21 @@
-"""Builds the parts of a distiller from its config."""
+"""Builds the parts of a distiller: from its config, or from two detectors that are built already."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
+from torch import nn
 
-from gkd_d2.config import architecture_key, detector_config, teacher_config
-from gkd_d2.methods import build_method
+from gkd_d2.config import YacsSpec, architecture_key, detector_config, teacher_spec
+from gkd_d2.config.spec import EXTRA_HEADS
+from gkd_d2.methods import Method, build_method
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
-from gkd_d2.modeling.pairing import check_pair, pair_levels, without_unlabelled_heads
+from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
 from gkd_d2.modeling.split import split_detector
-from gkd_d2.modeling.summary import log_summary
+from gkd_d2.modeling.summary import Summary
 from gkd_d2.modeling.teacher import build_teacher
 from gkd_d2.modeling.trainer_keys import TrainerKeys
-from gkd_d2.utils.registries import build_detector
 from gkd_d2.utils.user_modules import import_modules
 
 
@@ -34,29 +35,102 @@ def build_parts(cfg: CfgNode) -> dict:
     # In a script of the user's own, whose config read_config has not read.
     import_modules(cfg.GKD.IMPORTS, "GKD.IMPORTS")
     method = build_method(cfg)
-    student_cfg = detector_config(cfg)
-    teacher_cfg, left_out = without_unlabelled_heads(teacher_config(cfg), student_cfg)
-    student = build_detector(student_cfg, architecture_key(cfg))
+    ours = YacsSpec(detector_config(cfg), architecture_key(cfg))
+    theirs = teacher_spec(cfg)
+    # Masks and keypoints are loaded only where the config that trains, the student's, detects them.
+    unlabelled = [head for head in EXTRA_HEADS if head in theirs.heads - ours.heads]
+    student = ours.build()
+    parts = join(
+        student,
+        theirs.without(unlabelled).build,
+        cfg.GKD.TEACHER.WEIGHTS,
+        method,
+        method_name=cfg.GKD.METHOD,
+        features=cfg.GKD.FEATURES,
+        teacher_features=cfg.GKD.TEACHER.FEATURES,
+        init_from_teacher=cfg.GKD.STUDENT.INIT_FROM_TEACHER,
+        warmup_iters=cfg.GKD.WARMUP_ITERS,
+        one_pass=cfg.GKD.ONE_PASS,
+        seed=max(cfg.SEED, 0),
+        swap_channels=channels_swapped(ours.image_format, theirs.image_format),
+        teacher_file=cfg.GKD.TEACHER.CONFIG_FILE,
+        weights=f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}",
+        left_out=unlabelled,
+    )
+    check_classes(split_detector(student), ours, theirs, cfg.DATASETS.TEST)
+    return {**parts, "trainer_keys": TrainerKeys.from_config(cfg)}
+
+
+def join(
+    student: nn.Module,
+    make_teacher: Callable[[], nn.Module],
+    teacher_weights: str,
+    method: Method,
+    *,
+    method_name: str,
+    features: Sequence[str],
+    teacher_features: Sequence[str],
+    init_from_teacher: bool,
+    warmup_iters: int,
+    one_pass: bool,
+    seed: int,
+    swap_channels: bool,
+    teacher_file: str,
+    weights: str,
+    left_out: Sequence[str],
+) -> dict:
+    """Build a student's teacher, load it, and check that the two belong together.
+
+    Args:
+        student: as built.
+        make_teacher: makes the teacher, with random weights.
+        teacher_weights: its checkpoint.
+        method: of distillation.
+        method_name: as GKD.METHOD names it.
+        features: see GKD.FEATURES.
+        teacher_features: see GKD.TEACHER.FEATURES.
+        init_from_teacher: see GKD.STUDENT.INIT_FROM_TEACHER.
+        warmup_iters: see GKD.WARMUP_ITERS.
+        one_pass: see GKD.ONE_PASS.
+        seed: >= 0, of all random streams beside the student's.
+        swap_channels: see :class:`gkd_d2.modeling.teacher.FrozenTeacher`.
+        teacher_file: what describes the teacher; empty where there is no such file.
+        weights: what the student's training starts from, for the log.
+        left_out: those of EXTRA_HEADS that the teacher is made without.
+
+    Returns:
+        The arguments of :class:`gkd_d2.GKDDistiller`.
+
+    Raises:
+        ValueError: teacher and student do not match.
+        CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
+    """
     split = split_detector(student)
-    seed = max(cfg.SEED, 0)
-    teacher = build_teacher(teacher_cfg, seed)
-    check_pair(split, teacher.split, student_cfg, teacher_cfg)
-    student_features, teacher_features = pair_levels(split, teacher.split, cfg.GKD.FEATURES, cfg.GKD.TEACHER.FEATURES)
-    inherited = copy_heads(teacher.split, split) if cfg.GKD.STUDENT.INIT_FROM_TEACHER else []
+    teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels)
+    check_pair(split, teacher.split)
+    student_features, teacher_features = pair_levels(split, teacher.split, list(features), list(teacher_features))
+    inherited = copy_heads(teacher.split, split) if init_from_teacher else []
     if inherited:
-        warn_of_other_heads(student_cfg, teacher_cfg)
-    pairs = list(zip(student_features, teacher_features))
+        warn_of_other_heads(teacher.split, split)
     return {
         "student": student,
         "teacher": teacher,
         "student_features": student_features,
         "teacher_features": teacher_features,
         "method": method,
-        "warmup_iters": cfg.GKD.WARMUP_ITERS,
-        "one_pass": cfg.GKD.ONE_PASS,
+        "warmup_iters": warmup_iters,
+        "one_pass": one_pass,
         "seed": seed,
-        "announce": functools.partial(
-            log_summary, cfg, method, split, teacher.split, pairs, inherited=inherited, left_out=left_out
+        "announce": Summary(
+            method_name=method_name,
+            method=method,
+            warmup_iters=warmup_iters,
+            student=split,
+            teacher=teacher.split,
+            pairs=list(zip(student_features, teacher_features)),
+            source=teacher_weights + (f", described by {teacher_file}" if teacher_file else ""),
+            weights=weights,
+            inherited=inherited,
+            left_out=[EXTRA_HEADS[head] for head in left_out],
         ),
-        "trainer_keys": TrainerKeys.from_config(cfg),
     }

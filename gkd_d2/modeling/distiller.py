@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gkd_d2.methods import Level, Method
 from gkd_d2.modeling.align import AlignConvs, in_one_dtype
 from gkd_d2.modeling.build import build_parts
+from gkd_d2.modeling.common_size import CommonSize, sized_features
 from gkd_d2.modeling.observation import Listener, Observation, boxes_of
 from gkd_d2.modeling.one_pass import detection_losses
 from gkd_d2.modeling.pairing import check_sizes, check_trained
@@ -97,6 +98,7 @@ class GKDDistiller(nn.Module):
         self._trainer_keys = trainer_keys
         self._teacher = teacher
         self._split: SplitDetector = split_detector(student)
+        self._common_size = CommonSize(self._split, teacher.split)
         if method.needs_anchors:
             # A level without any is refused here, before the first step.
             self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
@@ -143,6 +145,17 @@ class GKDDistiller(nn.Module):
     def teacher(self) -> nn.Module:
         """The frozen teacher, which is no submodule."""
         return self._teacher.model
+
+    def teacher_inputs(self, batched_inputs: list[dict]) -> list[dict]:
+        """A batch as :attr:`teacher` takes it: its colours in the teacher's order, RGB or BGR."""
+        return self._teacher.inputs(batched_inputs)
+
+    def teacher_score_maps(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The teacher's :meth:`gkd_d2.SplitDetector.score_maps` of a batch: its name of a level -> N,H,W.
+
+        The cells are those of :meth:`observe`.
+        """
+        return self._teacher.score_maps(batched_inputs, self._common_size.of(batched_inputs))
 
     def forward(self, batched_inputs: list[dict]):
         """
@@ -208,10 +221,11 @@ class GKDDistiller(nn.Module):
         Raises:
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
         """
+        size = self._common_size.of(batched_inputs)
         teacher, teacher_gradients = self._teacher.features(
-            batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale
+            batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale, size=size
         )
-        images, features = self._split.features(batched_inputs)
+        images, features = sized_features(self._split, batched_inputs, size)
         check_trained(features, self.student_features)
         losses, student_gradients = detection_losses(
             self._split,
@@ -303,6 +317,7 @@ class GKDDistiller(nn.Module):
                 self.teacher_features,
                 with_gradients=self.method.needs_teacher_grad,
                 scale=self.gradient_scale,
+                size=self._common_size.of(batched_inputs),
             )
         except FloatingPointError:
             return False

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 
 import torch
-from detectron2.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
-from gkd_d2.config import config_differences
 from gkd_d2.modeling.split import SplitDetector
 
 _logger = logging.getLogger(__name__)
@@ -51,18 +49,18 @@ def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
     return copied
 
 
-def warn_of_other_heads(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+def warn_of_other_heads(teacher: SplitDetector, student: SplitDetector) -> None:
     """Warn where inherited heads have the student's shapes, but were trained for other anchors, levels or boxes.
 
     Args:
-        cfg: the student's config.
-        teacher_cfg: the teacher's config.
+        teacher: whose heads were copied.
+        student: that they were copied to.
     """
-    differences = config_differences(cfg.MODEL, teacher_cfg.MODEL, ignored=("FPN",))
+    theirs, ours = _head_settings(teacher.model), _head_settings(student.model)
     found = [
-        f"MODEL.{key} is {ours}, the teacher's {theirs}"
-        for key, (ours, theirs) in differences.items()
-        if key.startswith("ANCHOR_GENERATOR.") or key.endswith(("IN_FEATURES", "BBOX_REG_WEIGHTS"))
+        f"{name} is {ours[name]}, the teacher's {theirs[name]}"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
     ]
     if found:
         _logger.warning(
@@ -70,6 +68,29 @@ def warn_of_other_heads(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
             "that is meant, give both the same",
             "; ".join(found),
         )
+
+
+def _head_settings(model: nn.Module) -> dict[str, list]:
+    """What the outputs of a detector's heads mean: their anchors, levels and units of boxes, by place in the model."""
+    found: dict[str, list] = {}
+    for place, module in model.named_modules():
+        if place.startswith("backbone"):
+            continue
+        start = f"{place}." if place else ""
+        for name, value in vars(module).items():
+            if name.endswith("in_features") and isinstance(value, list | tuple):
+                found[start + name] = list(value)
+            elif name == "box2box_transform" and hasattr(value, "weights"):
+                found[f"{start}{name}.weights"] = list(value.weights)
+        for level in getattr(module, "cell_anchors", None) or ():
+            widths, heights = (level[:, 2:] - level[:, :2]).double().unbind(dim=1)
+            found.setdefault(f"{place} sizes", []).append(_distinct((widths * heights).sqrt()))
+            found.setdefault(f"{place} aspect ratios", []).append(_distinct(heights / widths))
+    return found
+
+
+def _distinct(values: Tensor) -> list[float]:
+    return values.round(decimals=3).unique().tolist()
 
 
 def differing_heads(teacher: SplitDetector, student: SplitDetector, names: list[str]) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
-from detectron2.config import CfgNode
 from torch import Tensor
 
+from gkd_d2.config import DetectorSpec
+from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.data.classes import known_class_names
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
-
-# Key of MODEL -> the ground truth that its head learns from, beside boxes.
-_LABELLED = {"MASK_ON": "masks", "KEYPOINT_ON": "keypoints"}
 
 
 def pair_levels(
@@ -69,47 +68,55 @@ def pair_levels(
     return list(student_levels), teacher_levels
 
 
-def without_unlabelled_heads(teacher_cfg: CfgNode, cfg: CfgNode) -> tuple[CfgNode, list[str]]:
-    """Leave those heads out of a teacher that could not be given their ground truth.
-
-    Detectron2 loads masks and keypoints for a batch only where the config that trains, the student's, detects them.
-
-    Args:
-        teacher_cfg: the teacher's config.
-        cfg: the student's config.
-
-    Returns:
-        A frozen copy of the teacher's config, and what it no longer detects: "masks", "keypoints".
-    """
-    teacher_cfg = teacher_cfg.clone()
-    teacher_cfg.defrost()
-    left_out = [key for key in _LABELLED if teacher_cfg.MODEL[key] and not cfg.MODEL[key]]
-    for key in left_out:
-        teacher_cfg.MODEL[key] = False
-    teacher_cfg.freeze()
-    return teacher_cfg, [_LABELLED[key] for key in left_out]
-
-
-def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, teacher_cfg: CfgNode) -> None:
-    """Refuse a teacher that detects other things, needs other inputs, or sees other pictures, than the student.
+def check_pair(student: SplitDetector, teacher: SplitDetector) -> None:
+    """Refuse a teacher that detects other things than the student, or whose losses a batch of the student's can't give.
 
     Args:
         student: the student.
-        teacher: the teacher.
-        cfg: the student's config.
-        teacher_cfg: the teacher's config.
+        teacher: the teacher, without those of EXTRA_HEADS that the student lacks.
 
     Raises:
-        ValueError: the number of classes differs between the two or from that of the student's datasets, as far as it
-            is known; the names of classes, channel order, channels of the image or padding differ; or the teacher's
-            losses need what the student's batches do not hold.
+        ValueError: the number of classes or of the images' channels differs; or the teacher's losses need what the
+            student's batches do not hold.
     """
     if student.num_classes != teacher.num_classes:
         raise ValueError(
             f"the student detects {counted(student.num_classes, 'class', 'classes')}, the teacher "
             f"{teacher.num_classes}: a teacher must be trained on the student's classes"
         )
-    for dataset in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+    channels = [len(getattr(split.model, "pixel_mean", ())) for split in (student, teacher)]
+    if channels[0] != channels[1] and all(channels):
+        raise ValueError(
+            f"the student's images have {counted(channels[0], 'channel')}, the teacher's {channels[1]} (the number of "
+            "values in MODEL.PIXEL_MEAN, or pixel_mean), but they see one batch"
+        )
+    if _takes_proposals(teacher) and not _takes_proposals(student):
+        raise ValueError(
+            "the teacher has no proposal generator and takes proposals with the images (MODEL.LOAD_PROPOSALS), which "
+            "the student's batches do not hold: load them for the student too, or choose a teacher with an RPN"
+        )
+    for head, truth in EXTRA_HEADS.items():
+        if _has_head(teacher, head) and not _has_head(student, head):
+            raise ValueError(
+                f"the teacher's {type(teacher.model.roi_heads).__name__} learns from {truth}, although its config does "
+                f"not say so, and the student does not detect {truth}, so that none are loaded: give the student a "
+                f"{head} head, or choose a teacher without"
+            )
+
+
+def check_classes(student: SplitDetector, spec: DetectorSpec, teacher: DetectorSpec, test_sets: Sequence[str]) -> None:
+    """Refuse datasets of other classes than the detectors', and a teacher of other classes than the student's.
+
+    Args:
+        student: as built, with as many classes as the teacher.
+        spec: of the student.
+        teacher: of the teacher.
+        test_sets: names of the student's datasets for evaluation.
+
+    Raises:
+        ValueError: as far as they are known, the number or the names of the classes differ.
+    """
+    for dataset in dict.fromkeys([*spec.train_sets, *test_sets]):
         names = known_class_names(dataset)
         if names is not None and len(names) != student.num_classes:
             raise ValueError(
@@ -117,46 +124,25 @@ def check_pair(student: SplitDetector, teacher: SplitDetector, cfg: CfgNode, tea
                 f"{dataset} has {counted(len(names), 'class', 'classes')} ({listed(names)}): give both detectors its "
                 "classes, or take other datasets"
             )
-    check_class_names(cfg, teacher_cfg)
-    if teacher_cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            "MODEL.LOAD_PROPOSALS is True for the teacher and False for the student, so that the teacher would get no "
-            "proposals: set it and DATASETS.PROPOSAL_FILES_TRAIN for the student, or choose a teacher with an RPN"
-        )
-    for key, kind in _LABELLED.items():
-        if not cfg.MODEL[key] and getattr(getattr(teacher.model, "roi_heads", None), key.lower(), False):
-            raise ValueError(
-                f"the teacher's {type(teacher.model.roi_heads).__name__} learns from {kind} although its MODEL.{key} "
-                f"is False, and the student's MODEL.{key} is False, so that no {kind} are loaded: set it for the "
-                "student, or choose a teacher without them"
-            )
-    for what, ours, theirs in (
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, teacher_cfg.INPUT.FORMAT),
-        ("the number of values in MODEL.PIXEL_MEAN", len(cfg.MODEL.PIXEL_MEAN), len(teacher_cfg.MODEL.PIXEL_MEAN)),
-        # What images are padded to decides the size of every level.
-        ("the backbone's size_divisibility", *(s.model.backbone.size_divisibility for s in (student, teacher))),
-        ("the backbone's padding", *(_padding(s) for s in (student, teacher))),
-    ):
-        if ours != theirs:
-            raise ValueError(f"{what} is {ours} for the student and {theirs} for the teacher, but they see one batch")
+    check_class_names(spec.train_sets, teacher.train_sets)
 
 
-def check_class_names(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
+def check_class_names(train_sets: Sequence[str], teacher_sets: Sequence[str]) -> None:
     """Refuse a teacher that was trained on other classes, as far as the names of both are known.
 
     Names may differ in case. Datasets that are not registered or whose files are not there are left out: a teacher may
     come from elsewhere.
 
     Args:
-        cfg: the student's config.
-        teacher_cfg: the teacher's config.
+        train_sets: the student's training sets.
+        teacher_sets: the teacher's.
 
     Raises:
-        ValueError: of DATASETS.TRAIN of both, two datasets have different classes or another order of them.
+        ValueError: two of them have different classes or another order of them.
     """
     ours, theirs = (
-        {dataset: names for dataset in config.DATASETS.TRAIN if (names := known_class_names(dataset))}
-        for config in (cfg, teacher_cfg)
+        {dataset: names for dataset in datasets if (names := known_class_names(dataset))}
+        for datasets in (train_sets, teacher_sets)
     )
     for (dataset, names), (other, other_names) in itertools.product(ours.items(), theirs.items()):
         if [name.casefold() for name in names] != [name.casefold() for name in other_names]:
@@ -167,9 +153,31 @@ def check_class_names(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
             )
 
 
-def _padding(detector: SplitDetector) -> dict:
-    """Constraints beyond size_divisibility, which Detectron2 0.5 does not have."""
-    return getattr(detector.model.backbone, "padding_constraints", {})
+def channels_swapped(student: str, teacher: str) -> bool:
+    """Whether a teacher takes RGB images where the student takes BGR, or the other way round.
+
+    Args:
+        student: the order of the channels of the student's images, as "BGR".
+        teacher: that of the teacher's.
+
+    Raises:
+        ValueError: they differ otherwise.
+    """
+    if student != teacher and {student, teacher} != {"RGB", "BGR"}:
+        raise ValueError(
+            f"the student is given images in {student}, which can't be made into the teacher's {teacher}: the order of "
+            "channels is INPUT.FORMAT, or image_format of a mapper, and must be the same, or RGB and BGR"
+        )
+    return student != teacher
+
+
+def _takes_proposals(detector: SplitDetector) -> bool:
+    return getattr(detector.model, "proposal_generator", detector) is None
+
+
+def _has_head(detector: SplitDetector, head: str) -> bool:
+    """Whether it has one of EXTRA_HEADS."""
+    return bool(getattr(getattr(detector.model, "roi_heads", None), f"{head}_on", False))
 
 
 def _names(detector: SplitDetector) -> str:

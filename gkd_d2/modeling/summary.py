@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
-from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
 
 from gkd_d2.methods import Method
@@ -15,62 +15,76 @@ from gkd_d2.utils.text import counted
 _logger = logging.getLogger(__name__)
 
 
-def log_summary(
-    cfg: CfgNode,
-    method: Method,
-    student: SplitDetector,
-    teacher: SplitDetector,
-    pairs: list[tuple[str, str]],
-    *,
-    inherited: list[str],
-    left_out: list[str],
-) -> None:
-    """Log a heading and five lines: method and weights, levels, implementation of the losses, heads, teacher.
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Logs, when it is called, a heading and five lines: method, levels, implementation of the losses, heads, teacher.
 
     To be called at the first training step, when weights are loaded, within an EventStorage.
 
-    Args:
-        cfg: the distiller's config.
+    Attributes:
+        method_name: as GKD.METHOD names it.
         method: of distillation.
+        warmup_iters: over which its weights grow.
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
-        inherited: the heads that the student was given by the teacher when it was built.
+        source: where the teacher comes from: its weights, and what describes it.
+        weights: what the student's training starts from, such as "MODEL.WEIGHTS R-50.pkl".
+        inherited: the heads that it was given when it was built.
         left_out: what the teacher was trained to detect and is not asked for, such as "masks".
 
     Raises:
-        RuntimeError: the implementation that the config asks for is not available.
+        RuntimeError: at the call: the implementation that the config asks for is not available.
     """
-    replaced = differing_heads(teacher, student, inherited) if get_event_storage().iter == 0 else []
-    lines = {
-        "method": _method(cfg, method),
-        "levels": _levels(student, teacher, pairs),
-        "losses": f"computed by {method.implementation(student.model.device)}",
-        "heads": _heads(inherited, replaced),
-        "teacher": _teacher(cfg, left_out),
-    }
-    text = "".join(f"\n  {name + ':':<9}{line}" for name, line in lines.items())
-    names = type(student.model).__name__, type(teacher.model).__name__
-    _logger.info("Training a student %s with a teacher %s:%s", *names, text)
-    if replaced:
-        _logger.warning(
-            "GKD.STUDENT.INIT_FROM_TEACHER is True, but MODEL.WEIGHTS %s replaced the heads that were copied from the "
-            "teacher: %s. Choose weights of a backbone alone to inherit them",
-            cfg.MODEL.WEIGHTS,
-            ", ".join(replaced),
-        )
 
+    method_name: str
+    method: Method
+    warmup_iters: int
+    student: SplitDetector
+    teacher: SplitDetector
+    pairs: list[tuple[str, str]]
+    source: str
+    weights: str
+    inherited: list[str]
+    left_out: list[str]
 
-def _method(cfg: CfgNode, method: Method) -> str:
-    if not method:
-        return f"{cfg.GKD.METHOD}, without a loss of a weight above 0: the student learns from the ground truth alone"
-    weights = ", ".join(f"{term.name} {term.weight:g}" for term in method.terms.values() if term.weight > 0)
-    off = ", ".join(term.name for term in method.terms.values() if term.weight == 0)
-    ramp = f"; weights ramp up over {counted(cfg.GKD.WARMUP_ITERS, 'iteration')}" if cfg.GKD.WARMUP_ITERS else ""
-    parameters = sum(parameter.numel() for parameter in method.parameters())
-    own = f"; trains {counted(parameters, 'parameter')} of its own" if parameters else ""
-    options = f"; {text}" if (text := method.describe()) else ""
-    return f"{cfg.GKD.METHOD}, weights {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
+    def __call__(self) -> None:
+        started = get_event_storage().iter == 0
+        replaced = differing_heads(self.teacher, self.student, self.inherited) if started else []
+        lines = {
+            "method": self._method(),
+            "levels": _levels(self.student, self.teacher, self.pairs),
+            "losses": f"computed by {self.method.implementation(self.student.model.device)}",
+            "heads": _heads(self.inherited, replaced),
+            "teacher": self._teacher(),
+        }
+        text = "".join(f"\n  {name + ':':<9}{line}" for name, line in lines.items())
+        names = type(self.student.model).__name__, type(self.teacher.model).__name__
+        _logger.info("Training a student %s with a teacher %s:%s", *names, text)
+        if replaced:
+            _logger.warning(
+                "GKD.STUDENT.INIT_FROM_TEACHER is True, but %s replaced the heads that were copied from the teacher: "
+                "%s. Choose weights of a backbone alone to inherit them",
+                self.weights,
+                ", ".join(replaced),
+            )
+
+    def _method(self) -> str:
+        method, name = self.method, self.method_name
+        if not method:
+            return f"{name}, without a loss of a weight above 0: the student learns from the ground truth alone"
+        weights = ", ".join(f"{term.name} {term.weight:g}" for term in method.terms.values() if term.weight > 0)
+        off = ", ".join(term.name for term in method.terms.values() if term.weight == 0)
+        ramp = f"; weights ramp up over {counted(self.warmup_iters, 'iteration')}" if self.warmup_iters else ""
+        parameters = sum(parameter.numel() for parameter in method.parameters())
+        own = f"; trains {counted(parameters, 'parameter')} of its own" if parameters else ""
+        options = f"; {text}" if (text := method.describe()) else ""
+        return f"{name}, weights {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
+
+    def _teacher(self) -> str:
+        if not self.left_out:
+            return self.source
+        return f"{self.source}; without its head for {' and '.join(self.left_out)}, which the student does not detect"
 
 
 def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]]) -> str:
@@ -88,10 +102,3 @@ def _heads(inherited: list[str], replaced: list[str]) -> str:
         return "not inherited from the teacher (GKD.STUDENT.INIT_FROM_TEACHER is False)"
     kept = [name for name in inherited if name not in replaced]
     return f"inherited from the teacher: {', '.join(kept) or 'none'}"
-
-
-def _teacher(cfg: CfgNode, left_out: list[str]) -> str:
-    text = f"{cfg.GKD.TEACHER.WEIGHTS}, described by {cfg.GKD.TEACHER.CONFIG_FILE}"
-    if left_out:
-        text += f"; without its head for {' and '.join(left_out)}, which the student does not detect"
-    return text

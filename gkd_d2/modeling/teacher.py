@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.feature_gradients import feature_gradients
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.random_streams import separate_random_stream
-from gkd_d2.utils.registries import build_detector
 
 
-def build_teacher(cfg: CfgNode, seed: int) -> FrozenTeacher:
+def build_teacher(
+    make: Callable[[], nn.Module], weights: str, seed: int, *, swap_channels: bool = False
+) -> FrozenTeacher:
     """Build a teacher and load its weights, drawing nothing from the global random stream.
 
     Args:
-        cfg: from :func:`gkd_d2.config.teacher_config`.
+        make: makes the detector, with random weights.
+        weights: its checkpoint, GKD.TEACHER.WEIGHTS.
         seed: of the teacher's random stream, >= 0.
+        swap_channels: see :class:`FrozenTeacher`.
 
     Raises:
         CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
-        ValueError: a name in the config is not registered, the meta-architecture has no split, or a tensor holds
-            infinite or NaN values.
+        ValueError: the detector can't be built, has no split, or a tensor holds infinite or NaN values.
     """
     with separate_random_stream(torch.device("cpu"), seed):
-        model = build_detector(cfg, place=" of GKD.TEACHER.CONFIG_FILE")
+        model = make()
     CompleteCheckpointer(model).load_weights(
-        cfg.MODEL.WEIGHTS, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
+        weights, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
     )
     check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
-    return FrozenTeacher(model, seed)
+    return FrozenTeacher(model, seed, swap_channels=swap_channels)
 
 
 def hold_norms(model: nn.Module) -> None:
@@ -58,10 +61,13 @@ class FrozenTeacher:
         model: a detector that :func:`gkd_d2.modeling.split.split_detector` knows; frozen in place.
         seed: of its random stream; each iteration and process draws from its own part of it, so that a resumed run
             draws what an uninterrupted one would.
+        swap_channels: whether the images of a batch have their three colours in the opposite order of what the teacher
+            was trained with, RGB or BGR; see :func:`gkd_d2.modeling.pairing.channels_swapped`.
     """
 
-    def __init__(self, model: nn.Module, seed: int):
+    def __init__(self, model: nn.Module, seed: int, *, swap_channels: bool = False):
         self.model = model
+        self._swap_channels = swap_channels
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
         model.requires_grad_(False).eval()
@@ -74,8 +80,24 @@ class FrozenTeacher:
         """Apply ``apply`` to every tensor, as :meth:`nn.Module._apply` does for ``.to``, ``.cuda`` and the like."""
         self.model._apply(apply)
 
+    def inputs(self, batched_inputs: list[dict]) -> list[dict]:
+        """A batch of the student as the teacher takes it: its colours in the teacher's order.
+
+        Args:
+            batched_inputs: left as they are.
+        """
+        if not self._swap_channels:
+            return batched_inputs
+        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+
     def features(
-        self, batched_inputs: list[dict], levels: list[str], *, with_gradients: bool, scale: float = 1.0
+        self,
+        batched_inputs: list[dict],
+        levels: list[str],
+        *,
+        with_gradients: bool,
+        scale: float = 1.0,
+        size: tuple[int, int] | None = None,
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """The teacher's features and the gradient of its own detection loss with respect to them.
 
@@ -84,6 +106,7 @@ class FrozenTeacher:
             levels: names of the teacher's levels.
             with_gradients: whether the losses and gradients are computed at all.
             scale: of the gradients; see :func:`gkd_d2.modeling.feature_gradients.feature_gradients`.
+            size: from :meth:`gkd_d2.modeling.common_size.CommonSize.of`.
 
         Returns:
             One feature N,C,H,W a level, and one gradient N,C,H,W a level, times ``scale``, or None.
@@ -92,8 +115,9 @@ class FrozenTeacher:
             RuntimeError: a level has no part in the losses.
             FloatingPointError: its region proposals are infinite or NaN.
         """
+        batched_inputs = self.inputs(batched_inputs)
         with torch.no_grad():
-            images, features = self.split.features(batched_inputs)
+            images, features = sized_features(self.split, batched_inputs, size)
         wanted = [features[name] for name in levels]
         if not with_gradients:
             return wanted, None
@@ -107,6 +131,16 @@ class FrozenTeacher:
                     "The teacher's own losses can't be computed: its predicted boxes or scores are infinite or NaN."
                 ) from error
         return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
+
+    @torch.no_grad()
+    def score_maps(self, batched_inputs: list[dict], size: tuple[int, int] | None) -> dict[str, Tensor]:
+        """Name of a level -> N,H,W, as :meth:`gkd_d2.SplitDetector.score_maps`.
+
+        Args:
+            batched_inputs, size: as for :meth:`features`.
+        """
+        _, features = sized_features(self.split, self.inputs(batched_inputs), size)
+        return self.split.score_maps(features)
 
     @contextlib.contextmanager
     def _own_streams(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -25,3 +26,10 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 def printable(text: str, limit: int = 100) -> str:
     """Text out of someone's file, cut short and with question marks for what could steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest, as the end of a sentence; empty where none is near."""
+    by_lower_case = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return f": did you mean {by_lower_case[near[0]]}?" if near else ""

@@ -25,6 +25,7 @@ IMPORTANCES = {
     "element": "The same with the gradient of each element in place of the channel's mean.",
     "norm": "The norm over channels of the teacher's gradient.",
     "student": "The norm over channels of the gradient of the student's own losses, before alignment.",
-    SCORE: "The teacher's score of the cell: for a RetinaNet, its largest class probability; for an R-CNN, which "
-    "scores no class in a cell, the largest objectness of its RPN.",
+    SCORE: "The teacher's score of the cell: for a RetinaNet, its largest class probability; for an FCOS, the root "
+    "of that times the cell's centerness; for an R-CNN, which scores no class in a cell, the largest objectness of its "
+    "RPN.",
 }

@@ -4,15 +4,17 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
-from tiny import SplitScorer, calm, detector_config, training_batch
+from tiny import SplitScorer, calm, detector_config, make_fcos, training_batch
 
 from gkd_d2 import register_split
+from gkd_d2.modeling.common_size import CommonSize
 from gkd_d2.modeling.split import registry, split_detector
 
-NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_attention", "loss_bmfi_image")
+# Those of GKD() as it is.
+NAMES = ("loss_gkd_gradient", "loss_bmfi_box", "loss_bmfi_image")
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +24,16 @@ def _forget_splits(monkeypatch):
 
 @pytest.fixture
 def document(project):
-    """A function that runs blocks of the document, all or those without FCOS, and returns what they define.
-
-    Each block is run by itself, as where it is pasted into a file of its own.
-    """
-
-    def run(*, fcos: bool) -> dict:
-        path = project / "docs" / "own_detector.md"
-        defined: dict = {}
-        for block in fenced_blocks(path):
-            if block.language == "python" and (fcos or "FCOS" not in block.text):
-                names: dict = {}
-                # Blank lines ahead give a traceback the document's own line numbers.
-                exec(compile("\n" * block.line + block.text, path, "exec"), names)
-                defined |= names
-        return defined
-
-    return run
+    """What the blocks of the document define, each run by itself, as where it is pasted into a file of its own."""
+    path = project / "docs" / "own_detector.md"
+    defined: dict = {}
+    for block in fenced_blocks(path):
+        if block.language == "python":
+            names: dict = {}
+            # Blank lines ahead give a traceback the document's own line numbers.
+            exec(compile("\n" * block.line + block.text, path, "exec"), names)
+            defined |= names
+    return defined
 
 
 def test_the_check_runs_as_it_stands(project):
@@ -59,15 +54,10 @@ def test_the_config_has_keys_that_exist(project):
     assert cfg.GKD.IMPORTS == ["my_project.detector", "my_project.split"]
 
 
-def make_fcos(channels):
-    """A tiny FCOS with the backbone of the tiny RetinaNet."""
-    from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-
-    cfg = detector_config("retinanet", channels=channels)
-    backbone = build_backbone(cfg)
-    head = FCOSHead(input_shape=list(backbone.output_shape().values()), num_classes=3, conv_dims=[channels])
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    return calm(FCOS(backbone=backbone, head=head, num_classes=3, pixel_mean=mean, pixel_std=std))
+def make_proposal_network(channels):
+    cfg = detector_config("faster", channels=channels)
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    return calm(build_model(cfg))
 
 
 def make_scorer(channels):
@@ -99,22 +89,38 @@ def train_a_step(build_distiller, make, folder):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_fcos(document, tmp_path):
-    pytest.importorskip("detectron2.modeling.meta_arch.fcos", reason="this Detectron2 has no FCOS")
-    names = document(fcos=True)
-    names["check_split"](make_fcos(16), training_batch(((90, 120), (96, 100), (64, 64))))
-    train_a_step(names["build_distiller"], make_fcos, tmp_path)
-    with pytest.raises(ValueError, match="GKD.METHOD asks for anchors, but FCOS has none at p3"):
-        split_detector(make_fcos(8)).anchors({"p3": torch.zeros(1, 8, 2, 2)})
+def test_the_example(document, tmp_path):
+    document["check_split"](make_proposal_network(16), training_batch(((90, 120), (96, 100), (64, 64))))
+    train_a_step(document["distilled"], make_proposal_network, tmp_path)
+    with pytest.raises(ValueError, match="GKD.METHOD asks for anchors, but ProposalNetwork has none at p3"):
+        split_detector(make_proposal_network(8)).anchors({"p3": torch.zeros(1, 8, 2, 2)})
+
+
+def test_the_example_pads_further_for_its_teacher(document):
+    (student, teacher), batch = (make_proposal_network(16) for _ in range(2)), training_batch()
+    teacher.backbone._size_divisibility = 64
+    size = CommonSize(split_detector(student), split_detector(teacher)).of(batch)
+    assert size == split_detector(student).features(batch, size)[0].tensor.shape[2:] == (128, 128)
+
+
+def test_the_example_in_a_config(document, distiller_config):
+    """Of one class, which its datasets must have, too."""
+
+    def change(cfg):
+        cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+
+    distiller = build_model(distiller_config("faster", change=change)).train()
+    with EventStorage():
+        assert all(loss.isfinite() for loss in distiller(training_batch()).values())
 
 
 def test_fcos_as_a_lazy_config(document, tmp_path):
     pytest.importorskip("detectron2.modeling.meta_arch.fcos", reason="this Detectron2 has no FCOS")
     from detectron2.config import LazyCall, instantiate
 
-    build_distiller = document(fcos=True)["build_distiller"]
     torch.save({"model": make_fcos(16).state_dict()}, tmp_path / "teacher.pth")
-    config = LazyCall(build_distiller)(
+    config = LazyCall(document["distilled"])(
         student=LazyCall(make_fcos)(channels=8),
         teacher=LazyCall(make_fcos)(channels=16),
         teacher_weights=str(tmp_path / "teacher.pth"),
@@ -122,13 +128,6 @@ def test_fcos_as_a_lazy_config(document, tmp_path):
     distiller = instantiate(config)
     assert distiller.student_features == ["p3", "p4", "p5", "p6", "p7"]
     assert list(distiller.align) == distiller.student_features
-
-
-def test_another_detector(document, tmp_path):
-    names = document(fcos=False)
-    register_split(type(make_scorer(8)))(SplitScorer)
-    names["check_split"](make_scorer(16), training_batch())
-    train_a_step(names["build_distiller"], make_scorer, tmp_path)
 
 
 def draws_more(self, images, features, batched_inputs):
@@ -163,4 +162,4 @@ def test_the_check_finds_a_wrong_split(document, losses, message):
     wrong = type("Wrong", (SplitScorer,), {"losses": losses})
     register_split(type(make_scorer(8)))(wrong)
     with pytest.raises(AssertionError, match=message):
-        document(fcos=False)["check_split"](make_scorer(16), training_batch())
+        document["check_split"](make_scorer(16), training_batch())

@@ -20,8 +20,8 @@ def training(datasets, tmp_path, monkeypatch, distiller_config):
     """A function that makes the config of a short training."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
 
-    def make(kind="retinanet", *, iterations):
-        cfg = distiller_config(kind)
+    def make(kind="retinanet", *, iterations, **options):
+        cfg = distiller_config(kind, **options)
         cfg.GKD.FEATURES = ["p3", "p4"]
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ()
         cfg.DATALOADER.NUM_WORKERS = 0

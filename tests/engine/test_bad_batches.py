@@ -5,6 +5,7 @@ That no parameter is left without a gradient is also what DistributedDataParalle
 
 import pytest
 import torch
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
@@ -64,7 +65,7 @@ def test_boxes_that_the_mapper_leaves_out(kind, distiller_config, tmp_path):
     """Crowds, and boxes without area, of which Detectron2's own losses would be infinite."""
     cfg = distiller_config(kind, channels=8)
     cfg.INPUT.MIN_SIZE_TRAIN = (HEIGHT,)
-    mapper = FileNamingMapper(cfg, is_train=True)
+    mapper = FileNamingMapper(DatasetMapper(cfg, is_train=True))
     batch = []
     for index, (box, crowd) in enumerate((([8, 20, 50, 70], 1), ([7, 7, 7, 7], 0), ([8, 9, 40, 9], 0))):
         path = tmp_path / f"{index}.png"

@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from tiny import Scorer, SplitScorer, detector_config
 
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.modeling.split import registry
 
 BOTH = pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def problems(tmp_path):
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
         cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
         try:
-            check_inputs(cfg, eval_only=eval_only, resume=False)
+            check_inputs(YacsRun(cfg), eval_only=eval_only, resume=False)
         except PreflightError as error:
             return str(error).split("\n- ")[1:]
         return []

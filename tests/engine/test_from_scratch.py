@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from detectron2.modeling import build_model
 from tiny import detector_config
 
@@ -12,7 +13,7 @@ from gkd_d2.engine.trainer import Trainer
 
 def warnings(cfg, caplog):
     with caplog.at_level(logging.WARNING, logger="gkd_d2"):
-        warn_of_frozen_random_weights(cfg, build_model(cfg))
+        warn_of_frozen_random_weights(build_model(cfg))
     return [record.getMessage() for record in caplog.records if record.name == "gkd_d2.engine.from_scratch"]
 
 
@@ -20,12 +21,12 @@ def warnings(cfg, caplog):
     ("changes", "names"),
     [
         ({}, ()),
-        ({"MODEL.BACKBONE.FREEZE_AT": 2}, ("MODEL.BACKBONE.FREEZE_AT is 2",)),
-        ({"MODEL.RESNETS.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM is 'FrozenBN' and MODEL.FPN.NORM ''",)),
-        ({"MODEL.FPN.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM is 'BN' and MODEL.FPN.NORM 'FrozenBN'",)),
+        ({"MODEL.BACKBONE.FREEZE_AT": 2}, ("frozen by MODEL.BACKBONE.FREEZE_AT",)),
+        ({"MODEL.RESNETS.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM or MODEL.FPN.NORM is FrozenBN",)),
+        ({"MODEL.FPN.NORM": "FrozenBN"}, ("MODEL.RESNETS.NORM or MODEL.FPN.NORM is FrozenBN",)),
         (
             {"MODEL.BACKBONE.FREEZE_AT": 1, "MODEL.RESNETS.NORM": "FrozenBN"},
-            ("MODEL.BACKBONE.FREEZE_AT is 1", "MODEL.RESNETS.NORM is 'FrozenBN'"),
+            ("frozen by MODEL.BACKBONE.FREEZE_AT", ", and MODEL.RESNETS.NORM or MODEL.FPN.NORM is FrozenBN"),
         ),
     ],
 )
@@ -40,11 +41,16 @@ def test_what_is_frozen_is_named(caplog, changes, names):
             assert advice in said[0]
 
 
-def test_weights_to_start_from(caplog):
+def test_weights_to_start_from(training, caplog, tmp_path):
+    """With weights nothing of it is random."""
     cfg = detector_config("retinanet")
     cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = 2, "FrozenBN"
-    cfg.MODEL.WEIGHTS = "R-50.pkl"
-    assert warnings(cfg, caplog) == []
+    cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR = training("retinanet", iterations=1).DATASETS.TRAIN, str(tmp_path / "out")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    with caplog.at_level(logging.WARNING, logger="gkd_d2"):
+        Trainer(cfg).resume_or_load(resume=False)
+    assert not [r for r in caplog.records if r.name == "gkd_d2.engine.from_scratch"]
 
 
 def test_a_distilled_training_says_it_once(training, caplog):

@@ -6,6 +6,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from tiny import detector_config
 
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.run import YacsRun
 
 
 @pytest.fixture
@@ -21,13 +22,13 @@ def ready(toy_scenes, tmp_path):
 
 def problems(cfg, *, eval_only=False, resume=False, writes=False):
     with pytest.raises(PreflightError) as error:
-        check_inputs(cfg, eval_only=eval_only, resume=resume, writes=writes)
+        check_inputs(YacsRun(cfg), eval_only=eval_only, resume=resume, writes=writes)
     return str(error.value)
 
 
 def test_a_run_that_can_start(ready):
-    check_inputs(ready, eval_only=False, resume=False)
-    check_inputs(ready, eval_only=True, resume=False)
+    check_inputs(YacsRun(ready), eval_only=False, resume=False)
+    check_inputs(YacsRun(ready), eval_only=True, resume=False)
 
 
 @pytest.mark.parametrize("eval_only", [False, True])
@@ -45,12 +46,12 @@ def test_a_folder_that_can_not_be_written_to(ready, tmp_path, monkeypatch, eval_
     ready.OUTPUT_DIR = folder
     assert f"\n- {message}" in problems(ready, eval_only=eval_only, writes=True)
     # Of a tool that writes nothing there it is not asked.
-    check_inputs(ready, eval_only=eval_only, resume=False)
+    check_inputs(YacsRun(ready), eval_only=eval_only, resume=False)
 
 
 def test_a_run_that_is_refused_leaves_no_folder(ready, tmp_path):
     ready.OUTPUT_DIR = str(tmp_path / "new" / "output")
-    check_inputs(ready, eval_only=False, resume=False, writes=True)
+    check_inputs(YacsRun(ready), eval_only=False, resume=False, writes=True)
     ready.MODEL.WEIGHTS = "none.pth"
     problems(ready, writes=True)
     assert not (tmp_path / "new").exists()
@@ -67,7 +68,7 @@ def test_missing_data_is_said_once_with_its_place(ready, tmp_path, monkeypatch):
 def test_unknown_and_empty_datasets(ready):
     ready.DATASETS.TRAIN = ("no_such_set",)
     assert "'no_such_set' is not registered" in problems(ready)
-    check_inputs(ready, eval_only=True, resume=False)
+    check_inputs(YacsRun(ready), eval_only=True, resume=False)
     ready.DATASETS.TRAIN = ()
     assert "DATASETS.TRAIN is empty" in problems(ready)
     ready.DATASETS.TEST = ()
@@ -112,9 +113,9 @@ def test_missing_weights(ready, tmp_path):
     # A run that resumes does not read them.
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "last_checkpoint").write_text("model.pth")
-    check_inputs(ready, eval_only=False, resume=True)
+    check_inputs(YacsRun(ready), eval_only=False, resume=True)
     ready.MODEL.WEIGHTS = ""
-    check_inputs(ready, eval_only=False, resume=False)
+    check_inputs(YacsRun(ready), eval_only=False, resume=False)
     assert "MODEL.WEIGHTS is empty: an evaluation needs" in problems(ready, eval_only=True)
     ready.MODEL.WEIGHTS = "none.pth"
     assert "from scratch" not in problems(ready, eval_only=True)
@@ -132,7 +133,7 @@ def test_weights_that_can_not_be_fetched(ready, capsys):
 def test_missing_teacher(ready, distiller_config, tmp_path):
     cfg = distiller_config("retinanet")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ready.DATASETS.TRAIN, ready.DATASETS.TEST
-    check_inputs(cfg, eval_only=False, resume=False)
+    check_inputs(YacsRun(cfg), eval_only=False, resume=False)
     (tmp_path / "teacher.pth").unlink()
     text = problems(cfg)
     assert "teacher.pth: there is no such file" in text
@@ -169,7 +170,7 @@ def test_detectors_without_test_time_augmentation(ready, distiller_config):
         cfg = distiller_config(kind)
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.TEST.AUG.ENABLED = ready.DATASETS.TRAIN, (), True
         if fits:
-            check_inputs(cfg, eval_only=False, resume=False)
+            check_inputs(YacsRun(cfg), eval_only=False, resume=False)
             cfg.MODEL.KEYPOINT_ON = True
         assert "TEST.AUG.ENABLED is True" in problems(cfg)
 

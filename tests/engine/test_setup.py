@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from gkd_d2.config import add_gkd_config
 from gkd_d2.engine.output import OutputError, naming_output
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.setup import set_up_run
 
 ARGS = argparse.Namespace(config_file="", eval_only=False, resume=False)
@@ -38,7 +39,7 @@ def cfg(tmp_path):
 
 
 def test_log_and_config_are_those_of_detectron2(cfg):
-    set_up_run(cfg, ARGS)
+    set_up_run(YacsRun(cfg), ARGS)
     logging.getLogger("gkd_d2.any").info("a line of this project")
     logging.getLogger("fvcore.any").info("a line of fvcore")
     log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
@@ -47,7 +48,7 @@ def test_log_and_config_are_those_of_detectron2(cfg):
     assert Path(cfg.OUTPUT_DIR, "config.yaml").read_text() == cfg.dump() in log
     assert len(list(Path(cfg.OUTPUT_DIR).iterdir())) == 2
     # The second start appends.
-    set_up_run(cfg, ARGS)
+    set_up_run(YacsRun(cfg), ARGS)
     assert Path(cfg.OUTPUT_DIR, "log.txt").read_text().startswith(log)
 
 
@@ -57,7 +58,7 @@ def test_a_log_that_can_not_be_written_ends_the_run_once(cfg, capfd):
     path.parent.mkdir()
     path.symlink_to("/dev/full")
     with pytest.raises(OutputError) as error:
-        set_up_run(cfg, ARGS)
+        set_up_run(YacsRun(cfg), ARGS)
     assert str(error.value).startswith(f"{path} can't be written (No space left on device). ")
     logging.getLogger("gkd_d2.any").info("another line")
     logging.shutdown()
@@ -68,19 +69,19 @@ def test_a_config_that_can_not_be_written_leaves_the_one_before(cfg, tmp_path):
     path = Path(cfg.OUTPUT_DIR, "config.yaml")
     path.mkdir(parents=True)
     with pytest.raises(OutputError, match=r"output/config.yaml can't be written \(Is a directory\)"):
-        set_up_run(cfg, ARGS)
+        set_up_run(YacsRun(cfg), ARGS)
     assert sorted(p.name for p in path.parent.iterdir()) == ["config.yaml", "log.txt"]
 
 
 def test_an_evaluation_leaves_the_config_of_a_training(cfg):
     evaluation = argparse.Namespace(config_file="", eval_only=True, resume=False)
     path = Path(cfg.OUTPUT_DIR, "config.yaml")
-    set_up_run(cfg, evaluation)
+    set_up_run(YacsRun(cfg), evaluation)
     assert path.read_text() == cfg.dump()
     path.write_text("SEED: 5\n")
-    set_up_run(cfg, evaluation)
+    set_up_run(YacsRun(cfg), evaluation)
     assert path.read_text() == "SEED: 5\n"
-    set_up_run(cfg, ARGS)
+    set_up_run(YacsRun(cfg), ARGS)
     assert path.read_text() == cfg.dump()
 
 
@@ -92,7 +93,7 @@ def test_a_training_that_begins_anew_sets_metrics_aside(cfg):
 
     def start(metrics, args):
         (folder / "metrics.json").write_text(metrics)
-        set_up_run(cfg, args)
+        set_up_run(YacsRun(cfg), args)
         return {path.name: path.read_text() for path in folder.glob("metrics*")}
 
     assert start("first", ARGS) == {"metrics.1.json": "first"}

@@ -162,8 +162,8 @@ def test_a_resume_names_a_teacher_whose_files_have_changed(training, caplog, tmp
     config.write_text(text.replace("FOCAL_LOSS_GAMMA: 2.0", "FOCAL_LOSS_GAMMA: 1.0"))
     resume(cfg)
     assert caplog.records[-1].message == (
-        "From iteration 1 the resumed run differs from the one before: MODEL.RETINANET.FOCAL_LOSS_GAMMA of "
-        f"GKD.TEACHER.CONFIG_FILE was 2.0 and is 1.0, {changed}{digest(weights)}..."
+        "From iteration 1 the resumed run differs from the one before: the teacher's MODEL.RETINANET.FOCAL_LOSS_GAMMA "
+        f"was 2.0 and is 1.0, {changed}{digest(weights)}..."
     )
 
 

@@ -37,8 +37,9 @@ class Batch:
             feature.requires_grad_()
         return Batch(*lists, [box.to(device) for box in self.boxes], self.image_size)
 
-    def losses(self, implementation: str, **options) -> dict[str, Tensor]:
-        return distillation_losses(**vars(self), implementation=implementation, **options)
+    def losses(self, implementation: str, map_region: str = "image", **options) -> dict[str, Tensor]:
+        """Where nothing else is said, maps are compared over the image: all cells and images count."""
+        return distillation_losses(**vars(self), implementation=implementation, map_region=map_region, **options)
 
     def losses_and_gradients(self, implementation: str, **options) -> tuple[list[float], list[Tensor]]:
         """The four losses, and the student's gradients where the losses have different incoming gradients."""

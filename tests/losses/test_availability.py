@@ -147,7 +147,8 @@ def test_the_choice_is_compiled_without_a_graph_break(make_batch, implementation
     arguments = tuple(vars(batch).values())
 
     def total():
-        return sum(distillation_losses(*arguments, weights=WEIGHTS, implementation=implementation).values())
+        losses = distillation_losses(*arguments, weights=WEIGHTS, map_region="image", implementation=implementation)
+        return sum(losses.values())
 
     loss = torch.compile(total, fullgraph=True, backend="aot_eager")()
     assert caplog.text.count("The reference implementation of the losses is used") == (reason is not None)

@@ -138,6 +138,7 @@ def two_cells(temperature: float = 1.0, **weights) -> tuple[list[float], list[fl
         (1, 2),
         weights=LossWeights(**{**dict.fromkeys(("gradient", "box", "attention", "image"), 0.0), **weights}),
         temperature=temperature,
+        map_region="image",
         implementation="fused",
     )
     sum(losses.values()).backward()
@@ -267,7 +268,7 @@ def test_compiles_for_any_number_of_boxes(make_batch):
                 boxes,
                 batch.image_size,
                 weights=WEIGHTS,
-                options=LossOptions(),
+                options=LossOptions(map_region="boxes"),
             ).values()
         ),
         fullgraph=True,
@@ -277,7 +278,8 @@ def test_compiles_for_any_number_of_boxes(make_batch):
         batch.boxes = make_batch([], images=2, box_counts=counts).boxes
         with fail_on_recompile() if counts == (6, 9) else contextlib.nullcontext():
             loss = compiled(batch.student, batch.boxes)
-        assert loss.item() == sum(batch.losses("fused", weights=WEIGHTS).values()).item()
+        wanted = batch.losses("fused", weights=WEIGHTS, map_region="boxes")
+        assert loss.item() == sum(wanted.values()).item()
 
 
 def test_autocast_changes_nothing(make_batch):
@@ -335,7 +337,7 @@ for dtype, tolerance in tolerances.items():
             S.requires_grad_()
             boxes = [torch.tensor([[3.0, 4.0, 40.0, 30.0], [50.0, 2.0, 70.0, 20.0]]), torch.zeros(0, 4)]
             losses = distillation_losses([S], [T], [dS], [dT], boxes, (44, 76), weights=LossWeights(1, 1, 1, 1),
-                                         implementation=implementation)
+                                         map_region="image", implementation=implementation)
             gradients.append(torch.autograd.grad(sum(losses.values()), S)[0].double())
         assert (gradients[0] - gradients[1]).abs().max() <= tolerance * gradients[1].abs().max(), (dtype, memory_format)
 print(torch.backends.cpu.get_cpu_capability())

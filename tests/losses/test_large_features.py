@@ -26,9 +26,8 @@ def draw(shape, layout: str, device: str) -> list[torch.Tensor]:
 def losses_and_gradient(features, boxes, image_size) -> tuple[torch.Tensor, torch.Tensor]:
     student, *others = features
     student = student.detach().requires_grad_()
-    losses = distillation_losses(
-        [student], *([other] for other in others), boxes, image_size, weights=WEIGHTS, implementation="fused"
-    )
+    options = {"weights": WEIGHTS, "map_region": "image", "implementation": "fused"}
+    losses = distillation_losses([student], *([other] for other in others), boxes, image_size, **options)
     losses = torch.stack(list(losses.values()))
     (gradient,) = torch.autograd.grad(SCALE * losses.sum(), student)
     return losses.detach(), gradient

@@ -24,7 +24,7 @@ def random_level(n=2, c=5, h=4, w=6, dtype=torch.float64, seed=0):
     return [torch.randn(n, c, h, w, generator=generator, dtype=torch.float64).to(dtype) for _ in range(4)]
 
 
-def compute(level, boxes, image_size, implementation="reference", weights=ALL, **options):
+def compute(level, boxes, image_size, implementation="reference", weights=ALL, map_region="image", **options):
     student, teacher, student_grad, teacher_grad = level
     return distillation_losses(
         [student],
@@ -34,6 +34,7 @@ def compute(level, boxes, image_size, implementation="reference", weights=ALL, *
         boxes,
         image_size,
         weights=weights,
+        map_region=map_region,
         implementation=implementation,
         **options,
     )
@@ -257,7 +258,8 @@ def test_no_part_of_attention_times_gradient_is_lost_to_underflow():
 def test_levels_are_summed():
     first, second = random_level(seed=1), random_level(c=3, h=2, w=3, seed=2)
     boxes, size = [torch.tensor([[3.0, 4.0, 30.0, 20.0]]), torch.zeros(0, 4)], (32, 48)
-    both = distillation_losses(*map(list, zip(first, second)), boxes, size, weights=ALL, implementation="reference")
+    options = {"weights": ALL, "map_region": "image", "implementation": "reference"}
+    both = distillation_losses(*map(list, zip(first, second)), boxes, size, **options)
     parts = [compute(level, boxes, size) for level in (first, second)]
     for name in NAMES:
         torch.testing.assert_close(both[name], parts[0][name] + parts[1][name], rtol=1e-12, atol=0)
@@ -554,9 +556,9 @@ def test_bad_arguments_are_named(change, message):
         distillation_losses(**arguments)
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e39])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e39, "1e-3", None])
 def test_bad_weight_is_named(value):
     with pytest.raises(
-        ValueError, match=f"loss weight box is {re.escape(str(value))}, but must be a finite number >= 0"
+        ValueError, match=f"loss weight box is {re.escape(repr(value))}, but must be a finite number >= 0"
     ):
         LossWeights(box=value)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import inspect
 import operator
 
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import LazyCall, get_cfg, instantiate
 from levels import built, random_level, random_pyramid
+from torch import nn
 
 from gkd_d2 import add_gkd_config
 from gkd_d2.losses import LossOptions, LossWeights, distillation_losses
@@ -25,7 +27,11 @@ from gkd_d2.methods import (
     build_method,
 )
 
-METHODS = (GKD(relation=1e-3, implementation="reference"), FitNet(), FGFI(), FGFI(levels="separate"), FGD(), PKD())
+# All five losses, and maps over the image, which images without boxes have too.
+ALL_OF_GKD = GKD(LossWeights(0.5, 1e-3, 5e-4, 1e-3), relation=1e-3, implementation="reference", map_region="image")
+METHODS = (ALL_OF_GKD, FitNet(), FGFI(), FGFI(levels="separate"), FGD(), PKD())
+# Those of this project, whatever other tests have registered.
+REGISTERED = [name for name, function in METHOD_REGISTRY if function.__module__.startswith("gkd_d2.")]
 
 
 def named(methods):
@@ -159,21 +165,85 @@ def test_gkd_is_the_function_of_four_losses():
 # --- the registry and the config
 
 
-@pytest.mark.parametrize("name", ["gkd", "fitnet", "fgfi", "fgd", "pkd"])
+def settings(method):
+    """All that a method was built with: its own attributes, terms and options."""
+    return {name: value for name, value in vars(method).items() if name not in vars(nn.Module())}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
 def test_defaults_of_config_and_class_agree(name, cfg):
     cfg.GKD.METHOD = name
     method = build_method(cfg)
-    # The weights of gkd without a config are those of its page of formulas; a config's were chosen by a study.
-    options = {"weights": LossWeights(2e-3, 1e-2, 0.0, 1e-3)} if name == "gkd" else {}
-    assert method.terms == type(method)(**options).terms
+    assert settings(method) == settings(type(method)())
+
+
+def test_all_methods_of_the_project_are_compared():
+    assert set(REGISTERED) == {"gkd", "fitnet", "fgfi", "fgd", "pkd", "none"}
+    # The comparison sees every option.
+    for changed in (
+        GKD(temperature=0.75),
+        GKD(importance_cap=2.0),
+        GKD(map_region="image"),
+        GKD({"box": 0.5}),
+        GKD(relation=1.0),
+        GKD(implementation="reference"),
+        FGFI(threshold=0.25),
+        FGFI(levels="separate"),
+        FGD(temperature=0.75),
+        PKD(1.0),
+        FitNet(2.0),
+    ):
+        assert settings(changed) != settings(type(changed)())
+
+
+def test_defaults_of_config_and_function_agree(cfg):
+    defaults = {name: p.default for name, p in inspect.signature(distillation_losses).parameters.items()}
+    method = build_method(cfg)
+    assert defaults.pop("weights") == method.weights == LossWeights()
+    for name in ("student", "teacher", "student_grad", "teacher_grad", "boxes", "image_size"):
+        assert defaults.pop(name) is inspect.Parameter.empty
+    assert defaults == {**dataclasses.asdict(method.options), "implementation": cfg.GKD.IMPLEMENTATION}
+    level = random_level()
+    lists = [[tensor] for tensor in (level.student, level.teacher, level.student_grad, level.teacher_grad)]
+    assert distillation_losses(*lists, level.boxes, level.image_size) == method([level])
+
+
+@pytest.mark.parametrize("name", ["gkd", "fitnet", "fgfi", "fgd", "pkd"])
+def test_each_key_sets_its_own_weight(name, cfg):
+    cfg.GKD.METHOD = name
+    method = build_method(cfg)
     for number, term in enumerate(method.terms.values(), start=1):
         *path, key = term.key.split(".")
         node = functools.reduce(operator.getitem, path, cfg)
         assert node[key] == term.weight
-        # Each key sets its own weight.
         node[key] = 0.25 * number
     changed = build_method(cfg)
     assert [term.weight for term in changed.terms.values()] == [0.25 * n for n in range(1, 1 + len(method.terms))]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_weights_of_gkd_as_a_mapping_are_the_defaults_but_for_those_named(lazy):
+    build = LazyCall(GKD) if lazy else GKD
+    for weights in ({"box": 0.02}, LossWeights(box=0.02)):
+        method = build(weights=weights, temperature=0.75)
+        method = instantiate(method) if lazy else method
+        assert method.weights == LossWeights(box=0.02)
+        assert method.terms["loss_bmfi_box"].weight == 0.02
+        assert method.options == LossOptions(temperature=0.75)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"boxes": 0.02}, "the weights of GKD have 'boxes', but their names are gradient, box, attention, image;"),
+        ({"relation": 5e-6}, "have 'relation', but .*; the weight of the relation loss is the argument relation$"),
+        ({"box": -1.0}, "loss weight box is -1.0"),
+        ({"box": "2e-2"}, "loss weight box is '2e-2', but must be a finite number >= 0"),
+    ],
+)
+def test_bad_mappings_of_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        GKD(weights)
 
 
 def test_the_options_of_gkd_come_from_the_config(cfg):

@@ -5,7 +5,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from tiny import detector_config
 
-from gkd_d2.modeling.pairing import check_pair, pair_levels
+from gkd_d2.config import YacsSpec
+from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
 from gkd_d2.modeling.split import split_detector
 
 
@@ -56,46 +57,55 @@ def test_no_common_level(faster):
 
 
 def test_other_number_of_classes(faster):
-    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
+    teacher_cfg = detector_config("faster")
     teacher_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
     with pytest.raises(ValueError, match="student detects 3 classes, the teacher 4"):
-        check_pair(faster, split_detector(build_model(teacher_cfg)), cfg, teacher_cfg)
+        check_pair(faster, split_detector(build_model(teacher_cfg)))
+
+
+def spec(*train_sets):
+    cfg = detector_config("faster")
+    cfg.DATASETS.TRAIN = train_sets
+    return YacsSpec(cfg)
 
 
 def test_same_number_of_other_classes(faster):
     MetadataCatalog.get("pairing_cars").thing_classes = ["Car", "Pedestrian", "Cyclist"]
     MetadataCatalog.get("pairing_pets").thing_classes = ["cat", "dog", "fish"]
-    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
-    cfg.DATASETS.TRAIN, teacher_cfg.DATASETS.TRAIN = ("pairing_cars",), ("pairing_pets",)
     with pytest.raises(ValueError, match="Car, Pedestrian, Cyclist.*cat, dog, fish"):
-        check_pair(faster, faster, cfg, teacher_cfg)
+        check_classes(faster, spec("pairing_cars"), spec("pairing_pets"), ())
     # Without registered names the number decides.
-    teacher_cfg.DATASETS.TRAIN = ("pairing_not_registered",)
-    check_pair(faster, faster, cfg, teacher_cfg)
+    check_classes(faster, spec("pairing_cars"), spec("pairing_not_registered"), ())
+
+
+def test_a_dataset_of_another_number_of_classes(faster):
+    MetadataCatalog.get("pairing_four").thing_classes = ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match=r"detect 3 classes, but dataset pairing_four has 4 classes \(a, b, c, d\)"):
+        check_classes(faster, spec(), spec(), ("pairing_four",))
 
 
 def test_classes_of_annotation_files_that_are_not_loaded_yet(faster, coco_dataset):
     for name, classes in (("a", ("car", "dog", "bus")), ("b", ("Car", "Dog", "Bus")), ("c", ("dog", "car", "bus"))):
         coco_dataset(f"pairing_{name}", classes=classes)
-    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
-    cfg.DATASETS.TRAIN = ("pairing_a",)
-    teacher_cfg.DATASETS.TRAIN = ("pairing_b",)
-    check_pair(faster, faster, cfg, teacher_cfg)
-    teacher_cfg.DATASETS.TRAIN = ("pairing_b", "pairing_c")
+    check_classes(faster, spec("pairing_a"), spec("pairing_b"), ())
     with pytest.raises(ValueError, match="pairing_a has the classes car, dog, bus, .* pairing_c has dog, car, bus: "):
-        check_pair(faster, faster, cfg, teacher_cfg)
+        check_classes(faster, spec("pairing_a"), spec("pairing_b", "pairing_c"), ())
 
 
-def test_other_input(faster):
-    cfg, teacher_cfg = detector_config("faster"), detector_config("faster")
-    teacher_cfg.INPUT.FORMAT = "RGB"
-    with pytest.raises(ValueError, match="INPUT.FORMAT is BGR for the student and RGB for the teacher"):
-        check_pair(faster, faster, cfg, teacher_cfg)
+@pytest.mark.parametrize(
+    ("pair", "swapped"), [("BGR BGR", False), ("RGB BGR", True), ("BGR RGB", True), ("L L", False)]
+)
+def test_orders_of_channels(pair, swapped):
+    assert channels_swapped(*pair.split()) == swapped
 
 
-def test_other_padding(faster):
+def test_formats_that_are_no_orders_of_the_same_channels():
+    with pytest.raises(ValueError, match="given images in BGR, which can't be made into the teacher's YUV-BT.601"):
+        channels_swapped("BGR", "YUV-BT.601")
+
+
+def test_other_number_of_channels(faster):
     cfg = detector_config("faster")
-    other = split_detector(build_model(cfg))
-    other.model.backbone._size_divisibility = 64
-    with pytest.raises(ValueError, match="size_divisibility is 32 for the student and 64"):
-        check_pair(faster, other, cfg, cfg)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0], [1.0]
+    with pytest.raises(ValueError, match="student's images have 3 channels, the teacher's 1 .*PIXEL_MEAN"):
+        check_pair(faster, split_detector(build_model(cfg)))

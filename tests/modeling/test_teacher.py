@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, detector_config, training_batch
 
-from gkd_d2.config import teacher_config
+from gkd_d2.config import teacher_spec
+from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.teacher import FrozenTeacher, build_teacher
 
@@ -71,11 +73,11 @@ def test_gradients_equal_an_independent_computation(kind):
 
 
 def test_own_random_stream_and_names(distiller_config):
-    teacher_cfg = teacher_config(distiller_config("faster"))
+    cfg = distiller_config("faster")
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    teacher = build_teacher(teacher_cfg, seed=0)
+    teacher = build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)
     batch = training_batch()
     torch.manual_seed(11)
     with EventStorage() as storage:
@@ -88,6 +90,33 @@ def test_own_random_stream_and_names(distiller_config):
     assert torch.equal(expected, torch.rand(3))
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], later[0])
+
+
+def test_colours_in_the_other_order(distiller_config):
+    """A teacher of RGB sees in a student's batch of BGR what it sees in a batch of RGB."""
+    cfg = distiller_config("retinanet", teacher_options=("INPUT.FORMAT", "RGB", "MODEL.PIXEL_STD", [50.0, 60.0, 70.0]))
+    distiller = build_model(cfg).train()
+    batch = training_batch()
+    images = [x["image"].clone() for x in batch]
+    flipped = [{**x, "image": x["image"][[2, 1, 0]]} for x in batch]
+    plain = FrozenTeacher(copy.deepcopy(distiller.teacher), seed=cfg.SEED)
+    with EventStorage():
+        seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
+        expected = plain.features(flipped, distiller.teacher_features, with_gradients=True)
+        alone = split_detector(distiller.student).features(batch)[1]
+        taken = take_picture(distiller, seen.detached())
+        scores = distiller.teacher_score_maps(batch)["p3"]
+    assert all(torch.equal(x["image"], image) for x, image in zip(batch, images))
+    for found, wanted in zip((seen.teacher, seen.teacher_grad), expected):
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted))
+    assert not torch.equal(seen.teacher[0], plain.features(batch, ["p3"], with_gradients=False)[0][0])
+    assert torch.equal(scores, plain.score_maps(flipped, None)["p3"])
+    # The student's features and the picture are those of the batch as it is.
+    assert torch.equal(seen.student[0], alone["p3"])
+    assert np.array_equal(taken.image, batch[0]["image"].flip(0).permute(1, 2, 0).byte().numpy())
+    with torch.no_grad():
+        (detections,) = plain.model.eval()(flipped[:1])
+    assert torch.equal(taken.teacher.scores, detections["instances"].scores)
 
 
 def test_no_losses_without_need():
@@ -116,7 +145,7 @@ def test_unset_parameters_are_listed(distiller_config, tmp_path):
     state["model"]["backbone.fpn_output3.weight"] = torch.zeros(2, 2)
     torch.save(state, tmp_path / "teacher.pth")
     with pytest.raises(ValueError, match="leaves 2 of the model's parameters unset") as error:
-        build_teacher(teacher_config(cfg), seed=0)
+        build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)
     for part in (
         "GKD.TEACHER.WEIGHTS",
         "roi_heads.box_predictor.cls_score.bias",
@@ -138,4 +167,4 @@ def test_a_teacher_that_is_not_finite_is_refused(part, distiller_config, tmp_pat
         path, name = tmp_path / "teacher.yaml", "pixel_std"
         path.write_text(path.read_text().replace("57.375", ".nan"))
     with pytest.raises(ValueError, match=f"infinite or NaN values in the teacher's {name}: GKD.TEACHER.WEIGHTS must"):
-        build_teacher(teacher_config(cfg), seed=0)
+        build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, seed=0)

@@ -9,6 +9,7 @@ from tiny import detector_config
 
 from gkd_d2.config import read_config, teacher_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.modeling.student import build_student
 from gkd_d2.utils.registries import find_unregistered, not_registered
 from gkd_d2.utils.user_modules import import_modules
@@ -192,7 +193,7 @@ def test_unknown_names_come_before_anything_is_built(distiller_config, tmp_path)
     text = (tmp_path / "teacher.yaml").read_text()
     (tmp_path / "teacher.yaml").write_text(text.replace("META_ARCHITECTURE: RetinaNet", "META_ARCHITECTURE: RetinNet"))
     with pytest.raises(PreflightError) as error:
-        check_inputs(cfg, eval_only=False, resume=False)
+        check_inputs(YacsRun(cfg), eval_only=False, resume=False)
     lines = str(error.value).splitlines()[1:]
     starts = [
         "- DATASETS names toy_kity_train: dataset 'toy_kity_train' is not registered: did you mean toy_kitti_",

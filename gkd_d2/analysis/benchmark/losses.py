@@ -43,7 +43,9 @@ class Setting:
 # All four losses; those that a config has by default; and the authors' for one-stage detectors on KITTI. Only the
 # attention loss needs statistics of S itself, and only that or a weighting by attention those of T.
 SETTINGS = {
-    "all": Setting(LossWeights(), LossOptions(), passes=9),
+    "all": Setting(
+        LossWeights(gradient=0.5, box=1e-3, attention=5e-4, image=1e-3), LossOptions(map_region="image"), passes=9
+    ),
     "default": Setting(
         LossWeights(gradient=2e-3, box=1e-2, attention=0.0, image=1e-3), LossOptions(map_region="boxes"), passes=7
     ),

@@ -33,9 +33,8 @@ from gkd_d2.analysis.benchmark.phases import (
 )
 from gkd_d2.analysis.benchmark.settings import Setting, make_settings
 from gkd_d2.analysis.benchmark.timing import Rounds, device_name, peak_bytes, take_turns
-from gkd_d2.config import teacher_config
+from gkd_d2.config import teacher_spec
 from gkd_d2.modeling.distiller import GKDDistiller
-from gkd_d2.utils.registries import build_detector
 
 # So small that no gradient of random networks overflows in float16.
 _FLOAT16_SCALE = 2.0**10
@@ -203,8 +202,7 @@ def build_random_distiller(cfg: CfgNode) -> GKDDistiller:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "teacher.pth"
         cfg.GKD.TEACHER.WEIGHTS = str(weights)
-        theirs = teacher_config(cfg)
-        teacher = _calm(build_detector(theirs, place=" of GKD.TEACHER.CONFIG_FILE"))
+        teacher = _calm(teacher_spec(cfg).build())
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
         distiller = build_model(cfg).train()

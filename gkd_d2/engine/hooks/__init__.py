@@ -1,7 +1,7 @@
 """Hooks for Detectron2's trainers: checkpoints, the watch over the distillation losses, pictures, float16's scale."""
 
 from gkd_d2.engine.hooks.checkpoints import PeriodicSaver, SaveOnSigterm, release_sigterm
-from gkd_d2.engine.hooks.distillation import add_distillation_hooks
+from gkd_d2.engine.hooks.distillation import HookOptions, add_distillation_hooks
 from gkd_d2.engine.hooks.first_lines import FirstLines
 from gkd_d2.engine.hooks.gradient_scale import GradientScale
 from gkd_d2.engine.hooks.pictures import PeriodicPicture
@@ -11,6 +11,7 @@ __all__ = [
     "DeadLossError",
     "FirstLines",
     "GradientScale",
+    "HookOptions",
     "LossWatch",
     "PeriodicPicture",
     "PeriodicSaver",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
-from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import HookBase
+from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
 from gkd_d2.engine.sigterm import EXIT_BY_SIGTERM, SigtermWatch
@@ -21,22 +22,39 @@ class PeriodicSaver(HookBase):
 
     Args:
         period: in iterations.
+        max_to_keep: of the checkpoints that it has saved before the end, only so many of the last ones are kept; None:
+            all.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: one of them is below 1.
     """
 
-    def __init__(self, period: int):
+    def __init__(self, period: int, max_to_keep: int | None = None):
         if period < 1:
             raise ValueError(f"SOLVER.CHECKPOINT_PERIOD is {period}, but must be >= 1")
+        if max_to_keep is not None and max_to_keep < 1:
+            raise ValueError(f"train.checkpointer.max_to_keep is {max_to_keep}, but must be >= 1")
         self._period = period
+        self._max_to_keep = max_to_keep
+        self._saved: list[str] = []
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done >= self.trainer.max_iter:
             self.trainer.save("model_final")
         elif done % self._period == 0:
-            self.trainer.save(f"model_{self.trainer.iter:07d}")
+            name = f"model_{self.trainer.iter:07d}"
+            self.trainer.save(name)
+            self._saved.append(name)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        if self._max_to_keep is None:
+            return
+        old, self._saved = self._saved[: -self._max_to_keep], self._saved[-self._max_to_keep :]
+        for name in old:
+            if comm.is_main_process():
+                Path(self.trainer.checkpointer.save_dir, f"{name}.pth").unlink(missing_ok=True)
 
 
 class SaveOnSigterm(HookBase):
@@ -93,13 +111,13 @@ class EndOfWatch(HookBase):
         self._watch.release()
 
 
-def release_sigterm(trainer: DefaultTrainer) -> None:
+def release_sigterm(trainer: TrainerBase) -> None:
     """Leave SIGTERM to whoever handled it before a training, also where a hook failed ahead of the one that does so."""
     for hook in trainer._hooks:
         if isinstance(hook, SaveOnSigterm):
             hook.watch.release()
 
 
-def saves_in_all_processes(trainer: DefaultTrainer) -> bool:
+def saves_in_all_processes(trainer: TrainerBase) -> bool:
     """Whether it is gkd_d2's own trainer, which saves in all processes; Detectron2's saves in the main one alone."""
     return isinstance(trainer._trainer, TrainStep)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from detectron2.engine import AMPTrainer, DefaultTrainer
+import dataclasses
+
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer
 from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, PeriodicWriter
+from detectron2.engine.train_loop import TrainerBase
 
 from gkd_d2.engine.hooks.checkpoints import EndOfWatch, PeriodicSaver, SaveOnSigterm
 from gkd_d2.engine.hooks.gradient_scale import GradientScale
@@ -12,7 +16,24 @@ from gkd_d2.engine.hooks.watch import LossWatch
 from gkd_d2.modeling.distiller import GKDDistiller
 
 
-def add_distillation_hooks(trainer: DefaultTrainer) -> None:
+@dataclasses.dataclass(frozen=True)
+class HookOptions:
+    """How often a distillation is looked at.
+
+    Attributes:
+        vis_period: GKD.VIS_PERIOD.
+        watch_period: GKD.WATCH_PERIOD.
+        watch_patience: GKD.WATCH_PATIENCE.
+        watch_max_ratio: GKD.WATCH_MAX_RATIO.
+    """
+
+    vis_period: int = 0
+    watch_period: int = 20
+    watch_patience: int = 20
+    watch_max_ratio: float = 10.0
+
+
+def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = None) -> None:
     """Give a trainer what a distillation needs of it and hooks can do, ahead of what saves, evaluates and writes.
 
     These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch`,
@@ -20,7 +41,8 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
     before ``train``; a second call adds nothing.
 
     Args:
-        trainer: Detectron2's DefaultTrainer or a class derived from it.
+        trainer: Detectron2's DefaultTrainer or a class derived from it, or another ExactTrainer.
+        options: by default those of the trainer's config of yacs.
 
     Raises:
         ValueError: a key of GKD.WATCH_* or GKD.VIS_PERIOD is out of range.
@@ -30,13 +52,13 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
     added: list[HookBase] = []
     distiller = next((module for module in trainer.model.modules() if isinstance(module, GKDDistiller)), None)
     if distiller is not None:
-        keys = trainer.cfg.GKD
-        pictures = PeriodicPicture(distiller, keys.VIS_PERIOD)
+        options = options or _options_of(trainer.cfg)
+        pictures = PeriodicPicture(distiller, options.vis_period)
         if distiller.method:
             if isinstance(trainer._trainer, AMPTrainer):
                 added.append(GradientScale(distiller))
             added.append(pictures)
-            added.append(LossWatch(distiller, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO))
+            added.append(LossWatch(distiller, options.watch_period, options.watch_patience, options.watch_max_ratio))
     on_sigterm = SaveOnSigterm()
     added.append(on_sigterm)
     trainer.register_hooks(added)
@@ -47,3 +69,8 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
     place = min((i for i, hook in enumerate(others) if isinstance(hook, later)), default=len(others))
     trainer._hooks = [*others[:place], *added, *others[place:]]
     trainer.register_hooks([EndOfWatch(on_sigterm)])
+
+
+def _options_of(cfg: CfgNode) -> HookOptions:
+    keys = cfg.GKD
+    return HookOptions(keys.VIS_PERIOD, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO)

@@ -20,6 +20,7 @@ from gkd_d2.losses.reference import cell_importance
 from gkd_d2.methods import GKD, Method
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Listener, Observation
+from gkd_d2.modeling.split import split_detector
 from gkd_d2.utils.random_streams import separate_random_stream
 from gkd_d2.visualize.picture import LevelImportances, LevelMaps, Picture
 
@@ -123,11 +124,11 @@ def picture_with(
     """
     batched_input = seen.batched_inputs[0]
     return Picture(
-        image=_rgb(batched_input["image"], distiller.student.input_format),
+        image=_rgb(batched_input["image"], split_detector(distiller.student).input_format),
         padded_size=seen.image_size,
         levels=levels,
         truth=batched_input["instances"].to("cpu"),
-        teacher=detect(distiller.teacher, batched_input),
+        teacher=detect(distiller.teacher, *distiller.teacher_inputs([batched_input])),
         student=detect(distiller.student, batched_input),
     )
 

@@ -159,7 +159,7 @@ class LossWatch(HookBase):
             f"{'exactly 0' if finite else 'not finite'} in the last {last}, up to iteration {self.trainer.iter}: it "
             f"teaches nothing there. {f'Take {level} out of GKD.FEATURES, or set' if level else 'Set'} the weight to "
             f"0.0. Where the data make it so for a while, raise GKD.WATCH_PATIENCE, which is {self._patience}, for "
-            f"instance by the arguments GKD.WATCH_PATIENCE {10 * self._patience}. {saved}"
+            f"instance by `GKD.WATCH_PATIENCE {10 * self._patience}` on the command line. {saved}"
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+
+from gkd_d2.modeling.split.padding import Padding, pad, padding_of, square_of
 
 
 class SplitDetector(ABC):
@@ -24,17 +25,47 @@ class SplitDetector(ABC):
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def features(self, batched_inputs: list[dict]) -> tuple[ImageList, dict[str, Tensor]]:
-        """Normalise and pad the images, and run the backbone.
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise and pad the images as the detector itself does.
 
         Args:
             batched_inputs: as for Detectron2's meta-architectures.
 
+        Raises:
+            ValueError: an image does not fit into the square to which the backbone has its batches padded.
+        """
+        square = square_of(self.model.backbone)
+        for image in batched_inputs if square else ():
+            height, width = image["image"].shape[-2:]
+            if max(height, width) > square:
+                raise ValueError(
+                    f"an image of {height} x {width} pixels does not fit into the square of {square} to which the "
+                    f"backbone of {type(self.model).__name__} has its batches padded: resize or crop the images to at "
+                    f"most {square} (INPUT.MAX_SIZE_TRAIN in a yacs config), or set the backbone's square_pad to 0"
+                )
+        return self.model.preprocess_image(batched_inputs)
+
+    def features(
+        self, batched_inputs: list[dict], size: tuple[int, int] | None = None
+    ) -> tuple[ImageList, dict[str, Tensor]]:
+        """Normalise and pad the images, and run the backbone.
+
+        Args:
+            batched_inputs: as for Detectron2's meta-architectures.
+            size: (height, width) in pixels to which the batch is padded beyond what the detector itself pads to, for
+                another network to see as many cells; None: as the detector pads.
+
         Returns:
             The padded batch and the backbone's features, level name -> N,C,H,W.
         """
-        images = self.model.preprocess_image(batched_inputs)
+        images = self.preprocess(batched_inputs)
+        if size is not None:
+            images = pad(images, size)
         return images, self.model.backbone(images.tensor)
+
+    def padding(self) -> Padding:
+        """How the backbone wants its batches padded."""
+        return padding_of(self.model.backbone, self.output_shape())
 
     @abstractmethod
     def losses(self, images: ImageList, features: dict[str, Tensor], batched_inputs: list[dict]) -> dict[str, Tensor]:
@@ -117,17 +148,23 @@ class SplitDetector(ABC):
         """
         return {}
 
+    @property
+    def input_format(self) -> str:
+        """Of the images, such as "RGB"; where the detector does not hold it, "BGR", which is Detectron2's default."""
+        return getattr(self.model, "input_format", None) or "BGR"
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of every level."""
         return self.model.backbone.output_shape()
 
     def pooled_features(self) -> set[str]:
         """Names of the levels that are max-pooled copies of another level, as p6 of a Faster R-CNN."""
-        backbone = self.model.backbone
-        if not (isinstance(backbone, FPN) and isinstance(backbone.top_block, LastLevelMaxPool)):
+        # Pyramids of any class, FPN's and that of a ViT, call it so.
+        top_block = getattr(self.model.backbone, "top_block", None)
+        if not isinstance(top_block, LastLevelMaxPool):
             return set()
         by_stride = sorted(self.output_shape().items(), key=lambda item: item[1].stride)
-        return {name for name, _ in by_stride[-backbone.top_block.num_levels :]}
+        return {name for name, _ in by_stride[-top_block.num_levels :]}
 
     def instances(self, batched_inputs: list[dict]) -> list[Instances]:
         """The ground truth of a training batch, on the model's device.

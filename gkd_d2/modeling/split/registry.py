@@ -46,7 +46,7 @@ def split_detector(model: nn.Module) -> SplitDetector:
     """The split of a built Detectron2 model: that of its class, else of the nearest class it is derived from.
 
     Args:
-        model: a GeneralizedRCNN, a RetinaNet, or what :func:`register_split` was told of.
+        model: a GeneralizedRCNN, a RetinaNet, an FCOS, or what :func:`register_split` was told of.
 
     Raises:
         ValueError: there is no split for it, or it is derived from a class with a split, but has a forward of its own.
@@ -55,7 +55,7 @@ def split_detector(model: nn.Module) -> SplitDetector:
     if kind is None:
         raise ValueError(
             f"{name} can't be distilled: known meta-architectures are "
-            f"{', '.join(known.__name__ for known in _SPLITS)} and what is derived from them; "
+            f"{', '.join(sorted(known.__name__ for known in _SPLITS))} and what is derived from them; "
             "gkd_d2.register_split adds one, see docs/own_detector.md"
         )
     if type(model).forward is not kind.forward:

@@ -216,7 +216,7 @@ def test_images_of_other_modes_are_detectron2s_own(root, mode):
     image.save(root / "training/image_2/000002.png")
     record = load_kitti(root, "val")[0]
     assert check_images([record]) == {mode: 1}
-    made = FileNamingMapper(is_train=False, augmentations=[], image_format="BGR")(dict(record))
+    made = FileNamingMapper(DatasetMapper(is_train=False, augmentations=[], image_format="BGR"))(dict(record))
     expected = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")(dict(record))
     assert (made["image"] == expected["image"]).all() and made["image"].shape == (3, 100, 200)
 
@@ -227,7 +227,7 @@ def test_an_image_that_can_not_be_used_is_named(root):
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-5000])
     record = load_kitti(root, "val")[0]  # its header is whole
-    mapper = FileNamingMapper(is_train=True, augmentations=[], image_format="BGR")
+    mapper = FileNamingMapper(DatasetMapper(is_train=True, augmentations=[], image_format="BGR"))
     with pytest.raises(ValueError, match="Detectron2 can't use this image") as error:
         mapper(record)
     assert str(error.value).startswith(f"{path}: ")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, Scorer, SplitScorer, detector_config, training_batch
 
@@ -69,6 +70,9 @@ def test_what_the_heads_use():
     assert faster.pooled_features() == {"p6"}
     assert retinanet.head_features() == {"p3", "p4", "p5", "p6", "p7"}
     assert retinanet.pooled_features() == set()
+    # By what makes the level, for pyramids of other classes have it too.
+    retinanet.model.backbone.top_block = LastLevelMaxPool()
+    assert retinanet.pooled_features() == {"p7"}
     assert faster.num_classes == retinanet.num_classes == 3
 
 

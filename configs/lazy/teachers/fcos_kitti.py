@@ -1,0 +1,11 @@
+"""FCOS with ResNet-101 on KITTI: the teacher of gkd_fcos_kitti.py."""
+
+from ..common.fcos import model
+from ..common.kitti import optimizer, teacher_max_iter, train
+
+model.backbone.bottom_up.stages.depth = 101
+# As Detectron2's FCOS at this batch size.
+optimizer.lr = 0.01
+train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
+train.max_iter = teacher_max_iter
+train.output_dir = "output/lazy/teachers/fcos_kitti"

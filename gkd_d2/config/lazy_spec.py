@@ -1,0 +1,175 @@
+"""Detectors of Detectron2's LazyConfig, its ``.py`` configs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import yaml
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from gkd_d2.config.spec import EXTRA_HEADS, DetectorSpec
+from gkd_d2.utils.text import did_you_mean
+
+# Where a detector keeps its number of classes.
+_CLASS_PATHS = ("roi_heads.num_classes", "num_classes")
+
+
+class LazySpec(DetectorSpec):
+    """A detector of a LazyConfig.
+
+    Args:
+        model: describes the detector by ``_target_`` and its arguments, as the ``model`` of a config does.
+        file: see :class:`DetectorSpec`.
+        train_sets: see :class:`DetectorSpec`.
+        image_format: of the images, where the detector itself does not say.
+    """
+
+    def __init__(
+        self, model: DictConfig, file: str = "", train_sets: Sequence[str] = (), image_format: str | None = None
+    ):
+        self.model = model
+        self.file = file
+        self.train_sets = tuple(train_sets)
+        self.image_format = model.get("input_format") or image_format or "BGR"
+
+    @property
+    def classes(self):
+        of_file = f" of {self.file}" if self.file else ""
+        for path in _CLASS_PATHS:
+            if isinstance(number := OmegaConf.select(self.model, path), int):
+                return f"model.{path}{of_file}", number
+        return None
+
+    @property
+    def heads(self):
+        roi_heads = self.model.get("roi_heads") or {}
+        return {head for head in EXTRA_HEADS if roi_heads.get(f"{head}_in_features")}
+
+    def without(self, heads):
+        return LazySpec(without_heads(self.model, heads), self.file, self.train_sets, self.image_format)
+
+    def with_proposals(self, number: int) -> LazySpec:
+        """The same detector, whose ROI heads sample so many proposals an image in training; 0: as many as they did.
+
+        Raises:
+            ValueError: ``number`` is negative, or there are no ROI heads.
+        """
+        if number < 0 or (number and "roi_heads" not in self.model):
+            kind = "must be >= 0" if number < 0 else "the detector samples no proposals: leave it at 0"
+            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {number}, but {kind}")
+        if not number:
+            return self
+        model = self.model.copy()
+        model.roi_heads.batch_size_per_image = number
+        return LazySpec(model, self.file, self.train_sets, self.image_format)
+
+    def problems(self):
+        return []
+
+    def build(self):
+        try:
+            return instantiate(self.model)
+        except (AssertionError, ImportError, KeyError, TypeError) as error:
+            raise ValueError(f"the model of {self.file} can't be built: {type(error).__name__}: {error}") from error
+
+    def dump(self):
+        return dump_lazy({"model": self.model})
+
+
+def load_lazy_spec(path: str, overrides: Sequence[str] = ()) -> LazySpec:
+    """The detector of a ``.py`` file.
+
+    Args:
+        path: of a LazyConfig.
+        overrides: "key=value", as on the command line of Detectron2's lazyconfig_train_net.py.
+
+    Raises:
+        ValueError: the file is no LazyConfig with a ``model``, or an override can't be applied.
+    """
+    cfg = load_lazy(path, overrides)
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+    return LazySpec(
+        cfg.model,
+        path,
+        (names,) if isinstance(names, str) else tuple(names),
+        OmegaConf.select(cfg, "dataloader.train.mapper.image_format"),
+    )
+
+
+def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The content of a ``.py`` file that describes a detector in ``model``.
+
+    Raises:
+        ValueError: it is none, or an override can't be applied.
+    """
+    try:
+        cfg = LazyConfig.load(path)
+    # The file is Python, which may raise anything.
+    except Exception as error:
+        raise ValueError(f"{path} can't be read as a LazyConfig: {type(error).__name__}: {error}") from error
+    if not isinstance(cfg, DictConfig) or "_target_" not in (cfg.get("model") or {}):
+        raise ValueError(
+            f"{path} is no LazyConfig of a detector: it has no `model` that is made by LazyCall, as those of "
+            "Detectron2's new_baselines have"
+        )
+    return override_lazy(cfg, overrides)
+
+
+def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Apply overrides, "key=value", to a LazyConfig, in place; returns it.
+
+    A key must exist, but for arguments of what is called by ``_target_``, which need not be written in a config.
+
+    Raises:
+        ValueError: an override is none, or its key does not exist.
+    """
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or override.startswith("-"):
+            raise ValueError(
+                f"{override!r} is no override: write key=value without spaces, such as train.max_iter=1000, after all "
+                "options"
+            )
+        parent, _, name = key.lstrip("+").rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not isinstance(node, DictConfig) or not ({name, "_target_"} & node.keys()):
+            known = [f"{parent}.{other}" if parent else str(other) for other in node] if node is not None else []
+            raise ValueError(f"{override!r} sets {key}, which the config does not have{did_you_mean(key, known)}")
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        # The parser of overrides has errors of its own.
+        except Exception as error:
+            raise ValueError(f"the override {override!r} can't be applied: {error}") from error
+    return cfg
+
+
+def without_heads(model: DictConfig, heads: Sequence[str]) -> DictConfig:
+    """A copy of a detector without some of EXTRA_HEADS."""
+    model = model.copy()
+    for head in heads:
+        for part in ("in_features", "pooler", "head"):
+            model.roi_heads.pop(f"{head}_{part}", None)
+    return model
+
+
+def dump_lazy(cfg: DictConfig | Mapping) -> str:
+    """A LazyConfig as YAML of plain values: what is called stands there by its name, other objects as text."""
+    return yaml.safe_dump(_plain(cfg), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, DictConfig) or OmegaConf.is_list(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, functools.partial):
+        return {"partial": _plain(value.func), "args": _plain(value.args), "keywords": _plain(value.keywords)}
+    if isinstance(value, type | Callable) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"

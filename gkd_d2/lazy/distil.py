@@ -1,0 +1,219 @@
+"""How a LazyConfig says that its model is distilled."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from detectron2.config import LazyCall
+from omegaconf import DictConfig
+from torch import nn
+
+from gkd_d2.config import DetectorSpec, YacsSpec, detector_config
+from gkd_d2.config.lazy_spec import LazySpec, load_lazy_spec
+from gkd_d2.config.read import file_of_model_zoo, merged_config
+from gkd_d2.config.spec import EXTRA_HEADS
+from gkd_d2.losses import LossWeights
+from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing
+from gkd_d2.modeling.build import join
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.pairing import channels_swapped
+from gkd_d2.utils.text import did_you_mean
+
+_METHODS = {"gkd": GKD, "fitnet": FitNet, "fgfi": FGFI, "fgd": FGD, "pkd": PKD, "none": Nothing}
+
+
+def distil(
+    student: DictConfig,
+    *,
+    teacher: DictConfig | str,
+    teacher_weights: str,
+    teacher_opts: Sequence[str] = (),
+    method: DictConfig | str = "gkd",
+    features: Sequence[str] = (),
+    teacher_features: Sequence[str] = (),
+    init_from_teacher: bool = False,
+    roi_batch_size: int = 0,
+    warmup_iters: int = 0,
+    one_pass: bool = True,
+) -> DictConfig:
+    """The ``model`` of a LazyConfig under a teacher: ``model = distil(model, teacher=..., teacher_weights=...)``.
+
+    What the arguments mean, and their defaults, is as in the node GKD of a config of yacs. All of them stand in the
+    result under their names and can be overridden there, as by ``model.features=[p3,p4]`` on the command line; the
+    student's own settings are ``model.student.*``, the teacher's ``model.teacher.*``.
+
+    Args:
+        student: the ``model`` of a plain detector.
+        teacher: the ``model`` of the teacher, or its config file, ``.py`` or ``.yaml``, or the name of one in
+            Detectron2's model zoo.
+        teacher_weights: its checkpoint.
+        teacher_opts: changes to a teacher's file: "key=value" for a ``.py``, KEY, VALUE for a ``.yaml``.
+        method: LazyCall of a :class:`gkd_d2.Method`, or the name of one of this project's.
+        features: GKD.FEATURES.
+        teacher_features: GKD.TEACHER.FEATURES.
+        init_from_teacher: GKD.STUDENT.INIT_FROM_TEACHER.
+        roi_batch_size: GKD.TEACHER.ROI_BATCH_SIZE.
+        warmup_iters: GKD.WARMUP_ITERS.
+        one_pass: GKD.ONE_PASS.
+
+    Returns:
+        LazyCall of :func:`build_distiller`.
+
+    Raises:
+        ValueError: an argument describes no detector or method.
+        FileNotFoundError: there is no such config file.
+    """
+    ours = LazySpec(student)
+    node, theirs, unlabelled = _teacher(teacher, list(teacher_opts), ours.heads, roi_batch_size)
+    return LazyCall(build_distiller)(
+        # The student comes first: it is built first, and draws what it would draw alone.
+        student=student,
+        teacher=node,
+        teacher_weights=teacher_weights,
+        method=_method(method),
+        features=list(features),
+        teacher_features=list(teacher_features),
+        init_from_teacher=init_from_teacher,
+        warmup_iters=warmup_iters,
+        one_pass=one_pass,
+        seed=0,
+        image_format=ours.image_format,
+        teacher_image_format=theirs.image_format,
+        teacher_file=theirs.file,
+        teacher_train_sets=list(theirs.train_sets),
+        left_out=unlabelled,
+    )
+
+
+def build_distiller(
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    teacher_weights: str,
+    method: Method,
+    features: Sequence[str] = (),
+    teacher_features: Sequence[str] = (),
+    init_from_teacher: bool = False,
+    warmup_iters: int = 0,
+    one_pass: bool = True,
+    seed: int = 0,
+    image_format: str = "BGR",
+    teacher_image_format: str = "BGR",
+    teacher_file: str = "",
+    teacher_train_sets: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> GKDDistiller:
+    """Put a student under a teacher; what :func:`distil` describes.
+
+    Args:
+        student: a detector.
+        teacher: another, with random weights.
+        teacher_weights, method, features, teacher_features, init_from_teacher, warmup_iters, one_pass: see
+            :func:`distil`.
+        seed: of all random streams beside the student's, >= 0.
+        image_format: order of the channels of the images in a batch, such as "BGR".
+        teacher_image_format: that of the images that the teacher was trained on.
+        teacher_file: what describes the teacher, for the log.
+        teacher_train_sets: names of the datasets that it was trained on; looked at before a run.
+        left_out: heads that it is built without, "mask" or "keypoint".
+
+    Raises:
+        ValueError: teacher and student do not match, or an option is out of range.
+        CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
+    """
+    parts = join(
+        student,
+        lambda: teacher,
+        teacher_weights,
+        method,
+        method_name=next((name for name, kind in _METHODS.items() if type(method) is kind), type(method).__name__),
+        features=features,
+        teacher_features=teacher_features,
+        init_from_teacher=init_from_teacher,
+        warmup_iters=warmup_iters,
+        one_pass=one_pass,
+        seed=seed,
+        swap_channels=channels_swapped(image_format, teacher_image_format),
+        teacher_file=teacher_file,
+        weights="the checkpoint that was loaded",
+        left_out=left_out,
+    )
+    return GKDDistiller(**parts)
+
+
+def build_from_yaml(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
+    """The detector of a config of yacs, on the CPU, with random weights.
+
+    Args:
+        config_file: of a plain detector.
+        opts: KEY, VALUE, ...
+    """
+    return _yacs_spec(config_file, opts).build()
+
+
+def teacher_of(model: DictConfig) -> DetectorSpec:
+    """What the teacher of a distilled model is.
+
+    Args:
+        model: from :func:`distil`.
+    """
+    node = model.teacher
+    if node._target_ in (build_from_yaml, f"{__name__}.{build_from_yaml.__name__}"):
+        return _yacs_spec(node.config_file, node.opts)
+    return LazySpec(node, model.teacher_file, model.teacher_train_sets, model.teacher_image_format)
+
+
+def _yacs_spec(config_file: str, opts: Sequence[str]) -> YacsSpec:
+    cfg = detector_config(merged_config(config_file, [*opts, "MODEL.DEVICE", "cpu"], ()))
+    return YacsSpec(cfg, file=config_file)
+
+
+def _teacher(
+    teacher: DictConfig | str, opts: list[str], heads: set[str], proposals: int
+) -> tuple[DictConfig, DetectorSpec, list[str]]:
+    """The teacher as a part of a LazyConfig, what it is, and the heads that it is without.
+
+    Masks and keypoints are loaded only for a student that detects them: ``heads`` are the student's.
+    """
+    path = _file(teacher) if isinstance(teacher, str) else ""
+    if not path.endswith(".yaml"):
+        if opts and not path:
+            raise ValueError("teacher_opts are for a teacher's file: change the model that is given itself")
+        spec = load_lazy_spec(path, opts) if path else LazySpec(teacher)
+        unlabelled = _missing(spec, heads)
+        spec = spec.without(unlabelled).with_proposals(proposals)
+        return spec.model, spec, unlabelled
+    unlabelled = _missing(_yacs_spec(path, opts), heads)
+    opts += [text for head in unlabelled for text in (f"MODEL.{head.upper()}_ON", "False")]
+    if proposals:
+        opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(proposals)]
+    return LazyCall(build_from_yaml)(config_file=path, opts=opts), _yacs_spec(path, opts), unlabelled
+
+
+def _missing(teacher: DetectorSpec, heads: set[str]) -> list[str]:
+    return [head for head in EXTRA_HEADS if head in teacher.heads - heads]
+
+
+def _file(name: str) -> str:
+    path = name if os.path.isfile(name) else file_of_model_zoo(name)
+    if path is None or not path.endswith((".py", ".yaml")):
+        raise FileNotFoundError(
+            f"the teacher's config {name} is no .py or .yaml file, seen from the working folder {os.getcwd()}, nor one "
+            "of Detectron2's model zoo"
+        )
+    return os.path.abspath(path)
+
+
+def _method(method: DictConfig | str) -> DictConfig:
+    if not isinstance(method, str):
+        return method
+    if method not in _METHODS:
+        raise ValueError(
+            f"method is {method!r}, which is none of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}; a method of "
+            "your own is given as LazyCall of its class"
+        )
+    # Written out, for `model.method.weights.box=0.02` to find it.
+    options = {"weights": dataclasses.asdict(LossWeights())} if method == "gkd" else {}
+    return LazyCall(_METHODS[method])(**options)

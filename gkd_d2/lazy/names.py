@@ -1,0 +1,111 @@
+"""What the keys of yacs are called in a LazyConfig, for messages that name them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+
+# What is not here and in none of the groups has no counterpart.
+_NAMES = {
+    "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "GKD.FEATURES": "model.features",
+    "GKD.FGD.ATTENTION_WEIGHT": "model.method.attention",
+    "GKD.FGD.BACKGROUND_WEIGHT": "model.method.background",
+    "GKD.FGD.FOREGROUND_WEIGHT": "model.method.foreground",
+    "GKD.FGD.RELATION_WEIGHT": "model.method.relation",
+    "GKD.FGD.TEMPERATURE": "model.method.temperature",
+    "GKD.FGFI.LEVELS": "model.method.levels",
+    "GKD.FGFI.THRESHOLD": "model.method.threshold",
+    "GKD.FGFI.WEIGHT": "model.method.weight",
+    "GKD.FITNET.WEIGHT": "model.method.weight",
+    "GKD.LOSS_WEIGHTS.ATTENTION": "model.method.weights.attention",
+    "GKD.LOSS_WEIGHTS.BOX": "model.method.weights.box",
+    "GKD.LOSS_WEIGHTS.GRADIENT": "model.method.weights.gradient",
+    "GKD.LOSS_WEIGHTS.IMAGE": "model.method.weights.image",
+    "GKD.LOSS_WEIGHTS.RELATION": "model.method.relation",
+    "GKD.METHOD": "model.method",
+    "GKD.ONE_PASS": "model.one_pass",
+    "GKD.PKD.WEIGHT": "model.method.weight",
+    "GKD.STUDENT.INIT_FROM_TEACHER": "model.init_from_teacher",
+    "GKD.TEACHER.CONFIG_FILE": "model.teacher",
+    "GKD.TEACHER.FEATURES": "model.teacher_features",
+    "GKD.TEACHER.ROI_BATCH_SIZE": "model.teacher.roi_heads.batch_size_per_image",
+    "GKD.TEACHER.WEIGHTS": "model.teacher_weights",
+    "GKD.VIS_PERIOD": "train.vis_period",
+    "GKD.WARMUP_ITERS": "model.warmup_iters",
+    "GKD.WATCH_MAX_RATIO": "train.watch.max_ratio",
+    "GKD.WATCH_PATIENCE": "train.watch.patience",
+    "GKD.WATCH_PERIOD": "train.watch.period",
+    "INPUT.FORMAT": "image_format",
+    "MODEL.BACKBONE.FREEZE_AT": "the backbone's freeze_at",
+    "MODEL.DEVICE": "train.device",
+    "MODEL.FPN.NORM": "the pyramid's norm",
+    "MODEL.KEYPOINT_ON": "dataloader.train.mapper.use_keypoint",
+    "MODEL.MASK_ON": "dataloader.train.mapper.use_instance_mask",
+    "MODEL.PIXEL_MEAN": "pixel_mean",
+    "MODEL.RESNETS.NORM": "the backbone's norm",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "OUTPUT_DIR": "train.output_dir",
+    "SEED": "train.seed",
+    "SOLVER.ACCUMULATE_STEPS": "train.accumulate_steps",
+    "SOLVER.AMP": "train.amp",
+    "SOLVER.AMP.DTYPE": "train.amp.dtype",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "SOLVER.CLIP_GRADIENTS": "train.clip_gradients",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.MAX_ITER": "train.max_iter",
+}
+# Options of the method, such as GKD.MAP_REGION.
+_OF_METHOD = re.compile(r"GKD\.([A-Z_]+)")
+_KEY = re.compile(r"\b(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SEED)\b")
+# Key and value as on the command line of tools/train_net.py.
+_PAIR = re.compile(rf"`({_KEY.pattern}) ([^`]+)`")
+
+
+def in_lazy_words(text: str) -> str:
+    """A message with the names that a LazyConfig has for the keys of yacs in it."""
+    text = _PAIR.sub(lambda pair: f"`{lazy_name(pair[1])}={pair[2]}`", text)
+    return _KEY.sub(lambda key: lazy_name(key[0]), text)
+
+
+def lazy_name(key: str) -> str:
+    """The name of a key of yacs in a LazyConfig; the key itself where it has no counterpart."""
+    if key in _NAMES:
+        return _NAMES[key]
+    option = _OF_METHOD.fullmatch(key)
+    return f"model.method.{option[1].lower()}" if option else key
+
+
+@contextlib.contextmanager
+def speaking_lazily() -> Iterator[None]:
+    """Have what this project logs, and the sentence that ends a process, name the keys of a LazyConfig.
+
+    Raises:
+        SystemExit: as in the statements of the ``with``.
+    """
+    make = logging.getLogRecordFactory()
+
+    def translated(*args, **kwargs) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.name.startswith("gkd_d2."):
+            record.msg, record.args = in_lazy_words(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(translated)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.exit(in_lazy_words(end.code))
+        raise
+    finally:
+        logging.setLogRecordFactory(make)

@@ -1,0 +1,160 @@
+"""The trainer of a LazyConfig."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import samplers
+from detectron2.engine import hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from gkd_d2.data.build import check_batch, seeded_loader
+from gkd_d2.data.mapper import FileNamingMapper
+from gkd_d2.engine.exact_trainer import ExactTrainer
+from gkd_d2.engine.hooks import FirstLines, HookOptions, PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.output import naming_output
+from gkd_d2.engine.resume import draw_seed
+from gkd_d2.engine.writers import build_writers
+from gkd_d2.lazy.run import LazyRun
+from gkd_d2.modeling.distiller import GKDDistiller
+
+
+class LazyTrainer(ExactTrainer):
+    """Trains the ``model`` of a LazyConfig, distilled or alone; see :class:`ExactTrainer`.
+
+    Args:
+        cfg: from :func:`gkd_d2.lazy.read.read_lazy`, with a seed: see :func:`settle_lazy_seed`.
+
+    Raises:
+        ValueError: the batch can't be shared evenly, no image is left to train on, or teacher and student do not match.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        train = cfg.train
+        run = LazyRun(cfg)
+        check_batch(run.batch_size, comm.get_world_size(), parts=run.accumulate_steps)
+        model = instantiate(cfg.model).to(train.device)
+        logging.getLogger(__name__).info("Model:\n%s", model)
+        optimizer = _build_optimizer(cfg, model)
+        super().__init__(
+            run,
+            model,
+            _build_train_loader(cfg),
+            optimizer,
+            LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), train.max_iter),
+            max_iter=train.max_iter,
+            seed=train.seed,
+            ddp=dict(train.ddp),
+        )
+        self.cfg = cfg
+        built = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            PeriodicSaver(train.checkpointer.period, train.checkpointer.max_to_keep),
+            hooks.EvalHook(train.eval_period, lambda: evaluate(cfg, self.model)),
+        ]
+        if comm.is_main_process():
+            writers = build_writers(train.output_dir, train.max_iter)
+            built.append(hooks.PeriodicWriter(writers, period=train.log_period))
+        self.register_hooks([*built, FirstLines()])
+        watch = train.watch
+        add_distillation_hooks(self, HookOptions(train.vis_period, watch.period, watch.patience, watch.max_ratio))
+
+
+def settle_lazy_seed(cfg: DictConfig, *, resume: bool) -> None:
+    """Draw a seed where ``train.seed`` is negative; a resumed run keeps the one it had. Changes ``cfg`` in place.
+
+    Raises:
+        ResumeError: config.yaml in the output folder is damaged, or no config.
+    """
+    if cfg.train.seed < 0:
+        cfg.train.seed = draw_seed(cfg.train.output_dir, ("train", "seed"), resume=resume)
+    if LazyRun(cfg).distilled:
+        cfg.model.seed = cfg.train.seed
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+    """Evaluate a model by ``dataloader.test`` and ``dataloader.evaluator``; nothing is done without these.
+
+    Args:
+        cfg: from :func:`gkd_d2.lazy.read.read_lazy`.
+        model: a meta-architecture.
+
+    Returns:
+        The results, as Detectron2's evaluators return them.
+
+    Raises:
+        OutputError: the files of the evaluation can't be written to the output folder.
+    """
+    if OmegaConf.select(cfg, "dataloader.evaluator") is None or OmegaConf.select(cfg, "dataloader.test") is None:
+        return {}
+    folder = cfg.train.output_dir
+    with naming_output(folder, f"a file of the evaluation in {folder}"):
+        loader = instantiate(_with_mapper(cfg.dataloader.test))
+        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results or {}
+
+
+def _build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
+    node = cfg.optimizer.copy()
+    node._set_flag("allow_objects", True)
+    node.params.model = model
+    if (factor := node.params.get("lr_factor_func")) and isinstance(model, GKDDistiller):
+        node.params.lr_factor_func = _as_of_student(factor)
+    optimizer = instantiate(node)
+    clipping = {key.upper(): value for key, value in cfg.train.clip_gradients.items()}
+    return maybe_add_gradient_clipping(CfgNode({"SOLVER": {"CLIP_GRADIENTS": clipping}}), optimizer)
+
+
+def _as_of_student(factor: Callable[[str], float]) -> Callable[[str], float]:
+    """A factor of the learning rate by names of parameters, which in a distiller stand below ``student``."""
+    return lambda name: factor(name.removeprefix("student."))
+
+
+def _build_train_loader(cfg: DictConfig) -> DataLoader:
+    """What ``dataloader.train`` describes, with batches that depend on the seed and the iteration alone."""
+    node = _with_mapper(cfg.dataloader.train)
+    if node.get("sampler") is not None and "seed" not in node.sampler:
+        node.sampler.seed = cfg.train.seed
+    try:
+        dicts = instantiate(node.dataset)
+    # Where no image is left, and where a dataset is empty.
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN names {', '.join(LazyRun(cfg).train_sets)}, in which no image is left to train on "
+            f"({error}): with DATALOADER.FILTER_EMPTY_ANNOTATIONS, images without objects are left out"
+        ) from error
+    sampler = instantiate(node.get("sampler"))
+    if sampler is None:
+        sampler = samplers.TrainingSampler(len(dicts), seed=cfg.train.seed)
+    collate = instantiate(node.get("collate_fn"))
+    return seeded_loader(
+        dicts,
+        node.mapper,
+        sampler,
+        seed=cfg.train.seed,
+        batch_size=node.total_batch_size,
+        group_by_aspect_ratio=node.get("aspect_ratio_grouping", True),
+        num_workers=node.get("num_workers", 0),
+        **({"collate_fn": collate} if collate is not None else {}),
+    )
+
+
+def _with_mapper(loader: DictConfig) -> DictConfig:
+    """A loader's node whose mapper is built, and names the image that it can't read."""
+    node = loader.copy()
+    node._set_flag("allow_objects", True)
+    if node.get("mapper") is not None:
+        node.mapper = FileNamingMapper(instantiate(node.mapper))
+    return node
