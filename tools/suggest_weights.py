@@ -26,6 +26,7 @@ from gkd_d2.analysis.gradient_ratios import (
 )
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.methods import build_method
 from gkd_d2.utils.checkpoint import StudentCheckpointer
@@ -89,7 +90,7 @@ def main() -> None:
         off = [term for term in terms if term.name not in wanted]
         terms = [term for term in terms if term.name in wanted]
         unit = unit_weights(cfg, wanted)
-        check_inputs(cfg, eval_only=False, resume=False)
+        check_inputs(YacsRun(cfg), eval_only=False, resume=False)
         seed_everything(cfg.SEED)
         distiller = build_model(unit)
         StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)

@@ -26,6 +26,7 @@ from gkd_d2.analysis.importance_report import ImportanceReport, report_text, wri
 from gkd_d2.config import read_distiller_config
 from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.modeling.state_names import is_students
 from gkd_d2.utils.checkpoint import StudentCheckpointer
 from gkd_d2.utils.command_line import check_at_least, check_config_file, parse_options_first
@@ -99,7 +100,7 @@ def main() -> None:
         cfg = dataset_config(args)
         output = args.output or Path(cfg.OUTPUT_DIR) / ("importance" if args.importance_report else "visualize")
         check_writable(output, "--output" if args.output else "the default of --output")
-        check_inputs(cfg, eval_only=False, resume=False)
+        check_inputs(YacsRun(cfg), eval_only=False, resume=False)
         (dataset,) = cfg.DATASETS.TEST
         records = choose_images(dataset, args.image, args.count)
         if args.importance_report and not any(map(has_objects, records)):
