@@ -21,19 +21,27 @@ from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
 from gkd_d2.lazy.names import in_lazy_words, speaking_lazily
 from gkd_d2.lazy.read import read_lazy, warn_of_unknown_keys
-from gkd_d2.lazy.run import LazyRun, build_plain
+from gkd_d2.lazy.run import LazyRun, plain_config
 from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.command_line import parse_options_first
 from gkd_d2.utils.finite import check_finite
 
+from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
+from omegaconf import DictConfig
+
+
+def read(args: argparse.Namespace) -> DictConfig:
+    """The config of the run; an evaluation is that of the plain student, for which no teacher is built."""
+    cfg = read_lazy(args.config_file, args.opts, eval_only=args.eval_only)
+    return plain_config(cfg) if args.eval_only else cfg
 
 
 def main(args: argparse.Namespace):
     """Train or evaluate, in each process of the run."""
     # A LazyConfig can hold what can't be sent to another process: each reads it.
-    cfg = read_lazy(args.config_file, args.opts, eval_only=args.eval_only)
+    cfg = read(args)
     folder = cfg.train.output_dir
     with speaking_lazily():
         with ending_in_a_sentence(folder, OSError, ResumeError, ValueError):
@@ -44,7 +52,7 @@ def main(args: argparse.Namespace):
                 trainer = LazyTrainer(cfg)
                 trainer.resume_or_load(resume=args.resume)
             else:
-                model = build_plain(cfg).to(cfg.train.device)
+                model = instantiate(cfg.model).to(cfg.train.device)
                 CompleteCheckpointer(model, folder).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
                 check_finite(model, "the detector's")
         with ending_in_a_sentence(folder, ArithmeticError, OSError, RuntimeError, ValueError):
@@ -57,7 +65,10 @@ if __name__ == "__main__":
     if not args.config_file:
         parser.error("--config-file is missing: name one of configs/lazy")
     try:
-        cfg = read_lazy(args.config_file, args.opts, eval_only=args.eval_only)
+        cfg = read(args)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    try:
         processes = count_processes(args, device=cfg.train.device)
         check_inputs(LazyRun(cfg), eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from gkd_d2.config import DetectorSpec
 from gkd_d2.config.lazy_spec import LazySpec, dump_lazy
@@ -81,9 +80,11 @@ class LazyRun(Run):
         return OmegaConf.select(self.cfg, f"dataloader.{path}", default=default)
 
 
-def build_plain(cfg: DictConfig) -> nn.Module:
-    """The detector that a run trains, without its teacher, on the CPU."""
-    return instantiate(cfg.model.student if is_called(cfg.model, build_distiller) else cfg.model)
+def plain_config(cfg: DictConfig) -> DictConfig:
+    """The same LazyConfig, whose ``model`` is the student alone where it was distilled; changed in place."""
+    if is_called(cfg.model, build_distiller):
+        cfg.model = cfg.model.student
+    return cfg
 
 
 def is_called(node: DictConfig, target) -> bool:

@@ -3,19 +3,21 @@
 import json
 import logging
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import LazyCall
+from detectron2.config import LazyCall, instantiate
 from lazy_configs import write_distilled, write_plain
 from short_runs import checkpoints, metrics
 
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
 from gkd_d2.lazy.read import read_lazy, unknown_train_keys
-from gkd_d2.lazy.run import LazyRun, build_plain
+from gkd_d2.lazy.run import LazyRun, plain_config
 from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 
@@ -122,6 +124,21 @@ def stop_after(trainer, iterations):
         trainer.train()
 
 
+def test_sigterm_saves(read, folder):
+    trainer = build(read(write_plain(folder, name="stopped")))
+    step = trainer.run_step
+
+    def run_step():
+        step()
+        if trainer.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.run_step = run_step
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    assert end.value.code == 143 and checkpoints(folder / "stopped") == {"model_0000001.pth"}
+
+
 def test_a_resume_names_what_differs(whole, config, read, caplog):
     output, _ = whole
     cfg = read(config, *OPTIONS, f"train.output_dir={output}", "model.method.weights.box=0.5", "train.watch.period=5")
@@ -155,8 +172,8 @@ def test_only_the_last_checkpoints_are_kept(read, folder):
 
 def test_an_evaluation_is_that_of_the_student_alone(whole, config, read):
     output, trainer = whole
-    cfg = read(config, f"train.output_dir={output}")
-    student = build_plain(cfg)
+    cfg = plain_config(read(config, f"train.output_dir={output}"))
+    student = instantiate(cfg.model)
     CompleteCheckpointer(student).load(str(output / "model_final.pth"))
     assert not hasattr(student, "teacher")
     results = evaluate(cfg, student)
