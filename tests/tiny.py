@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -92,8 +94,10 @@ def calm(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def train(model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int) -> list[dict[str, float]]:
-    """Plain training; returns the loss dictionaries as numbers."""
+def train(
+    model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int, learned: Container[str] | None = None
+) -> list[dict[str, float]]:
+    """Plain training, of all losses or of those ``learned``; returns the loss dictionaries as numbers."""
     model.train()
     optimizer = build_optimizer(cfg, model)
     history = []
@@ -101,7 +105,7 @@ def train(model: torch.nn.Module, cfg: CfgNode, batch: list[dict], steps: int) -
         for _ in range(steps):
             losses = model(batch)
             optimizer.zero_grad()
-            sum(losses.values()).backward()
+            sum(value for name, value in losses.items() if learned is None or name in learned).backward()
             optimizer.step()
             storage.step()
             history.append({name: value.item() for name, value in losses.items()})
