@@ -98,13 +98,14 @@ def test_each_image_keeps_its_own_boxes(counts, distiller_config):
 def test_all_four_losses_fall_on_a_repeated_batch(kind, channels, distiller_config):
     cfg = distiller_config(kind, channels=channels)
     cfg.SOLVER.BASE_LR = 0.02
-    set_weights(cfg, 0.02, 1e-3, 5e-4, 1e-3)
+    # Gradients at the features are others in each step, so that the loss of their maps falls slowly.
+    set_weights(cfg, 0.1, 1e-3, 5e-4, 1e-3)
     distiller = build_model(cfg)
     history = train(distiller, cfg, training_batch(), 40)
     assert len(distiller.align) == (0 if channels == 16 else len(distiller.student_features))
     for name in NAMES:
-        first = sum(losses[name] for losses in history[:3])
-        last = sum(losses[name] for losses in history[-3:])
+        first = sum(losses[name] for losses in history[:10])
+        last = sum(losses[name] for losses in history[-10:])
         assert 0 < last < first, name
 
 
@@ -127,8 +128,8 @@ def test_every_option_teaches(kind, options, distiller_config):
     """Through convolutions that align channels, so that the student's gradient of each cell is solved for."""
     cfg = distiller_config(kind, channels=8)
     cfg.SOLVER.BASE_LR = 0.02
-    # Maps of elements follow the student's gradients, which are others in each step, so that their loss falls slowly.
-    set_weights(cfg, 0.1 if "IMPORTANCE" in options else 0.02, 1e-3, 1e-4, 1e-3)
+    # Maps follow the student's gradients, which are others in each step, so that their loss falls slowly.
+    set_weights(cfg, 0.1, 1e-3, 1e-4, 1e-3)
     cfg.merge_from_list([part for key, value in options.items() for part in (f"GKD.{key}", value)])
     distiller = build_model(cfg)
     history = train(distiller, cfg, training_batch(), 40)
