@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # The least versions, one between, and the latest. `make test` runs 3.11,2.15.0,0.5.
 rows=${*:-3.10,2.4.1,0.5 3.12,2.9.1,0.5 3.13,2.15.0,0.5 3.12,2.15.0,head}
-head=${DETECTRON2:-}
+head=${DETECTRON2:+$(realpath "$DETECTRON2")}
 folder=$(realpath -m "${MATRIX:-build/matrix}")
 goal=test
 [ -z "${SETUP_ONLY:-}" ] || goal=setup
@@ -28,13 +28,13 @@ for row in $rows; do
   IFS=, read -r python torch detectron2 <<<"$row"
   clone=$folder/${row//,/-} begin=$SECONDS
   log=$clone.log
-  unset DETECTRON2
+  unset DETECTRON2 DETECTRON2_TOOLS
   if [ "$detectron2" = head ]; then
     if [ -z "$head" ]; then
       table+=$'\n'"$row|left out: DETECTRON2 names no folder"
       continue
     fi
-    export DETECTRON2=$head
+    export DETECTRON2=$head DETECTRON2_TOOLS=$head/tools
   fi
   printf '\n=== %s: %s\n' "$row" "$log"
   if [ -d "$clone" ]; then

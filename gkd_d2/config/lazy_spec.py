@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from gkd_d2.config.spec import EXTRA_HEADS, DetectorSpec
@@ -120,7 +122,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Apply overrides, "key=value", to a LazyConfig, in place; returns it.
 
-    A key must exist, but for arguments of what is called by ``_target_``, which need not be written in a config.
+    A key must exist, or be an argument of what is called by ``_target_``, which need not be written in a config.
 
     Raises:
         ValueError: an override is none, or its key does not exist.
@@ -134,15 +136,33 @@ def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         parent, _, name = key.lstrip("+").rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not isinstance(node, DictConfig) or not ({name, "_target_"} & node.keys()):
-            known = [f"{parent}.{other}" if parent else str(other) for other in node] if node is not None else []
-            raise ValueError(f"{override!r} sets {key}, which the config does not have{did_you_mean(key, known)}")
+        known = _keys(node)
+        if known is not None and name not in known:
+            near = did_you_mean(key, [f"{parent}.{other}" if parent else other for other in known])
+            raise ValueError(f"{override!r} sets {key}, which the config does not have{near}")
         try:
             LazyConfig.apply_overrides(cfg, [override])
         # The parser of overrides has errors of its own.
         except Exception as error:
             raise ValueError(f"the override {override!r} can't be applied: {error}") from error
     return cfg
+
+
+def _keys(node: object) -> list[str] | None:
+    """What a node of a config has, or its call takes; None where that is anything."""
+    if not isinstance(node, DictConfig):
+        return []
+    keys = [str(key) for key in node]
+    if "_target_" not in node:
+        return keys
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return [*keys, *(name for name in parameters if name not in keys)]
 
 
 def without_heads(model: DictConfig, heads: Sequence[str]) -> DictConfig:

@@ -226,7 +226,8 @@ def _end_like(error: ProcessExitedException | ProcessRaisedException, report: Pa
         logging.getLogger(__name__).error("%s", error)
     if told:
         raise SystemExit(report.read_text(encoding="utf-8"))
-    if error.error_pid in killed:
+    # torch 2.4 calls it pid.
+    if (error.error_pid if hasattr(error, "error_pid") else error.pid) in killed:
         raise SystemExit(EXIT_BY_SIGTERM)
     # A signal's number is negative here and 128 more in a shell.
     raise SystemExit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code)

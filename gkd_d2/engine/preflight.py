@@ -14,6 +14,7 @@ from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.engine.run import Run
 from gkd_d2.evaluation import evaluator_type
+from gkd_d2.utils.checkpoint import file_of_weights
 from gkd_d2.utils.checkpoint_files import find_damage
 from gkd_d2.utils.files import check_writable
 from gkd_d2.utils.last_checkpoint import has_checkpoint
@@ -139,7 +140,9 @@ def _teacher(run: Run) -> list[str]:
     problems = teacher.spec.problems()
     if _reads_annotations():
         problems += teacher_class_problems(run.train_sets, teacher.spec)
-    reason = _unreadable(teacher.weights, ", nor in the folder of the config file that sets the key")
+    # Of a config of yacs.
+    also = ", nor in the folder of the config file that sets the key" if teacher.key.startswith("GKD.") else ""
+    reason = _unreadable(teacher.weights, also)
     if reason:
         tool = "lazyconfig_train_net.py" if teacher.spec.file.endswith(".py") else "train_net.py"
         train = f", `python tools/{tool} --config-file {teacher.spec.file}`" if teacher.spec.file else ""
@@ -159,7 +162,7 @@ def _unreadable(path: str, also: str = "") -> str:
     try:
         # The downloader's own report of a failure would stand before the one that says what to do.
         with contextlib.redirect_stderr(io.StringIO()):
-            local = PathManager.get_local_path(path)
+            local = PathManager.get_local_path(file_of_weights(path))
     except Exception as error:  # every kind of URL has its own
         return f"it can't be fetched ({str(error) or type(error).__name__})"
     if not os.path.isfile(local):

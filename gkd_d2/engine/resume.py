@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from gkd_d2.config import config_differences
 from gkd_d2.engine.run import Run
+from gkd_d2.utils.checkpoint import file_of_weights
 from gkd_d2.utils.config_merge import read_yaml
 
 # Keys that may change at a resume without changing what is trained, of configs of yacs and of LazyConfigs.
@@ -171,7 +172,7 @@ def run_differences(was: dict, now: dict) -> dict[str, str]:
 def _checksum(path: str) -> str:
     """SHA-256 of a file; of a URL, that of its copy in Detectron2's cache."""
     digest = hashlib.sha256()
-    with open(PathManager.get_local_path(path), "rb") as file:
+    with open(PathManager.get_local_path(file_of_weights(path)), "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

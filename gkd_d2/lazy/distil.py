@@ -211,8 +211,8 @@ def _method(method: DictConfig | str) -> DictConfig:
         return method
     if method not in _METHODS:
         raise ValueError(
-            f"method is {method!r}, which is none of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}; a method of "
-            "your own is given as LazyCall of its class"
+            f"method is {method!r}, which is none of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}; "
+            "one of your own is given as LazyCall of its class"
         )
     # Written out, for `model.method.weights.box=0.02` to find it.
     options = {"weights": dataclasses.asdict(LossWeights())} if method == "gkd" else {}

@@ -50,6 +50,7 @@ _NAMES = {
     "MODEL.KEYPOINT_ON": "dataloader.train.mapper.use_keypoint",
     "MODEL.MASK_ON": "dataloader.train.mapper.use_instance_mask",
     "MODEL.PIXEL_MEAN": "pixel_mean",
+    "MODEL.PIXEL_STD": "pixel_std",
     "MODEL.RESNETS.NORM": "the backbone's norm",
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "OUTPUT_DIR": "train.output_dir",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
+import detectron2
 import torch
 from detectron2.checkpoint import Checkpointer, DetectionCheckpointer
 
@@ -21,6 +22,11 @@ from gkd_d2.utils.checkpoint_files import (
 from gkd_d2.utils.files import fill, replacing
 from gkd_d2.utils.last_checkpoint import Resumable, find_resumable, has_checkpoint
 from gkd_d2.utils.text import counted, listed
+
+
+def file_of_weights(path: str) -> str:
+    """The file or URL of weights, without what Detectron2 after 0.5 reads at its end, ``?matching_heuristics=True``."""
+    return path if detectron2.__version__ == "0.5" else path.partition("?matching_heuristics=")[0]
 
 
 class CheckpointError(ValueError):

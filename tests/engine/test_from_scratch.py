@@ -46,6 +46,7 @@ def test_weights_to_start_from(training, caplog, tmp_path):
     cfg = detector_config("retinanet")
     cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM = 2, "FrozenBN"
     cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR = training("retinanet", iterations=1).DATASETS.TRAIN, str(tmp_path / "out")
+    (tmp_path / "out").mkdir()
     cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     with caplog.at_level(logging.WARNING, logger="gkd_d2"):

@@ -7,7 +7,9 @@ import torch
 from detectron2.config import get_cfg
 
 from gkd_d2.analysis.runs import Run
+from gkd_d2.config import add_gkd_config
 from gkd_d2.engine.preflight import _weights
+from gkd_d2.engine.run import YacsRun
 from gkd_d2.modeling.student import find_checkpoint
 from gkd_d2.utils.checkpoint import CompleteCheckpointer, DamagedCheckpointError, StudentCheckpointer
 from gkd_d2.utils.last_checkpoint import find_resumable, has_checkpoint
@@ -104,6 +106,7 @@ def test_the_newest_whole_checkpoint_is_taken_with_a_warning(kind, written, capl
 def test_all_agree_on_whether_there_is_something_to_resume(written, tmp_path_factory, monkeypatch):
     """With and without last_checkpoint: the preflight, the trainer's checkpointer, reports and tools."""
     cfg = get_cfg()
+    add_gkd_config(cfg)
     cfg.MODEL.WEIGHTS = "none.pth"
     empty = tmp_path_factory.mktemp("empty")
     (empty / "model_stopped.pth").write_bytes(b"x")
@@ -116,7 +119,7 @@ def test_all_agree_on_whether_there_is_something_to_resume(written, tmp_path_fac
         cfg.OUTPUT_DIR = str(folder)
         for _ in range(2):
             assert has_checkpoint(str(folder)) is expected
-            assert (_weights(cfg, False, True) == []) is expected
+            assert (_weights(YacsRun(cfg), False, True) == []) is expected
             assert Run("", folder).has_checkpoint is expected
             assert checkpointer(folder).has_checkpoint() is expected
             assert bool(checkpointer(folder).get_checkpoint_file()) is expected
@@ -143,8 +146,9 @@ def test_a_pointer_to_nothing_is_no_start_at_0(tmp_path):
 
 def _weights_are_not_read(folder):
     cfg = get_cfg()
+    add_gkd_config(cfg)
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "none.pth", str(folder)
-    return _weights(cfg, False, True) == []
+    return _weights(YacsRun(cfg), False, True) == []
 
 
 def test_the_order_is_that_of_the_names_whatever_the_folder_lists_first(written, monkeypatch):

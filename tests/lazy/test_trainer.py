@@ -1,0 +1,237 @@
+"""Real short trainings of LazyConfigs."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyCall
+from lazy_configs import write_distilled, write_plain
+from short_runs import checkpoints, metrics
+
+from gkd_d2.engine.preflight import PreflightError, check_inputs
+from gkd_d2.engine.resume import ResumeError
+from gkd_d2.lazy.read import read_lazy, unknown_train_keys
+from gkd_d2.lazy.run import LazyRun, build_plain
+from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
+from gkd_d2.utils.checkpoint import CompleteCheckpointer
+
+
+def build(cfg, *, resume=False):
+    settle_lazy_seed(cfg, resume=resume)
+    Path(cfg.train.output_dir).mkdir(exist_ok=True)
+    # As set_up_run does.
+    torch.manual_seed(cfg.train.seed)
+    return LazyTrainer(cfg)
+
+
+def train(cfg, *, resume=False):
+    trainer = build(cfg, resume=resume)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def state(folder):
+    return torch.load(Path(folder) / "model_final.pth", weights_only=True)
+
+
+def same(one, other):
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lazy")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return write_distilled(folder, options='method="gkd", warmup_iters=4')
+
+
+# A resume is stopped by what a run that is cut short writes: its checkpoints, all but the last.
+OPTIONS = (
+    "train.checkpointer.period=3",
+    "train.accumulate_steps=2",
+    "train.vis_period=4",
+    "dataloader.train.num_workers=1",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(config, folder, toy_data):
+    output = folder / "whole"
+    trainer = train(read_lazy(str(config), [*OPTIONS, f"train.output_dir={output}"], eval_only=False))
+    return output, trainer
+
+
+def test_what_a_training_leaves(whole):
+    output, _ = whole
+    assert checkpoints(output) == {"model_0000002.pth", "model_final.pth"}
+    rows = metrics(output)
+    names = {name for row in rows.values() for name in row}
+    assert {"loss_cls", "loss_gkd_gradient", "loss_bmfi_box", "gkd_ratio/box", "kitti/AP_moderate"} <= names
+    losses = [value for row in rows.values() for name, value in row.items() if name.startswith("loss_")]
+    assert losses and all(map(math.isfinite, losses))
+    # The rates: a ramp over half of the training, and a step after iteration 4.
+    rates = [json.loads(line)["lr"] for line in (output / "metrics.json").read_text().splitlines() if '"lr"' in line]
+    assert rates[-1] == pytest.approx(1e-4)
+    saved = state(output)["model"]
+    assert {name.partition(".")[0] for name in saved} >= {"backbone", "head"} and not any("teacher" in n for n in saved)
+
+
+def test_a_resume_is_equal_bit_for_bit(whole, config, folder, read, caplog):
+    output = folder / "resumed"
+    options = (*OPTIONS, f"train.output_dir={output}")
+    stopped = build(read(config, *options))
+    stopped.resume_or_load(resume=False)
+    stop_after(stopped, 3)
+    with caplog.at_level(logging.WARNING, logger="gkd_d2"):
+        train(read(config, *options), resume=True)
+    assert "the resumed run differs" not in caplog.text
+    one, other = state(whole[0]), state(output)
+    assert same(one["model"], other["model"])
+    assert same(one["trainer"]["_trainer"]["optimizer"], other["trainer"]["_trainer"]["optimizer"])
+
+
+def stop_after(trainer, iterations):
+    """As a run that is killed after it has saved."""
+
+    class Killed(Exception):
+        pass
+
+    step = trainer.run_step
+
+    def run_step():
+        if trainer.iter == iterations:
+            raise Killed
+        step()
+
+    trainer.run_step = run_step
+    with pytest.raises(Killed):
+        trainer.train()
+
+
+def test_a_resume_names_what_differs(whole, config, read, caplog):
+    output, _ = whole
+    cfg = read(config, *OPTIONS, f"train.output_dir={output}", "model.method.weights.box=0.5", "train.watch.period=5")
+    with caplog.at_level(logging.WARNING, logger="gkd_d2"):
+        build(cfg, resume=True).resume_or_load(resume=True)
+    (text,) = [record.getMessage() for record in caplog.records if "the resumed run differs" in record.getMessage()]
+    assert text.endswith("differs from the one before: model.method.weights.box was 0.01 and is 0.5")
+    other = read(config, *OPTIONS, f"train.output_dir={output}", "model.student.head.conv_dims=[8]")
+    with pytest.raises(ResumeError, match=r"model.student.head.conv_dims was \[16\] and is \[8\]"):
+        build(other, resume=True).resume_or_load(resume=True)
+
+
+def test_a_student_alone_by_clipped_steps(read, folder):
+    path = write_plain(folder)
+    clipped = [f"train.clip_gradients.{key}" for key in ("enabled=True", "clip_type=norm", "clip_value=1.0e-9")]
+    moved = {}
+    for name, options in (("free", []), ("clipped", clipped)):
+        cfg = read(path, f"train.output_dir={folder / name}", "train.max_iter=1", "optimizer.weight_decay=0", *options)
+        trainer = build(cfg)
+        before = trainer.model.head.cls_score.weight.clone()
+        trainer.train()
+        moved[name] = (trainer.model.head.cls_score.weight - before).abs().max()
+    assert moved["free"] > 1e-8 > moved["clipped"]
+
+
+def test_only_the_last_checkpoints_are_kept(read, folder):
+    path = write_plain(folder, name="few")
+    train(read(path, "train.checkpointer.period=1", "train.checkpointer.max_to_keep=2"))
+    assert checkpoints(folder / "few") == {"model_0000003.pth", "model_0000004.pth", "model_final.pth"}
+
+
+def test_an_evaluation_is_that_of_the_student_alone(whole, config, read):
+    output, trainer = whole
+    cfg = read(config, f"train.output_dir={output}")
+    student = build_plain(cfg)
+    CompleteCheckpointer(student).load(str(output / "model_final.pth"))
+    assert not hasattr(student, "teacher")
+    results = evaluate(cfg, student)
+    assert results.keys() == {"kitti", "bbox"}
+    expected = trainer.model.student.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
+
+
+def test_factors_of_the_learning_rate_are_those_of_the_student(config, read):
+    """As ViTs have them, by the names of the plain detector's parameters."""
+    cfg = read(config)
+    cfg.optimizer.params.base_lr = 0.001
+    cfg.optimizer.params.lr_factor_func = lambda name: 0.5 if name.startswith("backbone") else 1.0
+    try:
+        trainer = build(cfg)
+    except TypeError as error:
+        pytest.skip(f"this Detectron2 has no such factors: {error}")
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    student = trainer.model.student
+    of_heads = rates[id(student.head.cls_score.bias)]
+    assert all(rates[id(p)] == pytest.approx(0.5 * of_heads) for p in student.backbone.parameters())
+
+
+def problems(cfg, **options):
+    with pytest.raises(PreflightError) as error:
+        check_inputs(LazyRun(cfg), **{"eval_only": False, "resume": False, **options})
+    return str(error.value)
+
+
+def test_a_run_that_can_start(config, read):
+    check_inputs(LazyRun(read(config)), eval_only=False, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["train.device=cuda"], "MODEL.DEVICE is cuda, but torch"),
+        (["dataloader.train.total_batch_size=0"], "SOLVER.IMS_PER_BATCH is 0"),
+        (["dataloader.train.dataset.names=nothing"], "names nothing"),
+        (["model.teacher_weights=nowhere.pth"], "model.teacher_weights is nowhere.pth: there is no such file"),
+        (["model.student.num_classes=7"], "model.num_classes is 7, but dataset toy_kitti_train has 3 classes"),
+        (["model.teacher.num_classes=7"], "model.num_classes of .*teacher.py is 7"),
+        (["train.init_checkpoint=nowhere.pkl"], "MODEL.WEIGHTS is nowhere.pkl"),
+        (["model.method.weights.box=-1"], "loss weight box is -1"),
+        (["dataloader.train.mapper.image_format=RGB"], "image_format is RGB, but the detector takes images in BGR"),
+        (["train.amp.enabled=True"], "SOLVER.AMP trains in float16 on GPUs only"),
+    ],
+)
+def test_a_run_that_can_not_start(overrides, text, config, read):
+    assert re.search(text, problems(read(config, *overrides)))
+
+
+def test_loaders_that_can_not_be_resumed_exactly_and_averages_are_refused(config, read):
+    cfg = read(config)
+    cfg.dataloader.train = LazyCall(list)()
+    cfg.train.model_ema = {"enabled": True}
+    text = problems(cfg)
+    assert "a run that can be resumed exactly needs Detectron2's build_detection_train_loader" in text
+    assert "train.model_ema.enabled is True" in text
+
+
+def test_keys_of_train_without_effect_are_named(config, read):
+    cfg = read(config)
+    assert unknown_train_keys(cfg) == []
+    cfg.train.max_itr, cfg.train.amp.dtyp = 5, "float16"
+    assert unknown_train_keys(cfg) == [
+        "train.amp.dtyp has no effect here: did you mean dtype?",
+        "train.max_itr has no effect here: did you mean max_iter?",
+    ]
+
+
+def test_an_image_that_can_not_be_read_is_named(config, read, toy_data, tmp_path):
+    cfg = read(config)
+    loader = build(cfg).data_loader
+    record = dict(loader.dataset._dicts[0])
+    record["file_name"] = str(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match="absent.png: Detectron2 can't use this image"):
+        loader.dataset._mapper(record)
