@@ -34,6 +34,7 @@ from gkd_d2.analysis.benchmark.phases import (
 from gkd_d2.analysis.benchmark.settings import Setting, make_settings
 from gkd_d2.analysis.benchmark.timing import Rounds, device_name, peak_bytes, take_turns
 from gkd_d2.config import teacher_spec
+from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.distiller import GKDDistiller
 
 # So small that no gradient of random networks overflows in float16.
@@ -74,18 +75,18 @@ class Steps:
 
     def teacher(self) -> dict[str, float]:
         """The teacher's forward with its heads and without any gradient: phase -> milliseconds."""
-        teacher = self._distiller._teacher
+        teacher, size = self._distiller._teacher, self._distiller._common_size.of(self._batch)
         self._clock.switch(TEACHER_FORWARD)
         with self._autocast(), torch.no_grad(), teacher._own_streams():
-            images, features = teacher.split.features(self._batch)
+            images, features = sized_features(teacher.split, self._batch, size)
             teacher.split.losses(images, features, self._batch)
         return self._clock.finish()
 
     def feature_bytes(self) -> int:
         """Of the teacher's distilled levels."""
         with self._autocast():
-            levels = self._distiller.teacher_features
-            features, _ = self._distiller._teacher.features(self._batch, levels, with_gradients=False)
+            levels, size = self._distiller.teacher_features, self._distiller._common_size.of(self._batch)
+            features, _ = self._distiller._teacher.features(self._batch, levels, with_gradients=False, size=size)
         self._clock.finish()
         return sum(feature.nbytes for feature in features)
 
