@@ -64,7 +64,7 @@ def test_options_change_its_config(under_lazy):
     cfg.GKD.TEACHER.ROI_BATCH_SIZE = 9
     assert build_model(cfg).teacher.roi_heads.batch_size_per_image == 9
     cfg.GKD.TEACHER.OPTS = ["model.roi_heads.box_head.fc_dim=[8]"]
-    with pytest.raises(ValueError, match=r"with GKD.TEACHER.OPTS .*: .* did you mean model.roi_heads.box_head.fc_dims\?"):
+    with pytest.raises(ValueError, match=r"with GKD.TEACHER.OPTS .*: .* did you mean .*box_head.fc_dims"):
         build_model(cfg)
 
 
