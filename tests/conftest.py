@@ -18,6 +18,7 @@ from coco_json import write_coco
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
+from detectron2.utils.logger import setup_logger
 from tiny import calm, detector_config
 
 from gkd_d2.analysis.runs import Run
@@ -152,10 +153,22 @@ def run_here(project, monkeypatch, capfd):
     """Run a file of tools/ in this process; returns its exit status and what it printed."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "gkd_d2")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    with_ground_truth = {name for name in MetadataCatalog.list() if "json_file" in vars(MetadataCatalog.get(name))}
+
+    def reset() -> None:
+        for logger, (handlers, propagate, level) in zip(loggers, before):
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
+        # It sets a logger up once for each file.
+        setup_logger.cache_clear()
+        # Where an evaluation has left its ground truth, which is the run's own.
+        for name in {*MetadataCatalog.list()} - with_ground_truth:
+            vars(MetadataCatalog.get(name)).pop("json_file", None)
 
     def run(name: str, *arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         status, message = 0, ""
+        reset()
         try:
             runpy.run_path(str(project / "tools" / name), run_name="__main__")
         except SystemExit as end:
@@ -164,9 +177,7 @@ def run_here(project, monkeypatch, capfd):
         return status, f"{''.join(capfd.readouterr())}{message}"
 
     yield run
-    for logger, (handlers, propagate, level) in zip(loggers, before):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    reset()
 
 
 # The tests' tensors are so small that more threads cost time, much of it where others use the cores too.
