@@ -1,5 +1,6 @@
 """Real short trainings through the command line, on toy scenes and on real KITTI images."""
 
+import functools
 import json
 
 import pytest
@@ -33,10 +34,11 @@ def train_net(project, run_here, tmp_path, monkeypatch):
     """Run tools/train_net.py in an empty folder and return its output."""
     monkeypatch.chdir(tmp_path)
 
-    def run(config, datasets, *arguments, fails=False):
+    def run(config, datasets, *arguments, fails=False, small=False):
         monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets))
         options = ("--num-gpus", 0, "--config-file", project / "configs" / config)
-        status, printed = run_here("train_net.py", *options, *arguments)
+        size = ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64) if small else ()
+        status, printed = run_here("train_net.py", *options, *arguments, *size)
         assert (status != 0) == fails, printed[-3000:]
         return printed
 
@@ -55,6 +57,7 @@ def short(output, iterations, *, images=2):
 
 @pytest.mark.parametrize("name", ["frcnn", "retinanet"])
 def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_path):
+    train_net = functools.partial(train_net, small=True)
     train_net(f"toy/teachers/{name}.yaml", datasets, *short("teacher", 2))
     weights = tmp_path / "teacher" / "model_final.pth"
     student = [f"toy/gkd_{name}.yaml", datasets]
