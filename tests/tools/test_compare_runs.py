@@ -19,10 +19,12 @@ def runs_of(report):
     return [dict(zip(header, row)) for row in rows]
 
 
-def test_three_runs(demo, run_tool, tmp_path):
+def test_three_runs(demo, run_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(demo[0] / "datasets"))
     folders = [demo[0] / name for name in ("teacher", "student_alone", "student_distilled")]
     options = ["--output", tmp_path / "out", "--input-size", 64, 96, "--repeats", 2, "--images", 1, "--device", "cpu"]
-    printed = run_tool("compare_runs.py", *folders, *options, DETECTRON2_DATASETS=str(demo[0] / "datasets"))
+    status, printed = run_here("compare_runs.py", *folders, *options)
+    assert status == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in printed
     rows = runs_of(report)
@@ -58,13 +60,13 @@ def test_three_runs(demo, run_tool, tmp_path):
             assert picture.width > 1000
 
 
-def test_only_what_is_there_is_measured(demo, run_tool, tmp_path):
+def test_only_what_is_there_is_measured(demo, run_here, tmp_path):
     """Of a run without checkpoint the size is known from the config."""
     folder = tmp_path / "copied"
     folder.mkdir()
     for name in ("config.yaml", "metrics.json"):
         (folder / name).write_bytes((demo[0] / "student_alone" / name).read_bytes())
-    run_tool("compare_runs.py", folder, "--no-speed", "--output", tmp_path / "out")
+    assert run_here("compare_runs.py", folder, "--no-speed", "--output", tmp_path / "out")[0] == 0
     report = (tmp_path / "out" / "report.md").read_text()
     (found,) = runs_of(report)
     assert found["parameters (M)"] == f"{Run('', folder).parameters / 1e6:.2f}"
@@ -81,13 +83,13 @@ def test_a_disk_that_fills_up_is_named_with_the_folder(name, demo, run_here, tmp
     assert status == 1 and said.endswith(f"error: [Errno 28] No space left on device: '{tmp_path}'\n")
 
 
-def test_a_run_that_was_never_evaluated_is_named(demo, run_tool, tmp_path):
+def test_a_run_that_was_never_evaluated_is_named(demo, run_here, tmp_path):
     folder = tmp_path / "stopped"
     folder.mkdir()
     (folder / "config.yaml").write_bytes((demo[0] / "student_alone" / "config.yaml").read_bytes())
     (folder / "metrics.json").write_text('{"iteration": 0, "total_loss": 1.0}\n')
-    printed = run_tool("compare_runs.py", folder, "--output", tmp_path / "out", fails=True)
-    assert printed.startswith(f"error: {folder} was never evaluated")
+    status, printed = run_here("compare_runs.py", folder, "--output", tmp_path / "out")
+    assert status == 1 and printed.startswith(f"error: {folder} was never evaluated")
     assert not (tmp_path / "out").exists()
 
 

@@ -57,13 +57,13 @@ def distilled(distiller_config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["faster", "retinanet"])
-def test_stock_detectron2_detects_the_same_bit_for_bit(kind, distilled, run_tool, tmp_path):
+def test_stock_detectron2_detects_the_same_bit_for_bit(kind, distilled, run_here, tmp_path):
     folder, distiller = distilled(kind)
     checkpoint = torch.load(folder / "model_final.pth")
     assert {"align", "method"} < {name.partition(".")[0] for name in checkpoint["model"]}
     output = tmp_path / "student"
-    printed = run_tool("export_student.py", "--weights", folder, "--output", output)
-    assert f"checkpoint: {output / 'model.pth'}" in printed
+    status, printed = run_here("export_student.py", "--weights", folder, "--output", output)
+    assert status == 0 and f"checkpoint: {output / 'model.pth'}" in printed
 
     exported = torch.load(output / "model.pth")
     assert exported.keys() == {"model"}
@@ -87,15 +87,17 @@ def test_stock_detectron2_detects_the_same_bit_for_bit(kind, distilled, run_tool
 
 
 @pytest.fixture
-def export(demo, run_tool, tmp_path):
+def export(demo, run_here, tmp_path, monkeypatch):
     """Export the demo's distilled student by the config of its run; return the folder and what was printed."""
 
-    def run(*arguments, **options):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(demo[0] / "datasets"))
+
+    def run(*arguments, status=0):
         output = tmp_path / "student"
         weights = demo[0] / "student_distilled" / "model_final.pth"
-        environment = {"DETECTRON2_DATASETS": str(demo[0] / "datasets")}
-        arguments = ["--weights", weights, "--output", output, *arguments]
-        return output, run_tool("export_student.py", *arguments, **options, **environment)
+        ended, printed = run_here("export_student.py", "--weights", weights, "--output", output, *arguments)
+        assert ended == status, printed
+        return output, printed
 
     return run
 
@@ -131,7 +133,7 @@ def test_torchscript_detects_what_the_model_does(demo, export):
 
 @pytest.mark.skipif(HAS_EXPORTER, reason="this Detectron2's exporter can be imported")
 def test_torchscript_without_an_exporter_says_how_to_get_one(export):
-    output, printed = export("--torchscript", fails=True)
+    output, printed = export("--torchscript", status=1)
     assert (
         "the exporter of the Detectron2 0.5 that is installed can't be imported (No module named 'caffe2')" in printed
     )
