@@ -67,15 +67,14 @@ if __name__ == "__main__":
         parser.error("--config-file is missing: name one of configs/")
     try:
         cfg = read_config(args.config_file, args.opts, args.imports)
-    except (OSError, ValueError) as error:
-        sys.exit(f"This run can't start:\n- {error}")
-    try:
         if args.eval_only:
             # The student is evaluated as the plain detector it is: no teacher is built.
             cfg = detector_config(cfg)
         cfg.freeze()
         processes = count_processes(args, device=cfg.MODEL.DEVICE)
         check_inputs(YacsRun(cfg), eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
-    except (PreflightError, OSError, ValueError) as error:
+    except PreflightError as error:
         sys.exit(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(f"This run can't start:\n- {error}")
     launch(main, args, (cfg, args), device=cfg.MODEL.DEVICE)

@@ -64,7 +64,7 @@ def test_files_in_capitals(main_of_tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--config-file", "CONFIG.YAML", "--num-gpus", "0", "SOLVER.BASELR", "1"]
     (tmp_path / "CONFIG.YAML").write_text("VERSION: 2")
-    assert main_of_tool("train_net.py", *arguments).startswith("there is no config key 'SOLVER.BASELR'")
+    assert "\n- there is no config key 'SOLVER.BASELR'" in main_of_tool("train_net.py", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,8 @@ def test_files_in_capitals(main_of_tool, tmp_path, monkeypatch):
     ],
 )
 def test_a_training(command, main_of_tool, arguments, message):
-    assert main_of_tool("train_net.py", *command("train_net.py"), *arguments).startswith(message)
+    said = main_of_tool("train_net.py", *command("train_net.py"), *arguments)
+    assert said.startswith(f"This run can't start:\n- {message}")
 
 
 def test_a_student_without_architecture(command, main_of_tool):
