@@ -20,7 +20,7 @@ To distil the detector of a Detectron2 config, name its teacher and build the mo
 
 In training the model returns the student's losses and those of ``cfg.GKD.METHOD``; otherwise it is the student.
 ``Trainer`` of ``gkd_d2.engine.trainer`` trains it, and so does ``tools/train_net.py`` where these keys stand in a
-config file.
+config file. For a LazyConfig there are ``gkd_d2.lazy.distil`` and tools/lazyconfig_train_net.py: docs/lazy.md.
 
 The four losses of the method gkd by themselves, for features of one level or several and their gradients. Weights and
 options that are not given are a config's defaults, by which the attention loss is off:

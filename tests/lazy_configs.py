@@ -61,6 +61,30 @@ model.roi_heads.mask_head.conv_dims = [8, 8]
 model.pixel_std = [57.375, 57.12, 58.395]
 """
 
+# Mask R-CNN with a ViT, of Detectron2 after 0.5: it takes RGB.
+_VIT = """\
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
+
+model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+net = model.backbone.net
+net.img_size, net.embed_dim, net.depth, net.num_heads, net.drop_path_rate = 64, {width}, 2, 2, 0.0
+net.window_size, net.window_block_indexes = 2, [0]
+model.backbone.square_pad = 0
+model.backbone.out_channels = {channels}
+model.proposal_generator.head.in_channels = {channels}
+model.proposal_generator.anchor_generator.sizes = [[8], [16], [32], [64], [128]]
+model.roi_heads.num_classes = 3
+model.roi_heads.batch_size_per_image = 16
+model.roi_heads.box_head.input_shape = ShapeSpec(channels={channels}, height=7, width=7)
+model.roi_heads.box_head.conv_dims = [8]
+model.roi_heads.box_head.fc_dims = [32]
+model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=32)
+model.roi_heads.mask_head.input_shape = ShapeSpec(channels={channels}, width=14, height=14)
+model.roi_heads.mask_head.conv_dims = [8, 8]
+"""
+
 _WITHOUT_MASKS = """\
 for name in ("mask_in_features", "mask_pooler", "mask_head"):
     model.roi_heads.pop(name)
@@ -119,7 +143,9 @@ model = distil(model, teacher="TEACHER.py", teacher_weights="TEACHER.pth"{option
 
 
 def model_text(kind: str, *, width: int = 8, channels: int = 16) -> str:
-    """A config that holds a ``model`` alone: "retinanet", "faster" or "mask"."""
+    """A config that holds a ``model`` alone: "retinanet", "faster", "mask" or "vit"."""
+    if kind == "vit":
+        return _VIT.format(width=width, channels=channels)
     text = _RETINANET if kind == "retinanet" else _RCNN
     return _BACKBONE + text.format(width=width, channels=channels) + (_WITHOUT_MASKS if kind == "faster" else "")
 

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 # From the top; the package itself stands above its folders, and a folder within one below it where it is named.
 FLOORS = (
     {"", "collect_env", "config_docs"},
-    {"analysis", "export"},
+    {"analysis", "export", "lazy"},
     {"engine"},
     {"modeling"},
     {"modeling.split"},

@@ -68,6 +68,10 @@ class _Placed(str):
 def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
     """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
     written, files = load_file(config_file, _place_own)
+    if "_target_" in _node(written, "model"):
+        raise ValueError(
+            f"{config_file} was written by a run of a LazyConfig, which only tools/lazyconfig_train_net.py can read"
+        )
     teacher = _node(written, "GKD", "TEACHER")
     teacher.update({key: str(path) for key, path in teacher.items() if isinstance(path, _Placed)})
     modules = [*_listed_modules(config_file, written, opts), *imports]

@@ -128,7 +128,10 @@ def load_file(path: str, own_paths: Callable[[dict, str], None]) -> tuple[dict, 
                 raise ValueError(f"its _BASE_ {filename} is based on it in turn")
             chain.append(filename)
             if filename.endswith(".py"):
-                raise ValueError("it is Python code, as of Detectron2's LazyConfig: name a config in YAML")
+                raise ValueError(
+                    "it is Python code, as of Detectron2's LazyConfig: name a config in YAML; "
+                    "tools/lazyconfig_train_net.py trains LazyConfigs"
+                )
             loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
             if not isinstance(loaded, dict):
                 raise TypeError

@@ -2,11 +2,13 @@
 
 import math
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from lazy_configs import write_teacher
 from short_runs import checkpoints
 from tiny import calm, train, training_batch
@@ -15,6 +17,8 @@ from gkd_d2.config import teacher_spec
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.trainer import Trainer
+
+HAS_VIT = all(map(find_spec, ("detectron2.modeling.backbone.vit", "timm")))
 
 
 @pytest.fixture
@@ -45,6 +49,26 @@ def test_it_teaches(student, teacher, under_lazy, caplog):
     assert ("without its head for masks" in caplog.text) == (student == "faster")
     # The teacher stays.
     assert all(torch.equal(t, saved[n]) for n, t in distiller.teacher.state_dict().items())
+
+
+@pytest.mark.skipif(not HAS_VIT, reason="this Detectron2 has no ViT, or timm, which it needs, is not installed")
+@pytest.mark.parametrize("student", ["faster", "mask"])
+def test_a_vit_teaches(student, under_lazy):
+    """Trained on RGB, and a head of another kind: all by the two configs."""
+    distiller = build_model(under_lazy(student, "vit", channels=8))
+    calm(distiller.student)
+    assert distiller.student_features == ["p2", "p3", "p4", "p5"]
+    batch = training_batch(masks=student == "mask")
+    flipped = [{**x, "image": x["image"].flip(0)} for x in batch]
+    with EventStorage():
+        seen = distiller.observe(batch, student_grad=False, teacher_grad=False)
+        losses = distiller.train()(batch)
+    assert seen.image_size == (96, 128)
+    size = distiller.teacher.preprocess_image(flipped).tensor.shape[-2:]
+    padding = (0, 128 - size[1], 0, 96 - size[0])
+    images = torch.nn.functional.pad(distiller.teacher.preprocess_image(flipped).tensor, padding)
+    torch.testing.assert_close(seen.teacher[0], distiller.teacher.backbone(images)["p2"])
+    assert all(math.isfinite(loss) for loss in losses.values()) and losses["loss_bmfi_box"] > 0
 
 
 def test_its_heads_are_inherited(under_lazy):

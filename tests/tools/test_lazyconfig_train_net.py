@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def workplace(tmp_path_factory, project):
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     environment["DETECTRON2_DATASETS"] = str(folder / "datasets")
 
-    def start(*arguments):
-        command = [sys.executable, str(project / "tools" / "lazyconfig_train_net.py"), "--config-file", str(config)]
+    def start(*arguments, tool=project / "tools" / "lazyconfig_train_net.py"):
+        command = [sys.executable, str(tool), "--config-file", str(config)]
         return subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=folder,
@@ -51,6 +52,18 @@ def finish(run, status=0):
 def train(workplace, name, *arguments, resume=False):
     flags = ["--resume"] if resume else []
     return workplace(*flags, *arguments, *SMALL, f"train.output_dir={workplace.folder / name}")
+
+
+@pytest.mark.skipif(
+    "DETECTRON2_TOOLS" not in os.environ, reason="DETECTRON2_TOOLS names no folder of Detectron2's tools"
+)
+def test_detectron2s_own_tool_trains_it(workplace):
+    folder = workplace.folder / "stock"
+    options = ("train.max_iter=2", "train.seed=3", f"train.output_dir={folder}")
+    output = finish(workplace(*options, tool=Path(os.environ["DETECTRON2_TOOLS"]) / "lazyconfig_train_net.py"))
+    assert "Nothing watches this distillation" in output and "loss_bmfi_box" in output
+    saved = state(folder)["model"]
+    assert "head.cls_score.weight" in saved and not any("teacher" in name for name in saved)
 
 
 def state(folder):

@@ -173,7 +173,7 @@ def test_a_dead_level_stops_the_run_and_keeps_its_checkpoints(training, tmp_path
         "iterations with objects, up to iteration 2: "
     )
     assert "Take p7 out of GKD.FEATURES" in text
-    assert "raise GKD.WATCH_PATIENCE, which is 3, for instance by the arguments GKD.WATCH_PATIENCE 30" in text
+    assert "raise GKD.WATCH_PATIENCE, which is 3, for instance by `GKD.WATCH_PATIENCE 30" in text
     # Every scalar is written before the end.
     assert metrics(tmp_path / "output")[2]["gkd_ratio/gradient/p7"] == 0
     assert metrics(tmp_path / "output")[2]["gkd_ratio/image/p7"] > 0
