@@ -46,6 +46,10 @@ for row in $rows; do
   result=0
   make --directory "$clone" $goal PYTHON="python$python" TORCH="$torch" >"$log" 2>&1 || result=$?
   [ "$result" = 0 ] || status=1
+  if [ "$goal" = setup ]; then
+    table+=$'\n'"$row|set up with status $result"
+    continue
+  fi
   # The last line of pytest, such as "1 failed, 980 passed, 20 skipped in 700.12s (0:11:40)".
   last=$(tail -n 1 <<<"$(grep -E '^[= ]*[0-9]+ (failed|passed|skipped).* in [0-9.]+s' "$log" || true)")
   count() { grep -oE "[0-9]+ $1" <<<"$last" | cut -d ' ' -f 1 || echo 0; }

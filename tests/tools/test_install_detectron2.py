@@ -82,9 +82,28 @@ def test_what_detectron2_names_comes_first(project, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"installing '{wheel}', because DETECTRON2 asks for it" in done.stdout
     assert "Detectron2 9.9 is ready" in done.stdout
-    done = subprocess.run(command, env=os.environ | {"DETECTRON2": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"DETECTRON2": str(tmp_path / "no.whl")}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "this command failed" in done.stderr
+
+
+@pytest.mark.parametrize("found", [None, ModuleNotFoundError("setuptools")])
+def test_what_builds_wheels_is_fetched_where_it_is_missing(tool, found, tmp_path, monkeypatch):
+    """As in a new environment, which has an early setuptools without wheel, or no setuptools."""
+    commands = []
+    monkeypatch.setattr(tool, "run", lambda *command: commands.append(command))
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    tool.ensure_wheels_can_be_built(tmp_path)
+    assert not commands and os.environ["PYTHONPATH"] == "mine"
+
+    def find_spec(name):
+        if found:
+            raise found
+
+    monkeypatch.setattr(tool.importlib.util, "find_spec", find_spec)
+    tool.ensure_wheels_can_be_built(tmp_path)
+    assert commands[0][-4:] == ("--target", tmp_path, "setuptools", "wheel")
+    assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}mine"
 
 
 def test_another_archive_is_refused(tool, tmp_path, monkeypatch):
