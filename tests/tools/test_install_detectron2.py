@@ -82,7 +82,9 @@ def test_what_detectron2_names_comes_first(project, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"installing '{wheel}', because DETECTRON2 asks for it" in done.stdout
     assert "Detectron2 9.9 is ready" in done.stdout
-    done = subprocess.run(command, env=os.environ | {"DETECTRON2": str(tmp_path / "no.whl")}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"DETECTRON2": str(tmp_path / "no.whl")}, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "this command failed" in done.stderr
 
