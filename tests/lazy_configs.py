@@ -38,7 +38,7 @@ model.backbone.bottom_up = resnet({width}, ["res3", "res4", "res5"])
 model.backbone.out_channels = {channels}
 model.backbone.top_block.in_channels = 16 * {width}
 model.backbone.top_block.in_feature = "res5"
-model.head.input_shape = [ShapeSpec(channels={channels})]
+model.head.input_shape = [ShapeSpec(channels={channels})] * len(model.head.input_shape)
 model.head.conv_dims = [{channels}]
 model.pixel_std = [57.375, 57.12, 58.395]
 """
@@ -132,7 +132,10 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.5,
     warmup_factor=0.1,
 )
-train = dict(output_dir="OUTPUT", device="cpu", max_iter=6, eval_period=0, seed=3, watch=dict(period=2))
+train = model_zoo.get_config("common/train.py").train
+train.update(
+    output_dir="OUTPUT", init_checkpoint="", device="cpu", max_iter=6, eval_period=0, seed=3, watch=dict(period=2)
+)
 """
 
 _DISTILLED = """\

@@ -113,8 +113,9 @@ def build_distiller(
         teacher_weights, method, features, teacher_features, init_from_teacher, warmup_iters, one_pass: see
             :func:`distil`.
         seed: of all random streams beside the student's, >= 0.
-        image_format: order of the channels of the images in a batch, such as "BGR".
-        teacher_image_format: that of the images that the teacher was trained on.
+        image_format: order of the channels of the images in a batch, such as "BGR", where the student has no
+            ``input_format``.
+        teacher_image_format: that of the images that the teacher was trained on, where it has no ``input_format``.
         teacher_file: what describes the teacher, for the log.
         teacher_train_sets: names of the datasets that it was trained on; looked at before a run.
         left_out: heads that it is built without, "mask" or "keypoint".
@@ -135,7 +136,10 @@ def build_distiller(
         warmup_iters=warmup_iters,
         one_pass=one_pass,
         seed=seed,
-        swap_channels=channels_swapped(image_format, teacher_image_format),
+        swap_channels=channels_swapped(
+            getattr(student, "input_format", None) or image_format,
+            getattr(teacher, "input_format", None) or teacher_image_format,
+        ),
         teacher_file=teacher_file,
         weights="the checkpoint that was loaded",
         left_out=left_out,

@@ -62,6 +62,15 @@ class LazyRun(Run):
                 f"dataloader.train calls {loader.get('_target_')}, but a run that can be resumed exactly needs "
                 "Detectron2's build_detection_train_loader: use that, with a dataset, mapper and sampler of your own"
             )
+        for head, loaded, key in (
+            ("mask", self.masks, "use_instance_mask"),
+            ("keypoint", self.keypoints, "use_keypoint"),
+        ):
+            if head in self.student.heads and not loaded:
+                problems.append(
+                    f"the detector has a {head} head, but dataloader.train.mapper.{key} is False: set it to True, or "
+                    "leave the head out"
+                )
         mapper_format = self._loader("train.mapper.image_format")
         if mapper_format and mapper_format != (wanted := self.student.image_format):
             problems.append(

@@ -117,7 +117,8 @@ def test_one_weight_is_changed_and_the_others_stay(tmp_path):
 
 def test_a_teacher_that_takes_rgb(tmp_path):
     model = model_of(write_distilled(tmp_path))
-    model.teacher_image_format = "RGB"
+    # After distil(), as by an override.
+    model.teacher.input_format = "RGB"
     model.method = LazyCall(FitNet)()
     distiller = instantiate(model)
     torch.manual_seed(0)

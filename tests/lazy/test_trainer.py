@@ -235,6 +235,11 @@ def test_loaders_that_can_not_be_resumed_exactly_and_averages_are_refused(config
     assert "train.model_ema.enabled is True" in text
 
 
+def test_masks_that_are_not_loaded(folder, read):
+    text = problems(read(write_plain(folder, "mask", name="masks")))
+    assert "the detector has a mask head, but dataloader.train.mapper.use_instance_mask is False" in text
+
+
 def test_keys_of_train_without_effect_are_named(config, read):
     cfg = read(config)
     assert unknown_train_keys(cfg) == []

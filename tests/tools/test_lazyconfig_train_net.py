@@ -54,9 +54,7 @@ def train(workplace, name, *arguments, resume=False):
     return workplace(*flags, *arguments, *SMALL, f"train.output_dir={workplace.folder / name}")
 
 
-@pytest.mark.skipif(
-    "DETECTRON2_TOOLS" not in os.environ, reason="DETECTRON2_TOOLS names no folder of Detectron2's tools"
-)
+@pytest.mark.skipif("DETECTRON2_TOOLS" not in os.environ, reason="DETECTRON2_TOOLS names no folder")
 def test_detectron2s_own_tool_trains_it(workplace):
     folder = workplace.folder / "stock"
     options = ("train.max_iter=2", "train.seed=3", f"train.output_dir={folder}")
