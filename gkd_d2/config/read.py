@@ -70,7 +70,8 @@ def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> 
     written, files = load_file(config_file, _place_own)
     if "_target_" in _node(written, "model"):
         raise ValueError(
-            f"{config_file} was written by a run of a LazyConfig, which only tools/lazyconfig_train_net.py can read"
+            f"{config_file} was written by tools/lazyconfig_train_net.py: of runs of a LazyConfig this can't be done, "
+            "only of those of tools/train_net.py"
         )
     teacher = _node(written, "GKD", "TEACHER")
     teacher.update({key: str(path) for key, path in teacher.items() if isinstance(path, _Placed)})

@@ -138,6 +138,31 @@ def test_what_is_said_before_a_run(under_lazy, toy_scenes, tmp_path):
     assert "lazy.py is no LazyConfig of a detector" in problems(cfg)
 
 
+def test_the_tools_accept_it(under_lazy, toy_scenes, tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = under_lazy()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_kitti_train",), ("toy_kitti_val",)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.DATALOADER.NUM_WORKERS = 2, 1, 0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.OUTPUT_DIR = (64,), 64, "run"
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    tools = (
+        ("train_net.py", "--config-file", "student.yaml"),
+        ("suggest_weights.py", "--config-file", "student.yaml", "--batches", 1),
+        ("visualize_gkd.py", "--config-file", "student.yaml", "--count", 1, "MODEL.WEIGHTS", "run/model_final.pth"),
+        ("compare_runs.py", "run", "--no-speed", "--output", "report"),
+    )
+    for tool in tools:
+        status, printed = run_here(*tool)
+        assert status == 0, printed[-2000:]
+    assert "| student distilled |" in (tmp_path / "report" / "report.md").read_text()
+    assert len(list((tmp_path / "run" / "visualize").glob("*.png"))) == 1
+    # What a run of a LazyConfig leaves is refused in a sentence.
+    (tmp_path / "lazy_run").mkdir()
+    (tmp_path / "lazy_run" / "config.yaml").write_text("model: {_target_: some.detector}\n")
+    status, printed = run_here("compare_runs.py", "lazy_run", "--output", "other")
+    assert status == 1 and "lazy_run/config.yaml was written by tools/lazyconfig_train_net.py" in printed
+
+
 def test_its_training_sets_must_have_the_students_classes(under_lazy, toy_scenes):
     cfg = under_lazy()
     cfg.DATASETS.TRAIN = ("toy_kitti_train",)
