@@ -14,14 +14,15 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
+from gkd_d2.config.lazy_spec import plain_model
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
 from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
 from gkd_d2.lazy.names import in_lazy_words, speaking_lazily
-from gkd_d2.lazy.read import read_lazy, warn_of_unknown_keys
-from gkd_d2.lazy.run import LazyRun, plain_config
+from gkd_d2.lazy.read import read_lazy, warn_of_keys_without_effect
+from gkd_d2.lazy.run import LazyRun
 from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.command_line import parse_options_first
@@ -35,7 +36,9 @@ from omegaconf import DictConfig
 def read(args: argparse.Namespace) -> DictConfig:
     """The config of the run; an evaluation is that of the plain student, for which no teacher is built."""
     cfg = read_lazy(args.config_file, args.opts, eval_only=args.eval_only)
-    return plain_config(cfg) if args.eval_only else cfg
+    if args.eval_only:
+        cfg.model = plain_model(cfg.model)
+    return cfg
 
 
 def main(args: argparse.Namespace):
@@ -47,7 +50,7 @@ def main(args: argparse.Namespace):
         with ending_in_a_sentence(folder, OSError, ResumeError, ValueError):
             settle_lazy_seed(cfg, resume=args.resume)
             set_up_run(LazyRun(cfg), args)
-            warn_of_unknown_keys(cfg)
+            warn_of_keys_without_effect(cfg)
             if not args.eval_only:
                 trainer = LazyTrainer(cfg)
                 trainer.resume_or_load(resume=args.resume)
@@ -70,7 +73,8 @@ if __name__ == "__main__":
         sys.exit(str(error))
     try:
         processes = count_processes(args, device=cfg.train.device)
-        check_inputs(LazyRun(cfg), eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
+        run = LazyRun(cfg, eval_only=args.eval_only)
+        check_inputs(run, eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:
         sys.exit(in_lazy_words(str(error)))
     launch(main, args, (args,), device=cfg.train.device)

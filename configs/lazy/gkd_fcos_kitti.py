@@ -5,7 +5,7 @@ from pathlib import Path
 from gkd_d2.lazy import distil
 
 from .common.fcos import model as student
-from .common.kitti import optimizer, train
+from .common.kitti import dataloader, lr_multiplier, optimizer, train
 
 model = distil(
     student,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gkd_d2.lazy import distil
 
-from .common.kitti import optimizer, train
+from .common.kitti import dataloader, lr_multiplier, optimizer, train
 from .common.retinanet import model as student
 
 model = distil(

@@ -64,10 +64,11 @@ def teacher_spec(cfg: CfgNode) -> DetectorSpec:
         ImportError: a module in its GKD.IMPORTS raises an error.
     """
     path = _teacher_file(cfg)
-    if not path.endswith(".py"):
-        return YacsSpec(teacher_config(cfg), file=path)
-    with _naming_opts(cfg):
-        spec = load_lazy_spec(path, cfg.GKD.TEACHER.OPTS)
+    if path.endswith(".py"):
+        with _naming_opts(cfg) as opts:
+            spec = load_lazy_spec(path, opts)
+    else:
+        spec = YacsSpec(_plain_teacher_config(cfg, path), file=path)
     return spec.with_proposals(cfg.GKD.TEACHER.ROI_BATCH_SIZE)
 
 
@@ -83,21 +84,15 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     Raises:
         ValueError, FileNotFoundError, ImportError: as :func:`teacher_spec`.
     """
-    path = _teacher_file(cfg)
-    with _naming_opts(cfg):
-        teacher = detector_config(merged_config(path, cfg.GKD.TEACHER.OPTS, ()))
+    return teacher_spec(cfg).cfg
+
+
+def _plain_teacher_config(cfg: CfgNode, path: str) -> CfgNode:
+    with _naming_opts(cfg) as opts:
+        teacher = detector_config(merged_config(path, opts, ()))
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS
-    if proposals := cfg.GKD.TEACHER.ROI_BATCH_SIZE:
-        if proposals < 0:
-            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but must be >= 0")
-        if teacher.MODEL.META_ARCHITECTURE == "RetinaNet":
-            raise ValueError(
-                f"GKD.TEACHER.ROI_BATCH_SIZE is {proposals}, but {path} describes a RetinaNet, which samples no "
-                "proposals: leave it at 0"
-            )
-        teacher.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = proposals
     # Its pictures would overwrite the student's.
     teacher.VIS_PERIOD = 0
     teacher.freeze()
@@ -122,11 +117,11 @@ def _teacher_file(cfg: CfgNode) -> str:
 
 @contextlib.contextmanager
 def _naming_opts(cfg: CfgNode):
-    """Say where the fault may be, where there are GKD.TEACHER.OPTS."""
+    """GKD.TEACHER.OPTS as text, as on a command line; an error says that the fault may be theirs."""
+    opts = [str(part) for part in cfg.GKD.TEACHER.OPTS]
     try:
-        yield
+        yield opts
     except ValueError as error:
-        opts = cfg.GKD.TEACHER.OPTS
         if not opts:
             raise
-        raise ValueError(f"with GKD.TEACHER.OPTS {list(opts)}: {error}") from error
+        raise ValueError(f"with GKD.TEACHER.OPTS {opts}: {error}") from error

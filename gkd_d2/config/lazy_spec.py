@@ -16,6 +16,8 @@ from gkd_d2.utils.text import did_you_mean
 
 # Where a detector keeps its number of classes.
 _CLASS_PATHS = ("roi_heads.num_classes", "num_classes")
+# What makes a distilled model, which stands above this folder; its ``student`` is a plain detector.
+_DISTILLER = "gkd_d2.lazy.distil.build_distiller"
 
 
 class LazySpec(DetectorSpec):
@@ -25,23 +27,30 @@ class LazySpec(DetectorSpec):
         model: describes the detector by ``_target_`` and its arguments, as the ``model`` of a config does.
         file: see :class:`DetectorSpec`.
         train_sets: see :class:`DetectorSpec`.
-        image_format: of the images, where the detector itself does not say.
+        image_format: of the images that its mapper gives it; default: the model's ``input_format``.
+        place: of ``model`` in its config.
     """
 
     def __init__(
-        self, model: DictConfig, file: str = "", train_sets: Sequence[str] = (), image_format: str | None = None
+        self,
+        model: DictConfig,
+        file: str = "",
+        train_sets: Sequence[str] = (),
+        image_format: str | None = None,
+        place: str = "model",
     ):
         self.model = model
         self.file = file
         self.train_sets = tuple(train_sets)
-        self.image_format = model.get("input_format") or image_format or "BGR"
+        self.image_format = image_format or model.get("input_format") or "BGR"
+        self._place = place
 
     @property
     def classes(self):
         of_file = f" of {self.file}" if self.file else ""
         for path in _CLASS_PATHS:
             if isinstance(number := OmegaConf.select(self.model, path), int):
-                return f"model.{path}{of_file}", number
+                return f"{self._place}.{path}{of_file}", number
         return None
 
     @property
@@ -50,7 +59,7 @@ class LazySpec(DetectorSpec):
         return {head for head in EXTRA_HEADS if roi_heads.get(f"{head}_in_features")}
 
     def without(self, heads):
-        return LazySpec(without_heads(self.model, heads), self.file, self.train_sets, self.image_format)
+        return self._with(without_heads(self.model, heads))
 
     def with_proposals(self, number: int) -> LazySpec:
         """The same detector, whose ROI heads sample so many proposals an image in training; 0: as many as they did.
@@ -65,7 +74,10 @@ class LazySpec(DetectorSpec):
             return self
         model = self.model.copy()
         model.roi_heads.batch_size_per_image = number
-        return LazySpec(model, self.file, self.train_sets, self.image_format)
+        return self._with(model)
+
+    def _with(self, model: DictConfig) -> LazySpec:
+        return LazySpec(model, self.file, self.train_sets, self.image_format, self._place)
 
     def problems(self):
         return []
@@ -93,11 +105,22 @@ def load_lazy_spec(path: str, overrides: Sequence[str] = ()) -> LazySpec:
     cfg = load_lazy(path, overrides)
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     return LazySpec(
-        cfg.model,
+        plain_model(cfg.model),
         path,
         (names,) if isinstance(names, str) else tuple(names),
         OmegaConf.select(cfg, "dataloader.train.mapper.image_format"),
     )
+
+
+def plain_model(model: DictConfig) -> DictConfig:
+    """A detector's config; of a distilled one its student's."""
+    return model.student if is_called(model, _DISTILLER) else model
+
+
+def is_called(node: DictConfig, name: str) -> bool:
+    """Whether a node of a LazyConfig calls the function or class of a dotted name."""
+    target = node.get("_target_")
+    return name == (target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}")
 
 
 def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -109,7 +132,7 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         cfg = LazyConfig.load(path)
     # The file is Python, which may raise anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} can't be read as a LazyConfig: {type(error).__name__}: {error}") from error
     if not isinstance(cfg, DictConfig) or "_target_" not in (cfg.get("model") or {}):
         raise ValueError(
@@ -122,7 +145,8 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Apply overrides, "key=value", to a LazyConfig, in place; returns it.
 
-    A key must exist, or be an argument of what is called by ``_target_``, which need not be written in a config.
+    A key must exist, or be an argument of what is called by ``_target_``, which need not be written in a config; with
+    "+key=value" it may be new.
 
     Raises:
         ValueError: an override is none, or its key does not exist.
@@ -131,13 +155,13 @@ def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals or override.startswith("-"):
             raise ValueError(
-                f"{override!r} is no override: write key=value without spaces, such as train.max_iter=1000, after all "
-                "options"
+                f"{override!r} is no override of a LazyConfig: write key=value without spaces, such as "
+                "train.max_iter=1000"
             )
-        parent, _, name = key.lstrip("+").rpartition(".")
+        parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         known = _keys(node)
-        if known is not None and name not in known:
+        if not key.startswith("+") and known is not None and name not in known:
             near = did_you_mean(key, [f"{parent}.{other}" if parent else other for other in known])
             raise ValueError(f"{override!r} sets {key}, which the config does not have{near}")
         try:
@@ -150,11 +174,19 @@ def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def _keys(node: object) -> list[str] | None:
     """What a node of a config has, or its call takes; None where that is anything."""
+    if OmegaConf.is_list(node):
+        return [str(number) for number in range(len(node))]
     if not isinstance(node, DictConfig):
         return []
     keys = [str(key) for key in node]
     if "_target_" not in node:
         return keys
+    parameters = called_with(node)
+    return None if parameters is None else [*keys, *(name for name in parameters if name not in keys)]
+
+
+def called_with(node: DictConfig) -> list[str] | None:
+    """The names of the arguments that a node's call takes; None where that is anything, or not known."""
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     try:
         parameters = inspect.signature(target).parameters
@@ -162,7 +194,7 @@ def _keys(node: object) -> list[str] | None:
         return None
     if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
-    return [*keys, *(name for name in parameters if name not in keys)]
+    return list(parameters)
 
 
 def without_heads(model: DictConfig, heads: Sequence[str]) -> DictConfig:

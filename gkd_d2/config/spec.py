@@ -98,6 +98,27 @@ class YacsSpec(DetectorSpec):
         cfg.freeze()
         return YacsSpec(cfg, self._architecture_key, self.file)
 
+    def with_proposals(self, number: int) -> YacsSpec:
+        """The same detector, whose ROI heads sample so many proposals an image in training; 0: as many as they did.
+
+        Raises:
+            ValueError: ``number`` is negative, or there are no ROI heads.
+        """
+        if number < 0:
+            raise ValueError(f"GKD.TEACHER.ROI_BATCH_SIZE is {number}, but must be >= 0")
+        if number and self.cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+            raise ValueError(
+                f"GKD.TEACHER.ROI_BATCH_SIZE is {number}, but {self.file} describes a RetinaNet, which samples no "
+                "proposals: leave it at 0"
+            )
+        if not number:
+            return self
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = number
+        cfg.freeze()
+        return YacsSpec(cfg, self._architecture_key, self.file)
+
     def problems(self):
         return find_unregistered(self.cfg, self._architecture_key, self._place)
 

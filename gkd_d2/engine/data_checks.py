@@ -32,7 +32,7 @@ def dataset_problems(run: Run, *, eval_only: bool, read: bool = True) -> list[st
         A sentence for each problem.
     """
     used = list(dict.fromkeys([*(() if eval_only else run.train_sets), *run.test_sets]))
-    if not used or not (eval_only or run.train_sets):
+    if not run.own_data and not (used and (eval_only or run.train_sets)):
         return [f"DATASETS.{'TEST' if eval_only else 'TRAIN'} is empty: there is no data to use"]
     problems = _absent(used)
     if problems or not read:

@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default as default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from gkd_d2.data.build import BatchSampler
 from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import release_sigterm
 from gkd_d2.engine.output import naming_output
@@ -45,6 +46,9 @@ class ExactTrainer(TrainerBase):
         max_iter: number of iterations.
         seed: >= 0.
         ddp: options of DistributedDataParallel, where there are several processes.
+
+    Raises:
+        TypeError: the loader is another one.
     """
 
     def __init__(
@@ -61,6 +65,11 @@ class ExactTrainer(TrainerBase):
     ):
         # Not that of the next class, which may be Detectron2's DefaultTrainer and build everything itself.
         TrainerBase.__init__(self)
+        if not isinstance(getattr(data_loader, "batch_sampler", None), BatchSampler):
+            raise TypeError(
+                f"the training loader is a {type(data_loader).__name__} that can't start at a given batch, which an "
+                "exact resume needs: make it by gkd_d2.data.build.seeded_loader"
+            )
         self.run = run
         self._trainer = TrainStep(
             _distributed(model, **(ddp or {})),

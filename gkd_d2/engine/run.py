@@ -50,6 +50,7 @@ class Run(ABC):
         amp_dtype: of autocast, "float16" or "bfloat16"; empty: there is none.
         train_sets: names of the datasets for training.
         test_sets: names of the datasets for evaluation.
+        own_data: whether it reads data that no name in its config stands for, and that are not looked at before it.
         masks: whether its batches hold masks.
         keypoints: whether they hold keypoints.
         distilled: whether there is a teacher.
@@ -64,6 +65,7 @@ class Run(ABC):
     amp_dtype: str
     train_sets: tuple[str, ...]
     test_sets: tuple[str, ...]
+    own_data: bool
     masks: bool
     keypoints: bool
     distilled: bool
@@ -127,6 +129,7 @@ class YacsRun(Run):
         self.reference_world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
         self.amp_dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else ""
         self.train_sets, self.test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+        self.own_data = False
         self.masks, self.keypoints = cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON
         self.distilled = cfg.MODEL.META_ARCHITECTURE == DISTILLER
 

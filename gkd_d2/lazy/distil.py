@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from gkd_d2.config import DetectorSpec, YacsSpec, detector_config
-from gkd_d2.config.lazy_spec import LazySpec, load_lazy_spec
+from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
 from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.losses import LossWeights
@@ -65,11 +65,11 @@ def distil(
         ValueError: an argument describes no detector or method.
         FileNotFoundError: there is no such config file.
     """
-    ours = LazySpec(student)
+    ours = LazySpec(plain_model(student))
     node, theirs, unlabelled = _teacher(teacher, list(teacher_opts), ours.heads, roi_batch_size)
     return LazyCall(build_distiller)(
         # The student comes first: it is built first, and draws what it would draw alone.
-        student=student,
+        student=ours.model,
         teacher=node,
         teacher_weights=teacher_weights,
         method=_method(method),
@@ -78,8 +78,8 @@ def distil(
         init_from_teacher=init_from_teacher,
         warmup_iters=warmup_iters,
         one_pass=one_pass,
-        seed=0,
-        image_format=ours.image_format,
+        # By reference, which follows an override.
+        image_format="${.student.input_format}" if "input_format" in ours.model else "BGR",
         teacher_image_format=theirs.image_format,
         teacher_file=theirs.file,
         teacher_train_sets=list(theirs.train_sets),
@@ -99,8 +99,8 @@ def build_distiller(
     warmup_iters: int = 0,
     one_pass: bool = True,
     seed: int = 0,
-    image_format: str = "BGR",
-    teacher_image_format: str = "BGR",
+    image_format: str | None = None,
+    teacher_image_format: str | None = None,
     teacher_file: str = "",
     teacher_train_sets: Sequence[str] = (),
     left_out: Sequence[str] = (),
@@ -113,17 +113,21 @@ def build_distiller(
         teacher_weights, method, features, teacher_features, init_from_teacher, warmup_iters, one_pass: see
             :func:`distil`.
         seed: of all random streams beside the student's, >= 0.
-        image_format: order of the channels of the images in a batch, such as "BGR", where the student has no
+        image_format: order of the channels of the images in a batch, such as "BGR"; default: the student's
             ``input_format``.
-        teacher_image_format: that of the images that the teacher was trained on, where it has no ``input_format``.
+        teacher_image_format: that of the images that the teacher was trained on; default: its ``input_format``.
         teacher_file: what describes the teacher, for the log.
         teacher_train_sets: names of the datasets that it was trained on; looked at before a run.
         left_out: heads that it is built without, "mask" or "keypoint".
 
     Raises:
         ValueError: teacher and student do not match, or an option is out of range.
+        TypeError: an option is not of its type.
         CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
     """
+    for name, value in (("init_from_teacher", init_from_teacher), ("one_pass", one_pass)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, but must be True or False")
     parts = join(
         student,
         lambda: teacher,
@@ -137,14 +141,17 @@ def build_distiller(
         one_pass=one_pass,
         seed=seed,
         swap_channels=channels_swapped(
-            getattr(student, "input_format", None) or image_format,
-            getattr(teacher, "input_format", None) or teacher_image_format,
+            image_format or _input_format(student), teacher_image_format or _input_format(teacher)
         ),
         teacher_file=teacher_file,
         weights="the checkpoint that was loaded",
         left_out=left_out,
     )
     return GKDDistiller(**parts)
+
+
+def _input_format(model: nn.Module) -> str:
+    return getattr(model, "input_format", None) or "BGR"
 
 
 def build_from_yaml(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
@@ -164,13 +171,14 @@ def teacher_of(model: DictConfig) -> DetectorSpec:
         model: from :func:`distil`.
     """
     node = model.teacher
-    if node._target_ in (build_from_yaml, f"{__name__}.{build_from_yaml.__name__}"):
+    if is_called(node, f"{__name__}.{build_from_yaml.__name__}"):
         return _yacs_spec(node.config_file, node.opts)
-    return LazySpec(node, model.teacher_file, model.teacher_train_sets, model.teacher_image_format)
+    place = "model" if model.teacher_file else "model.teacher"
+    return LazySpec(node, model.teacher_file, model.teacher_train_sets, model.teacher_image_format, place)
 
 
 def _yacs_spec(config_file: str, opts: Sequence[str]) -> YacsSpec:
-    cfg = detector_config(merged_config(config_file, [*opts, "MODEL.DEVICE", "cpu"], ()))
+    cfg = detector_config(merged_config(config_file, [*map(str, opts), "MODEL.DEVICE", "cpu"], ()))
     return YacsSpec(cfg, file=config_file)
 
 
@@ -185,11 +193,12 @@ def _teacher(
     if not path.endswith(".yaml"):
         if opts and not path:
             raise ValueError("teacher_opts are for a teacher's file: change the model that is given itself")
-        spec = load_lazy_spec(path, opts) if path else LazySpec(teacher)
+        spec = load_lazy_spec(path, opts) if path else LazySpec(plain_model(teacher))
         unlabelled = _missing(spec, heads)
         spec = spec.without(unlabelled).with_proposals(proposals)
         return spec.model, spec, unlabelled
-    unlabelled = _missing(_yacs_spec(path, opts), heads)
+    spec = _yacs_spec(path, opts).with_proposals(proposals)
+    unlabelled = _missing(spec, heads)
     opts += [text for head in unlabelled for text in (f"MODEL.{head.upper()}_ON", "False")]
     if proposals:
         opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(proposals)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import sys
 from collections.abc import Iterator
 
-# What is not here and in none of the groups has no counterpart.
+from gkd_d2.losses.options import LossOptions
+
+# What is not here and no option of the method has no counterpart.
 _NAMES = {
     "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
@@ -66,24 +69,31 @@ _NAMES = {
     "SOLVER.MAX_ITER": "train.max_iter",
 }
 # Options of the method, such as GKD.MAP_REGION.
-_OF_METHOD = re.compile(r"GKD\.([A-Z_]+)")
-_KEY = re.compile(r"\b(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SEED)\b")
+_OF_METHOD = {f"GKD.{field.name.upper()}" for field in dataclasses.fields(LossOptions)} | {"GKD.IMPLEMENTATION"}
+# Not within a path.
+_KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SEED)(?![\w/-]|\.\w)")
+# What is said of a run of yacs, and what instead.
+_PHRASES = {
+    "name that module in GKD.IMPORTS or by --import": "import that module in the config",
+    " tools/suggest_weights.py measures it over many batches;": "",
+}
 # Key and value as on the command line of tools/train_net.py.
 _PAIR = re.compile(rf"`({_KEY.pattern}) ([^`]+)`")
 
 
 def in_lazy_words(text: str) -> str:
     """A message with the names that a LazyConfig has for the keys of yacs in it."""
+    for phrase, other in _PHRASES.items():
+        text = text.replace(phrase, other)
     text = _PAIR.sub(lambda pair: f"`{lazy_name(pair[1])}={pair[2]}`", text)
     return _KEY.sub(lambda key: lazy_name(key[0]), text)
 
 
 def lazy_name(key: str) -> str:
     """The name of a key of yacs in a LazyConfig; the key itself where it has no counterpart."""
-    if key in _NAMES:
-        return _NAMES[key]
-    option = _OF_METHOD.fullmatch(key)
-    return f"model.method.{option[1].lower()}" if option else key
+    if key in _OF_METHOD:
+        return f"model.method.{key.removeprefix('GKD.').lower()}"
+    return _NAMES.get(key, key)
 
 
 @contextlib.contextmanager

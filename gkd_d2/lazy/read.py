@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.parallel import DistributedDataParallel
 
 from gkd_d2.config.lazy_spec import load_lazy, override_lazy
 from gkd_d2.utils.text import did_you_mean, listed
 
-# As in Detectron2's configs/common/train.py, and below what this project adds. They are the keys of yacs named beside
-# them.
+# As in Detectron2's configs/common/train.py and its HEAD, with what this project adds, named after keys of yacs.
 _TRAIN = {
     "output_dir": "./output",
     "init_checkpoint": "",
@@ -21,6 +22,7 @@ _TRAIN = {
     "amp": {"enabled": False, "dtype": "float16"},  # SOLVER.AMP
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
     "checkpointer": {"period": 5000, "max_to_keep": 100},
+    "model_ema": {"enabled": False},
     "eval_period": 5000,
     "log_period": 20,
     "device": "cuda",
@@ -32,6 +34,28 @@ _TRAIN = {
     "vis_period": 0,  # GKD.VIS_PERIOD
     "watch": {"period": 20, "patience": 20, "max_ratio": 10.0},  # GKD.WATCH_*
 }
+_LEAST = {
+    "max_iter": 1,
+    "checkpointer.period": 1,
+    "checkpointer.max_to_keep": 1,
+    "eval_period": 0,
+    "log_period": 1,
+    "accumulate_steps": 1,
+    "vis_period": 0,
+    "watch.period": 1,
+    "watch.patience": 1,
+}
+# What build_detection_train_loader takes, of which all has its effect here.
+_TRAIN_LOADER = (
+    "_target_",
+    "aspect_ratio_grouping",
+    "collate_fn",
+    "dataset",
+    "mapper",
+    "num_workers",
+    "sampler",
+    "total_batch_size",
+)
 
 
 def read_lazy(config_file: str, overrides: Sequence[str], *, eval_only: bool) -> DictConfig:
@@ -46,14 +70,19 @@ def read_lazy(config_file: str, overrides: Sequence[str], *, eval_only: bool) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such LazyConfig, or an override can't be applied.
+        ValueError: it is no such LazyConfig, an override can't be applied, or a value of ``train`` is out of range or
+            not of its type.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"there is no config file {config_file}")
     if not config_file.endswith(".py"):
-        raise ValueError(f"{config_file} is no LazyConfig, .py: configs in YAML are for tools/train_net.py")
+        raise ValueError(
+            f"{config_file} is no LazyConfig, a .py file: configs of yacs, .yaml, are for tools/train_net.py"
+        )
     cfg = load_lazy(config_file)
-    needed = ["dataloader.test"] if eval_only else ["dataloader.train", "optimizer", "lr_multiplier"]
+    needed = ["dataloader.train", "optimizer", "lr_multiplier"]
+    if eval_only:
+        needed = ["dataloader.test", "dataloader.evaluator"]
     absent = [name for name in needed if OmegaConf.select(cfg, name) is None]
     if absent:
         raise ValueError(
@@ -61,7 +90,8 @@ def read_lazy(config_file: str, overrides: Sequence[str], *, eval_only: bool) ->
             "configs/common has ready parts"
         )
     cfg.train = OmegaConf.merge(_TRAIN, cfg.get("train") or {})
-    override_lazy(cfg, overrides)
+    override_lazy(cfg, [f"+{text}" if _sets_ddp(text) else text for text in overrides])
+    _check_train(cfg.train)
     if cfg.train.device == "auto":
         cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -73,24 +103,55 @@ def read_lazy(config_file: str, overrides: Sequence[str], *, eval_only: bool) ->
     return cfg
 
 
-def unknown_train_keys(cfg: DictConfig) -> list[str]:
-    """A sentence for each key of ``train`` that has no meaning here."""
+def _sets_ddp(override: str) -> bool:
+    """Whether an override sets an option of DistributedDataParallel, which has more than a config lists."""
+    start, _, name = override.partition("=")[0].rpartition(".")
+    return start == "train.ddp" and name in inspect.signature(DistributedDataParallel).parameters
+
+
+def _check_train(train: DictConfig) -> None:
+    """Check the values of ``train`` that are known: each is of the type of its default, and not out of range."""
+    for key, default in _flat(_TRAIN):
+        value = OmegaConf.select(train, key)
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(
+                f"train.{key} is {value!r}, but must be of the type {type(default).__name__}, as {default!r}"
+            )
+        if value < _LEAST.get(key, value):
+            raise ValueError(f"train.{key} is {value}, but must be at least {_LEAST[key]}")
+    clipping = train.clip_gradients
+    if clipping.clip_type not in ("value", "norm"):
+        raise ValueError(f"train.clip_gradients.clip_type is {clipping.clip_type!r}, but must be 'value' or 'norm'")
+    for key in ("clip_value", "norm_type"):
+        if clipping[key] <= 0:
+            raise ValueError(f"train.clip_gradients.{key} is {clipping[key]}, but must be > 0")
+
+
+def _flat(node: dict, start: str = "") -> Iterator[tuple[str, object]]:
+    """Pairs of dotted key and value."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{start}{key}.")
+        else:
+            yield start + key, value
+
+
+def keys_without_effect(cfg: DictConfig) -> list[str]:
+    """A sentence for each key of ``train``, and of the training loader, that has no meaning here."""
+    known = {key for key, _ in _flat(_TRAIN)}
     found = []
-    for key in cfg.train:
-        if key not in _TRAIN:
-            found.append(f"train.{key} has no effect here{did_you_mean(str(key), _TRAIN)}")
-        elif isinstance(_TRAIN[key], dict):
-            known = _TRAIN[key]
-            # DistributedDataParallel has more options.
-            found += [
-                f"train.{key}.{name} has no effect here{did_you_mean(str(name), known)}"
-                for name in cfg.train[key]
-                if name not in known and key != "ddp"
-            ]
-    return found
+    for key, value in cfg.train.items():
+        names = [f"{key}.{name}" for name in value] if isinstance(value, DictConfig) and key in _TRAIN else [key]
+        # DistributedDataParallel has more options than are listed.
+        found += [f"train.{name}" for name in names if name not in known and key != "ddp"]
+    loader = OmegaConf.select(cfg, "dataloader.train") or {}
+    found += [f"dataloader.train.{name}" for name in loader if name not in _TRAIN_LOADER]
+    possible = [f"train.{key}" for key in known]
+    return [f"{key} has no effect here{did_you_mean(key, possible)}" for key in found]
 
 
-def warn_of_unknown_keys(cfg: DictConfig) -> None:
-    """Log :func:`unknown_train_keys`, which may be meant for another program."""
-    for sentence in unknown_train_keys(cfg):
+def warn_of_keys_without_effect(cfg: DictConfig) -> None:
+    """Log :func:`keys_without_effect`, which may be meant for another program."""
+    for sentence in keys_without_effect(cfg):
         logging.getLogger(__name__).warning("%s", sentence)

@@ -7,10 +7,12 @@ from detectron2.data import build_detection_train_loader
 from omegaconf import DictConfig, OmegaConf
 
 from gkd_d2.config import DetectorSpec
-from gkd_d2.config.lazy_spec import LazySpec, dump_lazy
+from gkd_d2.config.lazy_spec import LazySpec, dump_lazy, is_called, plain_model
 from gkd_d2.engine.run import Run, Teacher
-from gkd_d2.lazy.distil import build_distiller, teacher_of
+from gkd_d2.lazy.distil import teacher_of
 from gkd_d2.methods import Method
+
+_TRAIN_LOADER = f"{build_detection_train_loader.__module__}.{build_detection_train_loader.__qualname__}"
 
 
 class LazyRun(Run):
@@ -18,9 +20,10 @@ class LazyRun(Run):
 
     Args:
         cfg: from :func:`gkd_d2.lazy.read.read_lazy`.
+        eval_only: whether it only evaluates.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, *, eval_only: bool = False):
         self.cfg = cfg
         train = cfg.train
         self.output_dir = train.output_dir
@@ -30,21 +33,27 @@ class LazyRun(Run):
         self.accumulate_steps = train.accumulate_steps
         self.reference_world_size = 0
         self.amp_dtype = train.amp.dtype if train.amp.enabled else ""
+        self.own_data = self._loader("test.dataset.names" if eval_only else "train.dataset.names") is None
         self.train_sets = _names(self._loader("train.dataset.names"))
         self.test_sets = _names(self._loader("test.dataset.names"))
         self.masks = bool(self._loader("train.mapper.use_instance_mask", False))
         self.keypoints = bool(self._loader("train.mapper.use_keypoint", False))
-        self.distilled = is_called(cfg.model, build_distiller)
+        self.distilled = is_distilled(cfg)
+        self._eval_only = eval_only
 
     @property
     def student(self) -> DetectorSpec:
-        mapper_format = self._loader("train.mapper.image_format")
         if self.distilled:
-            return LazySpec(self.cfg.model.student, "", self.train_sets, self.cfg.model.image_format)
-        return LazySpec(self.cfg.model, "", self.train_sets, mapper_format)
+            return LazySpec(self.cfg.model.student, "", self.train_sets, self.cfg.model.image_format, "model.student")
+        # What takes images in another order than the mapper makes says so by its input_format.
+        written = self.cfg.model.get("input_format") or self._loader("train.mapper.image_format")
+        return LazySpec(self.cfg.model, "", self.train_sets, written)
 
     def teacher(self) -> Teacher:
-        return Teacher(teacher_of(self.cfg.model), self.cfg.model.teacher_weights, "model.teacher_weights")
+        weights = self.cfg.model.teacher_weights
+        if not weights:
+            raise ValueError("model.teacher_weights is empty: a teacher needs its checkpoint")
+        return Teacher(teacher_of(self.cfg.model), weights, "model.teacher_weights")
 
     def method(self) -> Method:
         method = instantiate(self.cfg.model.method)
@@ -53,19 +62,31 @@ class LazyRun(Run):
         return method
 
     def problems(self) -> list[str]:
+        problems = [] if self._eval_only else self._training_problems()
+        evaluated = self._loader("evaluator.dataset_name")
+        if evaluated is not None and not isinstance(evaluated, str):
+            problems.append(
+                f"dataloader.evaluator.dataset_name is {evaluated}, but an evaluator is of one dataset: name one in "
+                "dataloader.test.dataset.names, as text"
+            )
+        return problems
+
+    def _training_problems(self) -> list[str]:
         problems = []
         if OmegaConf.select(self.cfg, "train.model_ema.enabled"):
             problems.append("train.model_ema.enabled is True, but averaged weights are not supported: set it to False")
-        loader = OmegaConf.select(self.cfg, "dataloader.train")
-        if loader is not None and not is_called(loader, build_detection_train_loader):
+        loader = self.cfg.dataloader.train
+        if not is_called(loader, _TRAIN_LOADER):
             problems.append(
                 f"dataloader.train calls {loader.get('_target_')}, but a run that can be resumed exactly needs "
                 "Detectron2's build_detection_train_loader: use that, with a dataset, mapper and sampler of your own"
             )
-        for head, loaded, key in (
-            ("mask", self.masks, "use_instance_mask"),
-            ("keypoint", self.keypoints, "use_keypoint"),
-        ):
+        elif loader.get("mapper") is None:
+            problems.append("dataloader.train has no mapper: see Detectron2's configs/common/data/coco.py")
+        if "params" not in self.cfg.optimizer:
+            problems.append("optimizer has no params: see Detectron2's configs/common/optim.py")
+        loads = {"mask": ("use_instance_mask", self.masks), "keypoint": ("use_keypoint", self.keypoints)}
+        for head, (key, loaded) in loads.items():
             if head in self.student.heads and not loaded:
                 problems.append(
                     f"the detector has a {head} head, but dataloader.train.mapper.{key} is False: set it to True, or "
@@ -89,16 +110,9 @@ class LazyRun(Run):
         return OmegaConf.select(self.cfg, f"dataloader.{path}", default=default)
 
 
-def plain_config(cfg: DictConfig) -> DictConfig:
-    """The same LazyConfig, whose ``model`` is the student alone where it was distilled; changed in place."""
-    if is_called(cfg.model, build_distiller):
-        cfg.model = cfg.model.student
-    return cfg
-
-
-def is_called(node: DictConfig, target) -> bool:
-    """Whether a node of a LazyConfig calls a function or class."""
-    return node.get("_target_") in (target, f"{target.__module__}.{target.__qualname__}")
+def is_distilled(cfg: DictConfig) -> bool:
+    """Whether the ``model`` of a LazyConfig is that of :func:`gkd_d2.lazy.distil`."""
+    return plain_model(cfg.model) is not cfg.model
 
 
 def _names(value) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from gkd_d2.config.lazy_spec import called_with
 from gkd_d2.data.build import check_batch, seeded_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.engine.exact_trainer import ExactTrainer
@@ -24,7 +25,7 @@ from gkd_d2.engine.hooks import FirstLines, HookOptions, PeriodicSaver, add_dist
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import draw_seed
 from gkd_d2.engine.writers import build_writers
-from gkd_d2.lazy.run import LazyRun
+from gkd_d2.lazy.run import LazyRun, is_distilled
 from gkd_d2.modeling.distiller import GKDDistiller
 
 
@@ -78,7 +79,7 @@ def settle_lazy_seed(cfg: DictConfig, *, resume: bool) -> None:
     """
     if cfg.train.seed < 0:
         cfg.train.seed = draw_seed(cfg.train.output_dir, ("train", "seed"), resume=resume)
-    if LazyRun(cfg).distilled:
+    if is_distilled(cfg) and "seed" not in cfg.model:
         cfg.model.seed = cfg.train.seed
 
 
@@ -125,8 +126,10 @@ def _as_of_student(factor: Callable[[str], float]) -> Callable[[str], float]:
 def _build_train_loader(cfg: DictConfig) -> DataLoader:
     """What ``dataloader.train`` describes, with batches that depend on the seed and the iteration alone."""
     node = _with_mapper(cfg.dataloader.train)
-    if node.get("sampler") is not None and "seed" not in node.sampler:
-        node.sampler.seed = cfg.train.seed
+    sampler = node.get("sampler")
+    if sampler is not None and "seed" not in sampler and "seed" in (called_with(sampler) or ()):
+        # It would draw one.
+        sampler.seed = cfg.train.seed
     try:
         dicts = instantiate(node.dataset)
     # Where no image is left, and where a dataset is empty.

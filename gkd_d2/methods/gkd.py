@@ -11,6 +11,7 @@ from gkd_d2.losses.losses import describe_implementation, distillation_losses
 from gkd_d2.losses.options import LOSS_KEYS, LossOptions, LossWeights, check_implementation
 from gkd_d2.methods.method import METHOD_REGISTRY, Method, Term, widened
 from gkd_d2.methods.relation import RelationLoss
+from gkd_d2.utils.text import did_you_mean
 
 RELATION = "loss_bmfi_relation"
 
@@ -42,7 +43,7 @@ class GKD(Method):
         implementation: str = "auto",
         **options: str | float,
     ):
-        loss_options = LossOptions(**options)
+        loss_options = _loss_options(options)
         weights = weights if isinstance(weights, LossWeights) else _from_mapping(weights)
         check_implementation(implementation, loss_options, weights)
         terms = {
@@ -50,6 +51,12 @@ class GKD(Method):
             for name, key in LOSS_KEYS.items()
         }
         super().__init__({**terms, RELATION: Term("relation", relation, "GKD.LOSS_WEIGHTS.RELATION")})
+        unused = loss_options.without_effect(weights)
+        if unused and self:
+            raise ValueError(
+                f"GKD has {', '.join(unused)}, which changes no loss: it weights the cells in the losses of boxes and "
+                "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a weight"
+            )
         self.weights = weights
         self.options = loss_options
         self.relation = RelationLoss({})
@@ -111,6 +118,14 @@ def _from_mapping(weights: Mapping[str, float]) -> LossWeights:
     return LossWeights(**weights)
 
 
+def _loss_options(options: Mapping[str, str | float]) -> LossOptions:
+    known = [field.name for field in dataclasses.fields(LossOptions)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"GKD has no option {name!r}{did_you_mean(name, known)}")
+    return LossOptions(**options)
+
+
 @METHOD_REGISTRY.register()
 def gkd(cfg: CfgNode) -> GKD:
     """The options stand in GKD itself.
@@ -129,10 +144,4 @@ def gkd(cfg: CfgNode) -> GKD:
         if name in (*options, "implementation"):
             raise ValueError(f"GKD.{name.upper()} {rest}") from error
         raise
-    unused = method.options.without_effect(method.weights)
-    if unused and method:
-        raise ValueError(
-            f"GKD has {', '.join(unused)}, which changes no loss: it weights the cells in the losses of boxes and "
-            "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a weight"
-        )
     return method

@@ -105,6 +105,8 @@ def join(
         ValueError: teacher and student do not match.
         CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
     """
+    if not teacher_weights:
+        raise ValueError("GKD.TEACHER.WEIGHTS is empty: a teacher needs its checkpoint")
     split = split_detector(student)
     teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels)
     check_pair(split, teacher.split)

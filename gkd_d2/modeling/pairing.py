@@ -149,7 +149,7 @@ def check_class_names(train_sets: Sequence[str], teacher_sets: Sequence[str]) ->
             raise ValueError(
                 f"the student's dataset {dataset} has the classes {listed(names, 100)}, the teacher's {other} has "
                 f"{listed(other_names, 100)}: a teacher must be trained on the student's classes, in their order. "
-                "Where they are the same classes under other names, set DATASETS.TRAIN to () in the teacher's config"
+                "Where they are the same classes under other names, let the teacher's config name no training set"
             )
 
 

@@ -78,6 +78,9 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
             return super().load(path, *args, **kwargs)
         except CheckpointError:
             raise
+        except AssertionError as error:
+            # That of fvcore, "Checkpoint ... not found!".
+            raise CheckpointError(str(error)) from error
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         finally:

@@ -203,8 +203,14 @@ def _merge(cfg: CfgNode, node: CfgNode) -> tuple[str, str] | None:
 
 
 def _remove(node: CfgNode, key: str) -> None:
-    parent, _, name = key.rpartition(".")
-    del (_value(node, parent) if parent else node)[name]
+    *parents, name = key.split(".")
+    for parent in parents:
+        if parent not in node:
+            # A key that is written with dots, as on a command line.
+            del node[key]
+            return
+        node = node[parent]
+    del node[name]
 
 
 def _three_scales(match: re.Match) -> str:
@@ -263,6 +269,11 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
         return (
             f"there is no config key {key!r} in Detectron2 {detectron2.__version__}, which is imported here: remove "
             f"it, or install Detectron2's main branch, which has it since {_KEYS_OF_MAIN_BRANCH[key]}"
+        )
+    if key in keys:
+        return (
+            f"{key!r} is written as on a command line: in a file, {key.partition('.')[0]}: is followed by the rest of it "
+            "in the next line, indented"
         )
     # The end of a key is often remembered without its node.
     matches = [other for other in keys if other.lower().endswith(f".{key.lower()}")]

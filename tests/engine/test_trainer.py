@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from tiny import ARCHITECTURES
@@ -320,6 +320,16 @@ def test_a_frozen_part_that_the_checkpoint_does_not_hold(training):
     cfg.MODEL.RESNETS.DEPTH = 101
     with pytest.raises(ResumeError, match="have changed: MODEL.RESNETS.DEPTH was 50 and is 101; to start from"):
         resume(cfg)
+
+
+def test_a_loader_that_can_not_start_in_the_middle_is_refused(training):
+    class WithDetectron2sLoader(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg)
+
+    with pytest.raises(TypeError, match="the training loader is a .* that can't start at a given batch"):
+        WithDetectron2sLoader(training("retinanet", iterations=1))
 
 
 def test_a_schedule_that_has_already_ended(training):

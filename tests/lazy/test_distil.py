@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from lazy_configs import model_text, write_distilled, write_plain, write_teacher
 from omegaconf import OmegaConf
@@ -15,6 +15,7 @@ from gkd_d2.config.lazy_spec import load_lazy
 from gkd_d2.lazy import distil
 from gkd_d2.lazy.distil import teacher_of
 from gkd_d2.methods import FitNet
+from gkd_d2.utils.checkpoint import CheckpointError
 
 
 def model_of(path):
@@ -115,11 +116,33 @@ def test_one_weight_is_changed_and_the_others_stay(tmp_path):
     assert (method.weights.box, method.weights.image) == (0.5, 1e-3)
 
 
+def swaps(model):
+    return instantiate(model)._teacher._swap_channels
+
+
+def test_the_order_of_channels_is_that_of_the_mappers(tmp_path):
+    """Those of a teacher's file, and of the student's own config, which is compared with its mapper before a run."""
+    path = write_distilled(tmp_path)
+    assert not swaps(model_of(path))
+    teacher = tmp_path / "teacher.py"
+    teacher.write_text(teacher.read_text().replace('image_format="BGR"', 'image_format="RGB"'))
+    assert swaps(model_of(path))
+    model = model_of(path)
+    # After distil(), as by an override.
+    model.student.input_format = "RGB"
+    assert not swaps(model)
+    model.teacher_image_format = "BGR"
+    assert swaps(model)
+    # As a config that leaves it to the default.
+    model = model_of(path)
+    del model.student.input_format, model.teacher.input_format
+    model.image_format = "BGR"
+    assert swaps(model)
+
+
 def test_a_teacher_that_takes_rgb(tmp_path):
     model = model_of(write_distilled(tmp_path))
-    # After distil(), as by an override.
-    model.teacher.input_format = "RGB"
-    model.method = LazyCall(FitNet)()
+    model.teacher_image_format = "RGB"
     distiller = instantiate(model)
     torch.manual_seed(0)
     batch = training_batch()
@@ -127,6 +150,27 @@ def test_a_teacher_that_takes_rgb(tmp_path):
     seen, _ = distiller._teacher.features(batch, ["p3"], with_gradients=False)
     expected = distiller.teacher.backbone(distiller.teacher.preprocess_image(flipped).tensor)["p3"]
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
+def test_a_distilled_config_can_be_a_teacher(tmp_path):
+    """Its student is."""
+    (tmp_path / "student.py").write_text(model_text("retinanet"))
+    middle = write_distilled(tmp_path, name="middle")
+    student = model_of(tmp_path / "student.py")
+    torch.save({"model": instantiate(model_of(tmp_path / "student.py")).state_dict()}, tmp_path / "middle.pth")
+    for teacher in (str(middle), model_of(middle)):
+        distiller = instantiate(distil(student, teacher=teacher, teacher_weights=str(tmp_path / "middle.pth")))
+        assert type(distiller.teacher).__name__ == "RetinaNet"
+
+
+def test_weights_must_be_there(tmp_path):
+    model = model_of(write_distilled(tmp_path))
+    model.teacher_weights = ""
+    with pytest.raises(ValueError, match="GKD.TEACHER.WEIGHTS is empty"):
+        instantiate(model)
+    model.teacher_weights = str(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="absent.pth not found"):
+        instantiate(model)
 
 
 WRONG = {
@@ -143,6 +187,12 @@ WRONG = {
         "sets model.num_clases, which the config does not have: did you mean model.num_classes",
     ),
     "an option without a value": ({"teacher_opts": ["model.num_classes"]}, ValueError, "is no override"),
+    "less than no proposals": ({"roi_batch_size": -5}, ValueError, "ROI_BATCH_SIZE is -5, but must be >= 0"),
+    "a choice that is none": (
+        {"init_from_teacher": "yes"},
+        TypeError,
+        "init_from_teacher is 'yes', but must be",
+    ),
     "proposals of a RetinaNet": ({"roi_batch_size": 5}, ValueError, "ROI_BATCH_SIZE is 5, but .* samples no proposals"),
 }
 

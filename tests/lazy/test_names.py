@@ -14,6 +14,9 @@ YACS_ONLY = (
     "DATASETS.PROPOSAL_FILES_TEST",
     "DATASETS.PROPOSAL_FILES_TRAIN",
     "GKD.IMPORTS",
+    "GKD.KITTI_RESULTS",
+    # The node, of which the keys are looked up.
+    "GKD.LOSS_WEIGHTS",
     "GKD.STUDENT.META_ARCHITECTURE",
     "GKD.TEACHER.OPTS",
     # Beside what is said for both.
@@ -65,6 +68,8 @@ def test_every_key_in_a_message_has_a_name(project):
         ("GKD.MAP_REGION is 'x'", "model.method.map_region is 'x'"),
         ("OUTPUT_DIR: SEED", "train.output_dir: train.seed"),
         ("KITTI AP of /data/A.B/x and RANK", "KITTI AP of /data/A.B/x and RANK"),
+        ("run/SEED/t.pth and /OUTPUT_DIR and GKD.FEATURES/x", "run/SEED/t.pth and /OUTPUT_DIR and GKD.FEATURES/x"),
+        ("name that module in GKD.IMPORTS or by --import", "import that module in the config"),
     ],
 )
 def test_sentences(text, expected):

@@ -1,5 +1,7 @@
 """What is said of LazyConfigs that can't be used."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lazy_configs import model_text, write_plain
@@ -29,8 +31,15 @@ def test_auto_is_the_device_that_is_there(plain):
         (["train.max_itr=5"], r"sets train.max_itr, which the config does not have: did you mean train.max_iter\?"),
         (["trian.max_iter=5"], "'trian.max_iter=5' sets trian.max_iter, which the config does not have"),
         (["model.num_clases=5"], r"model.num_clases, .* did you mean model.num_classes\?"),
-        (["SOLVER.BASE_LR", "0.1"], "'SOLVER.BASE_LR' is no override: write key=value"),
+        (["SOLVER.BASE_LR", "0.1"], "'SOLVER.BASE_LR' is no override of a LazyConfig: write key=value"),
         (["train.device=gpu"], "train.device is 'gpu', which torch does not know"),
+        (["train.max_iter=0"], "train.max_iter is 0, but must be at least 1"),
+        (["train.max_iter=abc"], "train.max_iter is 'abc', but must be of the type int, as 90000"),
+        (["train.amp=True"], "train.amp.enabled is None, but must be of the type bool"),
+        (["train.seed=null"], "train.seed is None, but must be of the type int"),
+        (["train.eval_period=True"], "train.eval_period is True, but must be of the type int"),
+        (["train.clip_gradients.clip_type=foo"], "clip_type is 'foo', but must be 'value' or 'norm'"),
+        (["train.clip_gradients.clip_value=0"], "clip_value is 0, but must be > 0"),
         (["train.max_iter=[1"], r"the override 'train.max_iter=\[1' can't be applied"),
     ],
 )
@@ -41,7 +50,9 @@ def test_overrides_that_mean_nothing(overrides, message, plain):
 
 def test_arguments_that_a_config_leaves_out_can_be_set(plain):
     overrides = ["model.test_score_thresh=0.3", "dataloader.train.aspect_ratio_grouping=False"]
+    overrides += ["train.ddp.static_graph=True", "+train.of_another_program=1", "model.head_in_features.0=p3"]
     cfg = read_lazy(plain, overrides, eval_only=False)
+    assert cfg.train.ddp.static_graph is True and cfg.train.of_another_program == 1
     assert cfg.model.test_score_thresh == 0.3 and cfg.dataloader.train.aspect_ratio_grouping is False
 
 
@@ -61,10 +72,18 @@ def test_files_that_are_no_such_configs(text, message, tmp_path):
         read_lazy(str(path), [], eval_only=False)
 
 
+def test_an_evaluation_needs_an_evaluator(plain, tmp_path):
+    path = tmp_path / "unevaluated.py"
+    path.write_text(f"{Path(plain).read_text()}dataloader.pop('evaluator')\n")
+    read_lazy(str(path), [], eval_only=False)
+    with pytest.raises(ValueError, match="has no dataloader.evaluator"):
+        read_lazy(str(path), [], eval_only=True)
+
+
 def test_files_of_another_kind(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no config file nothing.py"):
         read_lazy("nothing.py", [], eval_only=False)
     path = tmp_path / "config.yaml"
     path.write_text("SEED: 1")
-    with pytest.raises(ValueError, match="configs in YAML are for tools/train_net.py"):
+    with pytest.raises(ValueError, match="configs of yacs, .yaml, are for tools/train_net.py"):
         read_lazy(str(path), [], eval_only=False)

@@ -1,5 +1,6 @@
 """Real short trainings of LazyConfigs."""
 
+import itertools
 import json
 import logging
 import math
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyCall, instantiate
+from detectron2.data import DatasetCatalog, samplers
 from lazy_configs import write_distilled, write_plain
 from short_runs import checkpoints, metrics
 
+from gkd_d2.config.lazy_spec import plain_model
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
-from gkd_d2.lazy.read import read_lazy, unknown_train_keys
-from gkd_d2.lazy.run import LazyRun, plain_config
+from gkd_d2.lazy.read import keys_without_effect, read_lazy
+from gkd_d2.lazy.run import LazyRun
 from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 
@@ -172,8 +175,8 @@ def test_only_the_last_checkpoints_are_kept(read, folder):
 
 def test_an_evaluation_is_that_of_the_student_alone(whole, config, read):
     output, trainer = whole
-    cfg = plain_config(read(config, f"train.output_dir={output}"))
-    student = instantiate(cfg.model)
+    cfg = read(config, f"train.output_dir={output}")
+    student = instantiate(plain_model(cfg.model))
     CompleteCheckpointer(student).load(str(output / "model_final.pth"))
     assert not hasattr(student, "teacher")
     results = evaluate(cfg, student)
@@ -214,8 +217,20 @@ def test_a_run_that_can_start(config, read):
         (["dataloader.train.total_batch_size=0"], "SOLVER.IMS_PER_BATCH is 0"),
         (["dataloader.train.dataset.names=nothing"], "names nothing"),
         (["model.teacher_weights=nowhere.pth"], "model.teacher_weights is nowhere.pth: there is no such file"),
-        (["model.student.num_classes=7"], "model.num_classes is 7, but dataset toy_kitti_train has 3 classes"),
+        (["model.student.num_classes=7"], "model.student.num_classes is 7, but dataset toy_kitti_train has 3"),
         (["model.teacher.num_classes=7"], "model.num_classes of .*teacher.py is 7"),
+        (["model.teacher_weights="], "model.teacher_weights is empty: a teacher needs its checkpoint"),
+        (["model.teacher_weights=null"], "model.teacher_weights is empty: a teacher needs its checkpoint"),
+        (["dataloader.train.mapper=null"], "dataloader.train has no mapper"),
+        (
+            ["dataloader.test.dataset.names=[toy_kitti_val]"],
+            r"dataset_name is \['toy_kitti_val'\], but an",
+        ),
+        (
+            ["model.method.importance_cap=3", "model.method.weighting=uniform"],
+            "cap 3, which changes no loss",
+        ),
+        (["+model.method.map_regoin=image"], r"GKD has no option 'map_regoin': did you mean map_region\?"),
         (["train.init_checkpoint=nowhere.pkl"], "MODEL.WEIGHTS is nowhere.pkl"),
         (["model.method.weights.box=-1"], "loss weight box is -1"),
         (["dataloader.train.mapper.image_format=RGB"], "image_format is RGB, but the detector takes images in BGR"),
@@ -240,13 +255,76 @@ def test_masks_that_are_not_loaded(folder, read):
     assert "the detector has a mask head, but dataloader.train.mapper.use_instance_mask is False" in text
 
 
+class Mine(torch.utils.data.Sampler):
+    """A sampler of the user's own, without a seed to set."""
+
+    def __init__(self, size):
+        self._size = size
+
+    def __iter__(self):
+        while True:
+            yield from reversed(range(self._size))
+
+
+def my_records():
+    """Records of the user's own, that no name stands for."""
+    return DatasetCatalog.get("toy_kitti_train")
+
+
+def tagged(samples):
+    return [{**sample, "tag": len(samples)} for sample in samples]
+
+
+def test_data_samplers_and_batches_of_ones_own(config, read):
+    cfg = read(config)
+    cfg.dataloader.train.dataset = LazyCall(my_records)()
+    cfg.dataloader.train.sampler = LazyCall(Mine)(size=6)
+    cfg.dataloader.train.collate_fn = tagged
+    cfg.dataloader.train.aspect_ratio_grouping = False
+    check_inputs(LazyRun(cfg), eval_only=False, resume=False)
+    loader = build(cfg).data_loader
+    assert loader.batch_sampler._groups is None
+    batch = next(iter(loader))
+    names = [Path(record["file_name"]).name for record in my_records()]
+    assert [Path(x["file_name"]).name for x in batch] == [names[5], names[4]]
+    assert [x["tag"] for x in batch] == [2, 2]
+    cfg.dataloader.train.aspect_ratio_grouping = True
+    assert build(cfg).data_loader.batch_sampler._groups == [True] * 6
+
+
+def test_a_sampler_draws_from_the_runs_seed(config, read):
+    cfg = read(config)
+    orders = []
+    for seed in (3, 3, 4):
+        cfg.train.seed = seed
+        cfg.dataloader.train.sampler = LazyCall(samplers.TrainingSampler)(size=6)
+        orders.append(list(itertools.islice(build(cfg).data_loader.batch_sampler, 9)))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_options_of_ddp_reach_it(config, read, monkeypatch):
+    monkeypatch.setattr("gkd_d2.engine.exact_trainer.comm.get_world_size", lambda: 2)
+    given = {}
+
+    def wrap(model, **options):
+        given.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr("gkd_d2.engine.exact_trainer.DistributedDataParallel", wrap)
+    cfg = read(config, "train.ddp.find_unused_parameters=True", "train.ddp.static_graph=True")
+    with pytest.raises(InterruptedError):
+        build(cfg)
+    assert given["find_unused_parameters"] and given["static_graph"] and given["broadcast_buffers"] is False
+
+
 def test_keys_of_train_without_effect_are_named(config, read):
     cfg = read(config)
-    assert unknown_train_keys(cfg) == []
-    cfg.train.max_itr, cfg.train.amp.dtyp = 5, "float16"
-    assert unknown_train_keys(cfg) == [
-        "train.amp.dtyp has no effect here: did you mean dtype?",
-        "train.max_itr has no effect here: did you mean max_iter?",
+    assert keys_without_effect(cfg) == []
+    cfg.train.max_itr, cfg.train.amp.dtyp, cfg.dataloader.train.prefetch_factor = 5, "float16", 3
+    assert keys_without_effect(cfg) == [
+        "train.amp.dtyp has no effect here: did you mean train.amp.dtype?",
+        "train.max_itr has no effect here: did you mean train.max_iter?",
+        "dataloader.train.prefetch_factor has no effect here",
     ]
 
 

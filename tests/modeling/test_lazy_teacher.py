@@ -94,7 +94,8 @@ def test_options_change_its_config(under_lazy):
 
 def test_options_change_a_teacher_in_yaml(distiller_config):
     cfg = distiller_config("faster")
-    cfg.GKD.TEACHER.OPTS = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "5"]
+    # As YAML reads them, numbers are no text.
+    cfg.GKD.TEACHER.OPTS = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 5]
     assert build_model(cfg).teacher.roi_heads.batch_size_per_image == 5
     cfg.GKD.TEACHER.OPTS = ["MODEL.ROI_HEADS.BATCH_SIZE", "5"]
     with pytest.raises(ValueError, match="with GKD.TEACHER.OPTS .*: there is no .*MODEL.ROI_HEADS.BATCH_SIZE'"):

@@ -134,7 +134,7 @@ def test_two_processes_are_one_batch_and_an_evaluation_needs_no_teacher(workplac
         (["model.teacher_weights=no.pth"], "- model.teacher_weights is no.pth: there is no such file"),
         (["dataloader.train.total_batch_size=3"], "dataloader.train.total_batch_size is 3, which can't be shared"),
         (["train.max_itr=3"], "sets train.max_itr, which the config does not have: did you mean train.max_iter?"),
-        (["SOLVER.BASE_LR", "0.1"], "'SOLVER.BASE_LR' is no override: write key=value"),
+        (["SOLVER.BASE_LR", "0.1"], "'SOLVER.BASE_LR' is no override of a LazyConfig: write key=value"),
     ],
 )
 def test_refusals_are_sentences_in_the_words_of_the_config(arguments, text, workplace, main_of_tool, monkeypatch):

@@ -43,6 +43,11 @@ def test_pairs(project):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "SOLVER.BASE_LR: 1\n",
+            "mine.yaml: 'SOLVER.BASE_LR' is written as on a command line: in a file, SOLVER: is followed by the rest of it "
+            "in the next line, indented",
+        ),
         ("SOLVER:\n  BASELR: 1\n", "mine.yaml: there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?"),
         (
             "SOLVER:\n  BASE_LR: low\n",

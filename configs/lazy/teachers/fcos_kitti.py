@@ -1,7 +1,8 @@
 """FCOS with ResNet-101 on KITTI: the teacher of gkd_fcos_kitti.py."""
 
 from ..common.fcos import model
-from ..common.kitti import optimizer, teacher_max_iter, train
+from ..common.kitti import dataloader, optimizer, teacher_max_iter, train
+from ..common.kitti import teacher_lr_multiplier as lr_multiplier
 
 model.backbone.bottom_up.stages.depth = 101
 # As Detectron2's FCOS at this batch size.

@@ -1,6 +1,7 @@
 """RetinaNet with ResNet-101 on KITTI: the teacher of gkd_retinanet_kitti.py."""
 
-from ..common.kitti import optimizer, teacher_max_iter, train
+from ..common.kitti import dataloader, optimizer, teacher_max_iter, train
+from ..common.kitti import teacher_lr_multiplier as lr_multiplier
 from ..common.retinanet import model
 
 model.backbone.bottom_up.stages.depth = 101

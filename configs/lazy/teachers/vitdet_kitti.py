@@ -6,6 +6,7 @@ from detectron2 import model_zoo
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
 
 from ..common.kitti import dataloader, teacher_max_iter, train
+from ..common.kitti import teacher_lr_multiplier as lr_multiplier
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 for name in ("mask_in_features", "mask_pooler", "mask_head"):
