@@ -272,8 +272,8 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
         )
     if key in keys:
         return (
-            f"{key!r} is written as on a command line: in a file, {key.partition('.')[0]}: is followed by the rest of it "
-            "in the next line, indented"
+            f"{key!r} is written as on a command line: in a file, {key.partition('.')[0]}: is followed by the rest, in "
+            "the next line and indented"
         )
     # The end of a key is often remembered without its node.
     matches = [other for other in keys if other.lower().endswith(f".{key.lower()}")]
