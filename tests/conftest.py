@@ -32,6 +32,7 @@ SHARED_DATA = PROJECT.parent / "shared" / "data"
 LONGEST = (
     "tools/test_faults.py",
     "tools/test_run_study.py",
+    "tools/test_lazyconfig_train_net.py",
     "tools/test_train_net.py",
     "test_docs.py",
     "test_wheel.py",

@@ -45,8 +45,8 @@ def test_pairs(project):
     [
         (
             "SOLVER.BASE_LR: 1\n",
-            "mine.yaml: 'SOLVER.BASE_LR' is written as on a command line: in a file, SOLVER: is followed by the rest, in "
-            "the next line and indented",
+            "mine.yaml: 'SOLVER.BASE_LR' is written as on a command line: in a file, SOLVER: is followed by the rest, "
+            "in the next line and indented",
         ),
         ("SOLVER:\n  BASELR: 1\n", "mine.yaml: there is no config key 'SOLVER.BASELR', did you mean SOLVER.BASE_LR?"),
         (
