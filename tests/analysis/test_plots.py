@@ -17,7 +17,8 @@ def test_curves_have_a_panel_for_ap_and_for_every_loss(runs, tmp_path):
     # AP, total_loss and three terms: two rows.
     with Image.open(tmp_path / "curves.png") as picture:
         picture.load()
-        assert picture.width == 1020
+        # Versions of matplotlib round a pixel up or down.
+        assert picture.width == pytest.approx(1020, abs=1)
         assert picture.height == round(100 * (2 * 2.6 + 5 * 0.3))
 
 

@@ -69,7 +69,8 @@ def test_pictures_change_nothing_in_a_training(kind, gradient_weight, distiller_
     assert [image.step for image in images] == [0, 2]
     rows = 1 + (4 if kind == "faster" else 5)
     # A panel of a 90 x 120 image is 3 x 4 inches.
-    assert (images[0].width, images[0].height) == (1746, 90 + 300 * rows + 28 * (rows - 1))
+    # Versions of matplotlib round a pixel up or down.
+    assert (images[0].width, images[0].height) == pytest.approx((1746, 90 + 300 * rows + 28 * (rows - 1)), abs=1)
 
 
 def test_an_iteration_in_parts_gives_one_picture(distiller_config):
