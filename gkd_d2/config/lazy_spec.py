@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import yaml
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gkd_d2.config.spec import EXTRA_HEADS, DetectorSpec
 from gkd_d2.utils.text import did_you_mean
@@ -80,7 +83,8 @@ class LazySpec(DetectorSpec):
         return LazySpec(model, self.file, self.train_sets, self.image_format, self._place)
 
     def problems(self):
-        return []
+        of_file = f" of {self.file}" if self.file else ""
+        return [f"{sentence}{of_file}" for sentence in _unknown_arguments(self.model, self._place)]
 
     def build(self):
         try:
@@ -133,7 +137,12 @@ def load_lazy(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         cfg = LazyConfig.load(path)
     # The file is Python, which may raise anything.
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path} can't be read as a LazyConfig: {type(error).__name__}: {error}") from error
+        # The line of a file that is a part of the config.
+        folder = os.path.dirname(os.path.abspath(path))
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith((folder, path))]
+        line = f", line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
+        kind = type(error).__name__
+        raise ValueError(f"{path} can't be read as a LazyConfig: {kind}: {error}{line}") from error
     if not isinstance(cfg, DictConfig) or "_target_" not in (cfg.get("model") or {}):
         raise ValueError(
             f"{path} is no LazyConfig of a detector: it has no `model` that is made by LazyCall, as those of "
@@ -162,7 +171,7 @@ def override_lazy(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         node = OmegaConf.select(cfg, parent) if parent else cfg
         known = _keys(node)
         if not key.startswith("+") and known is not None and name not in known:
-            near = did_you_mean(key, [f"{parent}.{other}" if parent else other for other in known])
+            near = did_you_mean(name, known, f"{parent}." if parent else "")
             raise ValueError(f"{override!r} sets {key}, which the config does not have{near}")
         try:
             LazyConfig.apply_overrides(cfg, [override])
@@ -185,16 +194,45 @@ def _keys(node: object) -> list[str] | None:
     return None if parameters is None else [*keys, *(name for name in parameters if name not in keys)]
 
 
+def _unknown_arguments(node: object, place: str) -> Iterator[str]:
+    """A sentence for each key beside a ``_target_`` that is none of its arguments."""
+    if OmegaConf.is_list(node):
+        for number in range(len(node)):
+            yield from _unknown_arguments(node[number], f"{place}.{number}")
+    if not isinstance(node, DictConfig):
+        return
+    known = called_with(node) if "_target_" in node else None
+    for name in node:
+        if known is not None and name not in (*known, "_target_"):
+            yield f"{place} has {name!r}, which is no argument of what it calls{did_you_mean(name, known)}"
+        else:
+            yield from _unknown_arguments(node[name], f"{place}.{name}")
+
+
 def called_with(node: DictConfig) -> list[str] | None:
     """The names of the arguments that a node's call takes; None where that is anything, or not known."""
-    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+    parameters = _parameters(node)
+    if parameters is None or any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
     return list(parameters)
+
+
+def missing_arguments(node: DictConfig) -> list[str]:
+    """The names of the arguments that a node's call needs, and the node does not have."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, one in (_parameters(node) or {}).items()
+        if one.default is inspect.Parameter.empty and one.kind not in variadic and name not in node
+    ]
+
+
+def _parameters(node: DictConfig) -> Mapping[str, inspect.Parameter] | None:
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def without_heads(model: DictConfig, heads: Sequence[str]) -> DictConfig:
@@ -212,8 +250,12 @@ def dump_lazy(cfg: DictConfig | Mapping) -> str:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, DictConfig) or OmegaConf.is_list(value):
-        value = OmegaConf.to_container(value, resolve=True)
+    if OmegaConf.is_config(value):
+        try:
+            value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException:
+            # As of a part that stands there once more by itself, where its references mean nothing.
+            value = OmegaConf.to_container(value, resolve=False)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -84,7 +84,9 @@ def teacher_class_problems(train_sets: Sequence[str], teacher: DetectorSpec) -> 
     own = {name: contents for name, contents in own.items() if name not in ours}
     problems = [
         *_other_classes(teacher.classes, ours, "take a teacher that was trained on the student's classes"),
-        *_other_classes(teacher.classes, own, "both must be as in the teacher's training"),
+        *_other_classes(
+            teacher.classes, own, "both must be as in the teacher's training; GKD.TEACHER.OPTS can change either"
+        ),
     ]
     if problems:
         return problems

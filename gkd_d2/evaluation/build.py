@@ -31,7 +31,9 @@ def evaluator_type(dataset_name: str) -> str:
     return kind
 
 
-def build_evaluator(dataset_name: str, folder: str, *, kitti_results: bool, voc_strict: bool) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str, folder: str, *, kitti_results: bool = False, voc_strict: bool = False
+) -> DatasetEvaluator:
     """COCO-style average precision; for datasets of KITTI's form the official one and VOC's too, ahead of it.
 
     Args:

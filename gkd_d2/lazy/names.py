@@ -38,6 +38,7 @@ _NAMES = {
     "GKD.PKD.WEIGHT": "model.method.weight",
     "GKD.STUDENT.INIT_FROM_TEACHER": "model.init_from_teacher",
     "GKD.TEACHER.CONFIG_FILE": "model.teacher",
+    "GKD.TEACHER.OPTS": "teacher_opts of distil",
     "GKD.TEACHER.FEATURES": "model.teacher_features",
     "GKD.TEACHER.ROI_BATCH_SIZE": "model.teacher.roi_heads.batch_size_per_image",
     "GKD.TEACHER.WEIGHTS": "model.teacher_weights",
@@ -75,7 +76,8 @@ _KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SE
 # What is said of a run of yacs, and what instead.
 _PHRASES = {
     "name that module in GKD.IMPORTS or by --import": "import that module in the config",
-    " tools/suggest_weights.py measures it over many batches;": "",
+    "; tools/suggest_weights.py measures it over many batches": "",
+    "DATASETS names ": "dataloader names ",
 }
 # Key and value as on the command line of tools/train_net.py.
 _PAIR = re.compile(rf"`({_KEY.pattern}) ([^`]+)`")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from omegaconf import DictConfig, OmegaConf
 
 from gkd_d2.config import DetectorSpec
-from gkd_d2.config.lazy_spec import LazySpec, dump_lazy, is_called, plain_model
+from gkd_d2.config.lazy_spec import LazySpec, dump_lazy, is_called, missing_arguments, plain_model
 from gkd_d2.engine.run import Run, Teacher
 from gkd_d2.lazy.distil import teacher_of
 from gkd_d2.methods import Method
 
+_COCO_EVALUATOR = "detectron2.evaluation.coco_evaluation.COCOEvaluator"
 _TRAIN_LOADER = f"{build_detection_train_loader.__module__}.{build_detection_train_loader.__qualname__}"
 
 
@@ -56,18 +57,35 @@ class LazyRun(Run):
         return Teacher(teacher_of(self.cfg.model), weights, "model.teacher_weights")
 
     def method(self) -> Method:
+        if isinstance(name := self.cfg.model.method, str):
+            raise ValueError(
+                f"model.method is {name!r}, a name, which only distil(method=...) takes: name it there, or give LazyCall of "
+                "a class of gkd_d2.methods"
+            )
         method = instantiate(self.cfg.model.method)
         if not isinstance(method, Method):
             raise TypeError(f"model.method makes {method!r}, but must make a Method")
         return method
 
     def problems(self) -> list[str]:
-        problems = [] if self._eval_only else self._training_problems()
-        evaluated = self._loader("evaluator.dataset_name")
-        if evaluated is not None and not isinstance(evaluated, str):
+        return [*([] if self._eval_only else self._training_problems()), *self._evaluator_problems()]
+
+    def _evaluator_problems(self) -> list[str]:
+        """What would be found out only when the training is done."""
+        evaluator = self._loader("evaluator")
+        if not isinstance(evaluator, DictConfig) or "_target_" not in evaluator:
+            return []
+        problems = [f"dataloader.evaluator lacks {name}" for name in missing_arguments(evaluator)]
+        dataset = evaluator.get("dataset_name")
+        if dataset is not None and not isinstance(dataset, str):
             problems.append(
-                f"dataloader.evaluator.dataset_name is {evaluated}, but an evaluator is of one dataset: name one in "
+                f"dataloader.evaluator.dataset_name is {dataset}, but an evaluator is of one dataset: name one in "
                 "dataloader.test.dataset.names, as text"
+            )
+        elif is_called(evaluator, _COCO_EVALUATOR) and not evaluator.get("output_dir") and _is_loaded(dataset):
+            problems.append(
+                f"dataloader.evaluator is Detectron2's COCOEvaluator without output_dir, but {dataset} has no file in "
+                "COCO's form, so that one must be written: set output_dir, or use build_evaluator of gkd_d2.evaluation"
             )
         return problems
 
@@ -113,6 +131,11 @@ class LazyRun(Run):
 def is_distilled(cfg: DictConfig) -> bool:
     """Whether the ``model`` of a LazyConfig is that of :func:`gkd_d2.lazy.distil`."""
     return plain_model(cfg.model) is not cfg.model
+
+
+def _is_loaded(dataset: str | None) -> bool:
+    """Whether a registered dataset is known by its records alone, without a file in COCO's form."""
+    return dataset in MetadataCatalog.list() and MetadataCatalog.get(dataset).get("json_file") is None
 
 
 def _names(value) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
     if not copied:
         raise ValueError(
             f"GKD.STUDENT.INIT_FROM_TEACHER is True, but no head of the teacher fits the student ({left}). Configure "
-            "the student's heads and FPN as the teacher's, choose another teacher, or set "
+            "the student's heads, anchors and FPN as the teacher's, choose another teacher, or set "
             "GKD.STUDENT.INIT_FROM_TEACHER to False"
         )
     for name in copied:

@@ -28,8 +28,14 @@ def printable(text: str, limit: int = 100) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest, as the end of a sentence; empty where none is near."""
+def did_you_mean(name: str, known: Iterable[str], start: str = "") -> str:
+    """The known name that is nearest, as the end of a sentence; empty where none is near.
+
+    Args:
+        name: is not among ``known``.
+        known: names.
+        start: what stands before all of them.
+    """
     by_lower_case = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    return f": did you mean {by_lower_case[near[0]]}?" if near else ""
+    return f": did you mean {start}{by_lower_case[near[0]]}?" if near else ""

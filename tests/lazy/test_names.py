@@ -18,7 +18,6 @@ YACS_ONLY = (
     # The node, of which the keys are looked up.
     "GKD.LOSS_WEIGHTS",
     "GKD.STUDENT.META_ARCHITECTURE",
-    "GKD.TEACHER.OPTS",
     # Beside what is said for both.
     "INPUT.MAX_SIZE_TRAIN",
     "MODEL.LOAD_PROPOSALS",

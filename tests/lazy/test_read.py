@@ -60,7 +60,7 @@ def test_arguments_that_a_config_leaves_out_can_be_set(plain):
     ("text", "message"),
     [
         ("model = 3", "is no LazyConfig of a detector: it has no `model`"),
-        ("1 / 0", "can't be read as a LazyConfig: ZeroDivisionError"),
+        ("a = 1\n1 / 0", "can't be read as a LazyConfig: ZeroDivisionError: .*, line 2 of .*wrong.py"),
         ("import absent_module", "can't be read as a LazyConfig: .*absent_module"),
         (model_text("retinanet"), "has no dataloader.train, optimizer, lr_multiplier"),
     ],

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyCall, instantiate
-from detectron2.data import DatasetCatalog, samplers
+from detectron2.data import DatasetCatalog, MetadataCatalog, samplers
+from detectron2.evaluation import COCOEvaluator
 from lazy_configs import write_distilled, write_plain
 from short_runs import checkpoints, metrics
 
 from gkd_d2.config.lazy_spec import plain_model
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
+from gkd_d2.evaluation import build_evaluator
 from gkd_d2.lazy.read import keys_without_effect, read_lazy
 from gkd_d2.lazy.run import LazyRun
 from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
@@ -222,6 +224,7 @@ def test_a_run_that_can_start(config, read):
         (["model.teacher_weights="], "model.teacher_weights is empty: a teacher needs its checkpoint"),
         (["model.teacher_weights=null"], "model.teacher_weights is empty: a teacher needs its checkpoint"),
         (["dataloader.train.mapper=null"], "dataloader.train has no mapper"),
+        (["model.method=fitnet"], r"model.method is 'fitnet', a name, which only distil\(method=...\) takes"),
         (
             ["dataloader.test.dataset.names=[toy_kitti_val]"],
             r"dataset_name is \['toy_kitti_val'\], but an",
@@ -248,6 +251,29 @@ def test_loaders_that_can_not_be_resumed_exactly_and_averages_are_refused(config
     text = problems(cfg)
     assert "a run that can be resumed exactly needs Detectron2's build_detection_train_loader" in text
     assert "train.model_ema.enabled is True" in text
+
+
+def test_evaluators_that_would_fail_after_the_training(config, read):
+    # Where another evaluation has left its ground truth.
+    vars(MetadataCatalog.get("toy_kitti_val")).pop("json_file", None)
+    cfg = read(config)
+    cfg.dataloader.evaluator = LazyCall(COCOEvaluator)(dataset_name="toy_kitti_val")
+    assert "COCOEvaluator without output_dir, but toy_kitti_val has no file in COCO's form" in problems(cfg)
+    cfg.dataloader.evaluator.output_dir = "output"
+    check_inputs(LazyRun(cfg), eval_only=False, resume=False)
+    cfg.dataloader.evaluator = LazyCall(build_evaluator)(dataset_name="toy_kitti_val")
+    assert "dataloader.evaluator lacks folder" in problems(cfg)
+
+
+def test_keys_of_a_model_that_nothing_takes(folder, read):
+    path = write_plain(folder, name="misspelt")
+    path.write_text(f"{path.read_text()}model.num_clases = 3\nmodel.backbone.bottom_up.freez_at = 2\n")
+    text = problems(read(path))
+    assert "model has 'num_clases', which is no argument of what it calls: did you mean num_classes?" in text
+    assert (
+        "model.backbone.bottom_up has 'freez_at', which is no argument of what it calls: did you mean freeze_at?"
+        in text
+    )
 
 
 def test_masks_that_are_not_loaded(folder, read):

@@ -119,8 +119,8 @@ class LossWatch(HookBase):
                 logging.getLogger(__name__).warning(
                     "The %s loss swamps the detection losses: at iteration %d its gradient at the student's features "
                     "has %.3g times the norm of theirs, more than GKD.WATCH_MAX_RATIO %g. %s is %g%s; %g would give a "
-                    "ratio of %g. tools/suggest_weights.py measures it over many batches; a run that is resumed takes "
-                    "the new weight",
+                    "ratio of %g. A run that is resumed takes the new weight; tools/suggest_weights.py measures it over"
+                    " many batches",
                     name,
                     self.trainer.iter,
                     ratio,
