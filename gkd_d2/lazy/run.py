@@ -59,8 +59,8 @@ class LazyRun(Run):
     def method(self) -> Method:
         if isinstance(name := self.cfg.model.method, str):
             raise ValueError(
-                f"model.method is {name!r}, a name, which only distil(method=...) takes: name it there, or give LazyCall of "
-                "a class of gkd_d2.methods"
+                f"model.method is {name!r}, a name, which only distil(method=...) takes: name it there, or give "
+                "LazyCall of a class of gkd_d2.methods"
             )
         method = instantiate(self.cfg.model.method)
         if not isinstance(method, Method):
