@@ -156,7 +156,8 @@ def model_text(kind: str, *, width: int = 8, channels: int = 16) -> str:
 def write_teacher(folder: Path, kind: str = "retinanet", name: str = "teacher") -> Path:
     """A teacher's config, next to which ``name``.pth holds random weights."""
     path = folder / f"{name}.py"
-    path.write_text(model_text(kind, width=16) + _RUN)
+    run = _RUN.replace('image_format="BGR"', 'image_format="RGB"') if kind == "vit" else _RUN
+    path.write_text(model_text(kind, width=16) + run)
     torch.manual_seed(100)
     torch.save({"model": calm(load_lazy_spec(str(path)).build()).state_dict()}, path.with_suffix(".pth"))
     return path

@@ -104,16 +104,19 @@ def load_lazy_spec(path: str, overrides: Sequence[str] = ()) -> LazySpec:
         overrides: "key=value", as on the command line of Detectron2's lazyconfig_train_net.py.
 
     Raises:
-        ValueError: the file is no LazyConfig with a ``model``, or an override can't be applied.
+        ValueError: the file is no LazyConfig with a ``model``, its model and its mapper have two orders of channels, or
+            an override can't be applied.
     """
     cfg = load_lazy(path, overrides)
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-    return LazySpec(
-        plain_model(cfg.model),
-        path,
-        (names,) if isinstance(names, str) else tuple(names),
-        OmegaConf.select(cfg, "dataloader.train.mapper.image_format"),
-    )
+    model, image_format = plain_model(cfg.model), OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+    if image_format and model.get("input_format", image_format) != image_format:
+        raise ValueError(
+            f"{path}: dataloader.train.mapper.image_format is {image_format}, but the model's input_format is "
+            f"{model.input_format}: set both to the order of channels that it was trained on, for instance by "
+            "GKD.TEACHER.OPTS"
+        )
+    return LazySpec(model, path, (names,) if isinstance(names, str) else tuple(names), image_format)
 
 
 def plain_model(model: DictConfig) -> DictConfig:

@@ -126,6 +126,10 @@ def test_the_order_of_channels_is_that_of_the_mappers(tmp_path):
     assert not swaps(model_of(path))
     teacher = tmp_path / "teacher.py"
     teacher.write_text(teacher.read_text().replace('image_format="BGR"', 'image_format="RGB"'))
+    with pytest.raises(ValueError, match="teacher.py: .*image_format is RGB, but the model's input_format is BGR"):
+        model_of(path)
+    # As a config that leaves the model's to the default.
+    teacher.write_text(f"{teacher.read_text()}del model.input_format\n")
     assert swaps(model_of(path))
     model = model_of(path)
     # After distil(), as by an override.
@@ -135,7 +139,7 @@ def test_the_order_of_channels_is_that_of_the_mappers(tmp_path):
     assert swaps(model)
     # As a config that leaves it to the default.
     model = model_of(path)
-    del model.student.input_format, model.teacher.input_format
+    del model.student.input_format
     model.image_format = "BGR"
     assert swaps(model)
 
