@@ -17,7 +17,7 @@ def config_differences(one: Mapping, other: Mapping, ignored: Sequence[str] = ()
         other: another one.
         ignored: dotted names of nodes and keys that are left out.
     """
-    ours, theirs = dict(_flat(one)), dict(_flat(other))
+    ours, theirs = dict(flattened(one)), dict(flattened(other))
     keys = [key for key in {**ours, **theirs} if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
     return {k: (ours.get(k), theirs.get(k)) for k in keys if not _same(ours.get(k), theirs.get(k))}
 
@@ -30,10 +30,10 @@ def _same(one: object, other: object) -> bool:
     return json.dumps(one) == json.dumps(other)
 
 
-def _flat(cfg: Mapping, start: str = "") -> Iterator[tuple[str, object]]:
-    """Pairs of dotted key and value."""
+def flattened(cfg: Mapping, start: str = "") -> Iterator[tuple[str, object]]:
+    """Pairs of dotted key and value, of a CfgNode or nested dictionaries; ``start`` stands before each key."""
     for key, value in cfg.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{start}{key}.")
+            yield from flattened(value, f"{start}{key}.")
         else:
             yield start + key, value

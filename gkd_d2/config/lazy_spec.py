@@ -50,10 +50,9 @@ class LazySpec(DetectorSpec):
 
     @property
     def classes(self):
-        of_file = f" of {self.file}" if self.file else ""
         for path in _CLASS_PATHS:
             if isinstance(number := OmegaConf.select(self.model, path), int):
-                return f"{self._place}.{path}{of_file}", number
+                return f"{self._place}.{path}{self._of_file}", number
         return None
 
     @property
@@ -62,7 +61,11 @@ class LazySpec(DetectorSpec):
         return {head for head in EXTRA_HEADS if roi_heads.get(f"{head}_in_features")}
 
     def without(self, heads):
-        return self._with(without_heads(self.model, heads))
+        model = self.model.copy()
+        for head in heads:
+            for part in ("in_features", "pooler", "head"):
+                model.roi_heads.pop(f"{head}_{part}", None)
+        return self._with(model)
 
     def with_proposals(self, number: int) -> LazySpec:
         """The same detector, whose ROI heads sample so many proposals an image in training; 0: as many as they did.
@@ -83,8 +86,7 @@ class LazySpec(DetectorSpec):
         return LazySpec(model, self.file, self.train_sets, self.image_format, self._place)
 
     def problems(self):
-        of_file = f" of {self.file}" if self.file else ""
-        return [f"{sentence}{of_file}" for sentence in _unknown_arguments(self.model, self._place)]
+        return [f"{sentence}{self._of_file}" for sentence in _unknown_arguments(self.model, self._place)]
 
     def build(self):
         try:
@@ -236,15 +238,6 @@ def _parameters(node: DictConfig) -> Mapping[str, inspect.Parameter] | None:
         return inspect.signature(target).parameters
     except (TypeError, ValueError):
         return None
-
-
-def without_heads(model: DictConfig, heads: Sequence[str]) -> DictConfig:
-    """A copy of a detector without some of EXTRA_HEADS."""
-    model = model.copy()
-    for head in heads:
-        for part in ("in_features", "pooler", "head"):
-            model.roi_heads.pop(f"{head}_{part}", None)
-    return model
 
 
 def dump_lazy(cfg: DictConfig | Mapping) -> str:

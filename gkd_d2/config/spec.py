@@ -40,6 +40,15 @@ class DetectorSpec(ABC):
     def heads(self) -> set[str]:
         """Those of EXTRA_HEADS that it has."""
 
+    def heads_beyond(self, heads: set[str]) -> list[str]:
+        """Those of EXTRA_HEADS that it has and ``heads`` does not hold."""
+        return [head for head in EXTRA_HEADS if head in self.heads - heads]
+
+    @property
+    def _of_file(self) -> str:
+        """Where it is described, as the end of a sentence's subject; empty for the detector that a run trains."""
+        return f" of {self.file}" if self.file else ""
+
     @abstractmethod
     def without(self, heads: Sequence[str]) -> DetectorSpec:
         """The same detector without some of EXTRA_HEADS."""
@@ -83,8 +92,7 @@ class YacsSpec(DetectorSpec):
         node = next((node for base, node in _CLASS_NODES.items() if kind and issubclass(kind, base)), None)
         if node is None:
             return None
-        of_file = f" of {self.file}" if self.file else ""
-        return f"MODEL.{node}.NUM_CLASSES{of_file}", self.cfg.MODEL[node].NUM_CLASSES
+        return f"MODEL.{node}.NUM_CLASSES{self._of_file}", self.cfg.MODEL[node].NUM_CLASSES
 
     @property
     def heads(self):
@@ -120,14 +128,10 @@ class YacsSpec(DetectorSpec):
         return YacsSpec(cfg, self._architecture_key, self.file)
 
     def problems(self):
-        return find_unregistered(self.cfg, self._architecture_key, self._place)
+        return find_unregistered(self.cfg, self._architecture_key, self._of_file)
 
     def build(self):
-        return build_detector(self.cfg, self._architecture_key, self._place)
+        return build_detector(self.cfg, self._architecture_key, self._of_file)
 
     def dump(self):
         return self.cfg.dump()
-
-    @property
-    def _place(self) -> str:
-        return f" of {self.file}" if self.file else ""

@@ -13,7 +13,6 @@ from torch import nn
 from gkd_d2.config import DetectorSpec, YacsSpec, detector_config
 from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
-from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.losses import LossWeights
 from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing
 from gkd_d2.modeling.build import join
@@ -194,19 +193,15 @@ def _teacher(
         if opts and not path:
             raise ValueError("teacher_opts are for a teacher's file: change the model that is given itself")
         spec = load_lazy_spec(path, opts) if path else LazySpec(plain_model(teacher))
-        unlabelled = _missing(spec, heads)
+        unlabelled = spec.heads_beyond(heads)
         spec = spec.without(unlabelled).with_proposals(proposals)
         return spec.model, spec, unlabelled
     spec = _yacs_spec(path, opts).with_proposals(proposals)
-    unlabelled = _missing(spec, heads)
+    unlabelled = spec.heads_beyond(heads)
     opts += [text for head in unlabelled for text in (f"MODEL.{head.upper()}_ON", "False")]
     if proposals:
         opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(proposals)]
     return LazyCall(build_from_yaml)(config_file=path, opts=opts), _yacs_spec(path, opts), unlabelled
-
-
-def _missing(teacher: DetectorSpec, heads: set[str]) -> list[str]:
-    return [head for head in EXTRA_HEADS if head in teacher.heads - heads]
 
 
 def _file(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
+from gkd_d2.config.differences import flattened
 from gkd_d2.config.lazy_spec import load_lazy, override_lazy
 from gkd_d2.utils.text import did_you_mean, listed
 
@@ -111,7 +112,7 @@ def _sets_ddp(override: str) -> bool:
 
 def _check_train(train: DictConfig) -> None:
     """Check the values of ``train`` that are known: each is of the type of its default, and not out of range."""
-    for key, default in _flat(_TRAIN):
+    for key, default in flattened(_TRAIN):
         value = OmegaConf.select(train, key)
         wanted = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
@@ -128,18 +129,9 @@ def _check_train(train: DictConfig) -> None:
             raise ValueError(f"train.clip_gradients.{key} is {clipping[key]}, but must be > 0")
 
 
-def _flat(node: dict, start: str = "") -> Iterator[tuple[str, object]]:
-    """Pairs of dotted key and value."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{start}{key}.")
-        else:
-            yield start + key, value
-
-
 def keys_without_effect(cfg: DictConfig) -> list[str]:
     """A sentence for each key of ``train``, and of the training loader, that has no meaning here."""
-    known = {key for key, _ in _flat(_TRAIN)}
+    known = {key for key, _ in flattened(_TRAIN)}
     found = []
     for key, value in cfg.train.items():
         names = [f"{key}.{name}" for name in value] if isinstance(value, DictConfig) and key in _TRAIN else [key]

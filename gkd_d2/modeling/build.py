@@ -38,7 +38,7 @@ def build_parts(cfg: CfgNode) -> dict:
     ours = YacsSpec(detector_config(cfg), architecture_key(cfg))
     theirs = teacher_spec(cfg)
     # Masks and keypoints are loaded only where the config that trains, the student's, detects them.
-    unlabelled = [head for head in EXTRA_HEADS if head in theirs.heads - ours.heads]
+    unlabelled = theirs.heads_beyond(ours.heads)
     student = ours.build()
     parts = join(
         student,
