@@ -1,0 +1,5 @@
+"""What goes wrong in an export."""
+
+
+class ExportError(Exception):
+    """A student can't be exported; the text says why and what to do."""

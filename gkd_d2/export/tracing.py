@@ -1,0 +1,163 @@
+"""What TorchScript and ONNX share: a detector with tensors for arguments and results, and the check of what it became."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+
+import detectron2
+import torch
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import Tensor, nn
+
+from gkd_d2.export.errors import ExportError
+from gkd_d2.utils.text import counted
+
+# The smallest difference of boxes, in pixels, that IoU may judge: of tiny boxes it makes much of rounding errors.
+_ROUNDING = 1e-2
+
+
+def detect(model: nn.Module, image: Tensor) -> Instances:
+    """Detections of one image, in its own size.
+
+    Args:
+        model: GeneralizedRCNN or RetinaNet, in eval mode.
+        image: C,H,W in the range of the detector's config.
+    """
+    inputs = [{"image": image}]
+    with torch.no_grad():
+        return _inference(model, inputs)
+
+
+def _inference(model: nn.Module, inputs: list[dict]) -> Instances:
+    if isinstance(model, GeneralizedRCNN):
+        return model.inference(inputs, do_postprocess=False)[0]
+    return model(inputs)[0]["instances"]
+
+
+def tracing_adapter(model: nn.Module, image: Tensor, option: str) -> nn.Module:
+    """Detectron2's own adapter, which makes a detector traceable.
+
+    Args:
+        model: in eval mode.
+        image: C,H,W, the sample.
+        option: of the command line that asks for it, for errors.
+
+    Returns:
+        A module from an image, C,H,W, to the fields of its detections in the order of their names, then the image size.
+
+    Raises:
+        ExportError: the model is no GeneralizedRCNN or RetinaNet, or this Detectron2 lacks the adapter.
+    """
+    if not isinstance(model, (GeneralizedRCNN, RetinaNet)):
+        raise ExportError(f"{option} knows GeneralizedRCNN and RetinaNet, the student is a {type(model).__name__}")
+    try:
+        adapter_class = importlib.import_module("detectron2.export").TracingAdapter
+    except ImportError as error:
+        raise ExportError(
+            f"the exporter of the Detectron2 {detectron2.__version__} that is installed can't be imported ({error}): "
+            f"{option} needs Detectron2's HEAD, or the v0.5 that tools/install_detectron2.py installs"
+        ) from None
+    return adapter_class(model, [{"image": image}], _inference).eval()
+
+
+@contextlib.contextmanager
+def tracing(model: nn.Module, what: str) -> Iterator[None]:
+    """Name what can't be traced, and silence the tracer's guesses: wrong ones show in :func:`check_equal`.
+
+    Args:
+        model: that is traced.
+        what: it becomes, as "a TorchScript".
+
+    Raises:
+        ExportError: the tracer or the exporter failed.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except RuntimeError as error:
+        heads = f" with {type(model.roi_heads).__name__}" if isinstance(model, GeneralizedRCNN) else ""
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(
+            f"Detectron2 {detectron2.__version__} can't make {what} of a {type(model).__name__}{heads}: {reason}"
+        ) from None
+
+
+def check_equal(
+    model: nn.Module, other: Callable[[Tensor], Instances], pictures: list[Tensor], what: str, score_tolerance: float
+) -> None:
+    """Compare what a model and its export detect, in any order: that of equal scores is not defined.
+
+    A detection has its like where the class is the same, the boxes overlap by more than 0.99 (IoU), or by rounding
+    errors less, and the scores differ by no more than a tolerance. One of a score that near to the lowest may be
+    missing: the threshold, or the limit of detections per image, parts those that differ by rounding errors alone.
+
+    Args:
+        model: the detector.
+        other: its export, from an image to detections in its size.
+        pictures: C,H,W each.
+        what: the export is called, as "TorchScript".
+        score_tolerance: of scores.
+
+    Raises:
+        ExportError: the model detects nothing on all of the pictures; or a detection of one has no like in the other.
+    """
+    total = 0
+    for picture in pictures:
+        expected = detect(model, picture)
+        found = other(picture)
+        total += len(expected)
+        _check_one(expected, found, what, score_tolerance)
+    if not total:
+        raise ExportError(
+            f"the student detects nothing on the sample pictures, so that its {what} can't be checked: name pictures "
+            "with objects by --image"
+        )
+
+
+def _check_one(expected: Instances, found: Instances, what: str, score_tolerance: float) -> None:
+    near = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf")) <= _ROUNDING
+    alike = near | (pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.99)
+    alike &= (expected.scores[:, None] - found.scores).abs() <= score_tolerance
+    alike &= expected.pred_classes[:, None] == found.pred_classes
+    lost, new = ~alike.any(dim=1), ~alike.any(dim=0)
+    if not (lost.any() or new.any()):
+        return
+    # The first that may be missing for its score alone.
+    least = torch.cat([expected.scores, found.scores]).min() + score_tolerance
+    if (expected.scores[lost] <= least).all() and (found.scores[new] <= least).all():
+        return
+    height, width = expected.image_size
+    example = _first_words(expected, lost, "the model") or _first_words(found, new, f"the {what}")
+    raise ExportError(
+        f"the {what} differs from the model on an image of {height} x {width} pixels: {int(lost.sum())} of the model's "
+        f"{counted(len(expected), 'detection')} and {int(new.sum())} of the {what}'s {len(found)} have no like in "
+        f"class, box (IoU above 0.99) and score (within {score_tolerance}), such as {example}"
+    )
+
+
+def _first_words(instances: Instances, which: Tensor, whose: str) -> str:
+    if not which.any():
+        return ""
+    first = instances[which][0]
+    box = ", ".join(f"{value:.1f}" for value in first.pred_boxes.tensor[0].tolist())
+    return f"{whose}'s box ({box}) of class {first.pred_classes.item()} and score {first.scores.item():.3f}"
+
+
+def instances_of(boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int]) -> Instances:
+    """Detections as Detectron2 has them.
+
+    Args:
+        boxes: N,4, xyxy in pixels of the image.
+        scores: N.
+        classes: N, int64.
+        size: height and width of the image.
+    """
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(boxes)
+    instances.scores, instances.pred_classes = scores, classes
+    return instances

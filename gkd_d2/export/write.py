@@ -1,0 +1,137 @@
+"""Writes a student in all forms that are asked for, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from gkd_d2.export.checkpoint import stock_config, to_half
+from gkd_d2.export.onnx import make_onnx
+from gkd_d2.export.quantize import quantize
+from gkd_d2.export.torchscript import make_script
+from gkd_d2.modeling.student import find_checkpoint, load_student
+from gkd_d2.utils.files import fill, making_folder, replacing
+
+# Form -> name of its file.
+FILES = {
+    "checkpoint": "model.pth",
+    "config": "config.yaml",
+    "TorchScript": "model.ts",
+    "ONNX": "model.onnx",
+    "ONNX int8": "model_int8.onnx",
+    "table": "export.md",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """What a student is written as, beside a checkpoint and a config.
+
+    Attributes:
+        half: store the checkpoint's floating tensors in 16 bits; the other forms compute with these numbers in 32.
+        torchscript: write a TorchScript.
+        onnx: write an ONNX file.
+        size: height and width that the ONNX file's input is fixed to; None: any.
+        calibration: pictures, C,H,W, by which the ONNX file is also quantized to 8 bits; empty: it is not.
+    """
+
+    half: bool = False
+    torchscript: bool = False
+    onnx: bool = False
+    size: tuple[int, int] | None = None
+    calibration: Sequence[Tensor] = ()
+
+
+def export_student(
+    cfg: CfgNode,
+    weights: Path,
+    output: Path,
+    forms: Forms = Forms(),
+    *,
+    pictures: Sequence[Tensor] = (),
+    force: bool = False,
+) -> dict[str, Path]:
+    """Write a student as a plain Detectron2 checkpoint and config, and in other forms; all of it or nothing.
+
+    Args:
+        cfg: of a distiller or of a plain detector.
+        weights: a checkpoint of it, or a folder whose ``last_checkpoint`` names one.
+        output: the folder to write to.
+        forms: what else is written.
+        pictures: from :func:`gkd_d2.export.sample_pictures`, on which a TorchScript and an ONNX file are compared with
+            the student.
+        force: replace an earlier export in ``output``.
+
+    Returns:
+        The files written, by their keys in :data:`FILES`.
+
+    Raises:
+        FileExistsError: ``output`` holds an export and ``force`` is not set.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset, or a
+            number is too large for 16 bits.
+        OSError: a file can't be written; an earlier export stays as it is.
+        ExportError: the student can't be made into one of the forms, or one detects differently.
+    """
+    output = output.resolve()
+    if find_checkpoint(weights).resolve().parent == output:
+        raise ValueError(
+            f"{output} is the folder of the checkpoint, whose config.yaml must stay: choose another folder"
+        )
+    present = [output / name for name in FILES.values() if (output / name).exists()]
+    if present and not force:
+        raise FileExistsError(
+            f"{output} holds {', '.join(path.name for path in present)} already: choose another folder, or replace "
+            "them by --force"
+        )
+    model = load_student(cfg, weights)
+    state = model.state_dict()
+    if forms.half:
+        state = to_half(state)
+        # So that the other forms compute with what the checkpoint holds.
+        model.load_state_dict(state)
+    text = stock_config(cfg, output / FILES["checkpoint"]).dump()
+    content: dict[str, Callable[[IO[bytes]], object]] = {
+        "checkpoint": lambda file: torch.save({"model": state}, file),
+        "config": lambda file: file.write(text.encode()),
+    }
+    if forms.torchscript:
+        script = make_script(model, list(pictures))
+        content["TorchScript"] = lambda file: file.write(script.save_to_buffer())
+    if forms.onnx:
+        exported = make_onnx(model, cfg, pictures, forms.size)
+        content["ONNX"] = lambda file: file.write(exported.SerializeToString())
+        if forms.calibration:
+            quantized = quantize(exported, forms.calibration)
+            content["ONNX int8"] = lambda file: file.write(quantized.SerializeToString())
+
+    written = {form: output / FILES[form] for form in content}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(making_folder(output))
+        for form, path in written.items():
+            _write(content[form], stack.enter_context(replacing(path)), path)
+    for path in present:
+        if path not in written.values():
+            path.unlink()
+    return written
+
+
+def _write(write: Callable[[IO[bytes]], object], temporary: Path, path: Path) -> None:
+    """Write a file under another name, and see that it reaches the disk.
+
+    Raises:
+        OSError: it can't be written; the message names ``path``.
+    """
+    try:
+        fill(temporary, write)
+    except (OSError, RuntimeError) as error:
+        # Where torch can't write it complains about its file, and what the system said comes before.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} can't be written ({reason}); is the disk full?") from error
