@@ -125,7 +125,7 @@ def test_a_file_that_detects_differently_is_refused():
         outputs[0]["instances"].pred_boxes.tensor += float(inputs[0][0]["image"].shape[2])
 
     model.register_forward_hook(shift)
-    with pytest.raises(ExportError, match="the ONNX file differs from the model on an image of 64 x 200 pixels: .*box"):
+    with pytest.raises(ExportError, match=r"the ONNX file differs from the model on an image of \d+ x \d+ pixels"):
         make_onnx(model, cfg, noise(*SIZES))
 
 
@@ -137,9 +137,8 @@ def test_a_score_that_differs_is_refused():
             outputs[0]["instances"].scores += 2e-3
 
     model.register_forward_hook(drift)
-    with pytest.raises(
-        ExportError, match=r"score \(within 0.001\), such as the model's box \(.*\) of class \d and score"
-    ):
+    message = r"score \(within 0.001\), such as the model's box \(.*\) of class \d and score"
+    with pytest.raises(ExportError, match=message):
         make_onnx(model, cfg, noise(*SIZES))
 
 
@@ -152,14 +151,12 @@ def test_what_can_not_be_checked_is_refused():
 
 def test_masks_are_refused():
     model, cfg = student("mask")
-    with pytest.raises(ExportError, match=r"the student detects masks too \(MODEL.MASK_ON\)"):
+    with pytest.raises(ExportError, match=r"the student detects masks, too \(MODEL.MASK_ON\)"):
         make_onnx(model, cfg, noise(*SIZES))
 
 
 def test_a_package_that_is_missing_is_named():
-    with pytest.raises(
-        ExportError, match=r"--onnx needs no_such_package, which is not installed: pip install .*export"
-    ):
+    with pytest.raises(ExportError, match=r"--onnx needs no_such_package, which is not .*: pip install .*export"):
         import_extra("no_such_package.part", "--onnx")
 
 
