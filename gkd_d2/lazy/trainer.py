@@ -106,6 +106,8 @@ def evaluate(cfg: DictConfig, model: nn.Module, ema: ModelEMA | None = None) -> 
     if ema is not None:
         logging.getLogger(__name__).info("Running inference with averaged weights (MODEL_EMA) ...")
         evaluator = copy.deepcopy(cfg.dataloader.evaluator)
+        # A folder that is named by reference to another would be moved twice.
+        OmegaConf.resolve(evaluator)
         _move_to_ema(evaluator, cfg.train.output_dir)
         with ema.applied():
             results.update(named_ema(_evaluate(cfg, model, evaluator)))
@@ -126,8 +128,8 @@ def _move_to_ema(node: DictConfig | ListConfig, output_dir: str) -> None:
     """Have an evaluator write to folders of the average's own: inference_EMA/x instead of inference/x.
 
     Args:
-        node: changed in place, with the evaluators within it; their folders are called ``folder`` or ``output_dir``, as
-            those of this project and of Detectron2 are.
+        node: without references; changed in place, with the evaluators within it. Their folders are called ``folder``
+            or ``output_dir``, as those of this project and of Detectron2 are.
         output_dir: of the run.
     """
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
