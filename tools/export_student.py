@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Write the student of a run as a plain Detectron2 model, which needs nothing of gkd_d2.
+"""Write the student of a run for where it is used: stock Detectron2, TorchScript, ONNX.
 
 The folder --output gets model.pth, the student's weights alone, and config.yaml, which stock Detectron2 of the version
 that runs this merges into get_cfg(). Its MODEL.WEIGHTS is the full path of model.pth: set it anew where you move that.
-Examples:
+With --onnx it gets model.onnx, which onnxruntime runs without Detectron2 and PyTorch: docs/deployment.md. Examples:
     python tools/export_student.py --weights output/gkd_frcnn_kitti --output output/student
     python tools/export_student.py --weights output/gkd_frcnn_kitti --output output/student --force --torchscript
+    python tools/export_student.py --weights output/gkd_frcnn_kitti --output output/student --onnx \\
+        --int8 datasets/kitti/training/image_2 --evaluate
     python tools/export_student.py --config-file configs/gkd_retinanet_kitti.yaml \\
         --weights output/gkd_retinanet_kitti/model_0009999.pth --output output/student --fp16
 """
@@ -15,9 +17,12 @@ import sys
 from pathlib import Path
 
 from gkd_d2.config import read_config
-from gkd_d2.export import ExportError, export_student, sample_image
+from gkd_d2.export import ExportError, Forms, export_student, read_folder, sample_pictures
+from gkd_d2.export.measure import check_test_sets, describe_forms, measure_forms
+from gkd_d2.export.quantize import CALIBRATION_LIMIT
+from gkd_d2.export.write import FILES
 from gkd_d2.utils.command_line import parse_options_first
-from gkd_d2.utils.files import check_writable
+from gkd_d2.utils.files import check_writable, write_whole
 from gkd_d2.utils.user_modules import add_import_option
 
 from detectron2.config import CfgNode
@@ -51,14 +56,51 @@ def parse_args() -> argparse.Namespace:
         "with the model's: an error if they differ",
     )
     parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="to compare on (default: the first image of DATASETS.TEST)"
+        "--onnx",
+        action="store_true",
+        help="write model.onnx too, for batches of one image; compared in the same way. Needs pip install -e .[export]",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="fix the input of model.onnx to this size (default: any)",
+    )
+    parser.add_argument(
+        "--int8",
+        type=Path,
+        metavar="FOLDER",
+        help="write model_int8.onnx too, quantized by the pictures in FOLDER (at most the first "
+        f"{CALIBRATION_LIMIT}), which should be of the kind that is detected on, but not those evaluated on",
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="evaluate each file on DATASETS.TEST, and write export.md with a table"
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="to compare on, may be repeated (default: the first images of DATASETS.TEST)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=10, metavar="N", help="timed runs of each file, whose median counts (default: 10)"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     add_import_option(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config, as the run was started with"
     )
-    return parse_options_first(parser)
+    args = parse_options_first(parser)
+    if not args.onnx and (args.size or args.int8):
+        parser.error("--size and --int8 are of an ONNX file: add --onnx")
+    if args.size and min(args.size) < 1:
+        parser.error(f"--size is {args.size[0]} {args.size[1]}, but must be two numbers of pixels above 0")
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}, but must be at least 1")
+    return args
 
 
 def run_config(args: argparse.Namespace) -> CfgNode:
@@ -78,16 +120,36 @@ def main() -> int:
     try:
         check_writable(args.output, "--output")
         cfg = run_config(args)
-        image = sample_image(cfg, args.image) if args.torchscript else None
-        written = export_student(cfg, args.weights, args.output, half=args.fp16, image=image, force=args.force)
+        if args.evaluate:
+            check_test_sets(cfg)
+        measured = args.torchscript or args.onnx or args.evaluate
+        pictures = sample_pictures(cfg, args.image) if measured else []
+        forms = Forms(
+            half=args.fp16,
+            torchscript=args.torchscript,
+            onnx=args.onnx,
+            size=tuple(args.size) if args.size else None,
+            calibration=read_folder(cfg, args.int8, CALIBRATION_LIMIT) if args.int8 else (),
+        )
+        written = export_student(cfg, args.weights, args.output, forms, pictures=pictures, force=args.force)
+        for name, path in written.items():
+            print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
+        if measured:
+            print(f"Compared with the student on {len(pictures)} pictures: {', '.join(compared(forms)) or 'nothing'}.")
+            folder = args.output / "inference" if args.evaluate else None
+            found = measure_forms(cfg, written, pictures[0], repeats=args.repeats, folder=folder)
+            table = describe_forms(found, pictures[0], args.repeats, cfg.DATASETS.TEST)
+            write_whole({args.output / FILES["table"]: table})
+            print(f"\n{table}")
     except (OSError, ValueError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name, path in written.items():
-        print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
-    if args.torchscript:
-        print("The TorchScript detects on the sample image what the model does.")
     return 0
+
+
+def compared(forms: Forms) -> list[str]:
+    """What of the forms was compared with the student."""
+    return [name for name, wanted in (("TorchScript", forms.torchscript), ("ONNX", forms.onnx)) if wanted]
 
 
 if __name__ == "__main__":
