@@ -68,6 +68,7 @@ from gkd_d2.config import add_gkd_config
 from gkd_d2.data.datasets import builtin as _registered_datasets  # noqa: F401
 from gkd_d2.losses import LossWeights, distillation_losses
 from gkd_d2.methods import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term
+from gkd_d2.modeling import backbone as _registered_backbones  # noqa: F401
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Listener, Observation
 from gkd_d2.modeling.split import SplitDetector, register_split

@@ -86,7 +86,11 @@ def parse_args() -> argparse.Namespace:
         help="to compare on, may be repeated (default: the first images of DATASETS.TEST)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=10, metavar="N", help="timed runs of each file, whose median counts (default: 10)"
+        "--repeats",
+        type=int,
+        default=10,
+        metavar="N",
+        help="timed runs of each file, whose median counts (default: 10)",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     add_import_option(parser)

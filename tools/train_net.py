@@ -15,7 +15,7 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from gkd_d2.config import detector_config, read_config
+from gkd_d2.config import detector_config, read_config, without_backbone_weights
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError, settle_seed
@@ -26,6 +26,7 @@ from gkd_d2.engine.trainer import Trainer
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.command_line import parse_options_first
 from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.last_checkpoint import has_checkpoint
 from gkd_d2.utils.user_modules import add_import_option, import_modules
 
 from detectron2.config import CfgNode
@@ -42,7 +43,9 @@ def main(cfg: CfgNode, args: argparse.Namespace):
         cfg = settle_seed(cfg, resume=args.resume)
         set_up_run(YacsRun(cfg), args)
         if not args.eval_only:
-            trainer = Trainer(cfg)
+            resumed = args.resume and has_checkpoint(cfg.OUTPUT_DIR)
+            # The file that the backbone once started with may be gone since.
+            trainer = Trainer(without_backbone_weights(cfg) if resumed else cfg)
             trainer.resume_or_load(resume=args.resume)
         else:
             model = Trainer.build_model(cfg)
@@ -69,7 +72,7 @@ if __name__ == "__main__":
         cfg = read_config(args.config_file, args.opts, args.imports)
         if args.eval_only:
             # The student is evaluated as the plain detector it is: no teacher is built.
-            cfg = detector_config(cfg)
+            cfg = without_backbone_weights(detector_config(cfg))
         cfg.freeze()
         processes = count_processes(args, device=cfg.MODEL.DEVICE)
         check_inputs(YacsRun(cfg), eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)

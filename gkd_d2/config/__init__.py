@@ -6,6 +6,7 @@ from gkd_d2.config.detectors import (
     detector_config,
     teacher_config,
     teacher_spec,
+    without_backbone_weights,
 )
 from gkd_d2.config.differences import config_differences
 from gkd_d2.config.keys import DISTILLER, add_gkd_config
@@ -26,4 +27,5 @@ __all__ = [
     "teacher_config",
     "teacher_spec",
     "with_absolute_teacher",
+    "without_backbone_weights",
 ]

@@ -47,6 +47,16 @@ def detector_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def without_backbone_weights(cfg: CfgNode) -> CfgNode:
+    """A frozen copy whose backbone starts with no weights of its own, for a detector that a checkpoint sets whole."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if "TIMM" in cfg.MODEL:
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+    cfg.freeze()
+    return cfg
+
+
 def teacher_spec(cfg: CfgNode) -> DetectorSpec:
     """The teacher that GKD.TEACHER describes: by a config of yacs or by a LazyConfig, a ``.py`` file.
 
@@ -89,7 +99,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 def _plain_teacher_config(cfg: CfgNode, path: str) -> CfgNode:
     with _naming_opts(cfg) as opts:
-        teacher = detector_config(merged_config(path, opts, ()))
+        teacher = without_backbone_weights(detector_config(merged_config(path, opts, ())))
     teacher.defrost()
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = cfg.GKD.TEACHER.WEIGHTS

@@ -9,7 +9,7 @@ DISTILLER = "GKDDistiller"
 
 
 def add_gkd_config(cfg: CfgNode) -> None:
-    """Add the node GKD, and two keys of SOLVER, with their defaults to a Detectron2 config.
+    """Add the node GKD, the node MODEL.TIMM, and two keys of SOLVER, with their defaults to a Detectron2 config.
 
     Args:
         cfg: changed in place; the student is described by its MODEL node.
@@ -147,6 +147,28 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # For kitti/mAP50_voc: count detections on Van, Person_sitting and DontCare as false positives, as the authors' code
     # does, rather than ignore them. Numbers to compare with the paper's need it: docs/datasets.md.
     cfg.GKD.KITTI_VOC_STRICT = False
+
+    cfg.MODEL.TIMM = CfgNode()
+    # Of MODEL.BACKBONE.NAME build_timm_fpn_backbone (for R-CNNs) and build_retinanet_timm_fpn_backbone: the model of
+    # timm under the feature pyramid, any that gives features of images of any size, with or without the tag of its
+    # weights, such as mobilenetv2_100 or mobilenetv2_100.ra_in1k. MODEL.FPN.IN_FEATURES names its features by their
+    # strides: res2 (4), res3 (8), res4 (16), res5 (32). MODEL.PIXEL_MEAN and PIXEL_STD become those of timm where they
+    # are Detectron2's defaults, and the model is given RGB also where INPUT.FORMAT is BGR. Needs
+    # `pip install -e .[timm]`.
+    cfg.MODEL.TIMM.NAME = ""
+    # Places of these features among those of the model; empty: by their strides.
+    cfg.MODEL.TIMM.OUT_INDICES = []
+    # Start a training with timm's own weights, which are fetched unless they are in its cache.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # Or with those of a file, with timm's names, with or without a classifier; a relative path is looked for in the
+    # working folder. It must set all of the network. Both keys are for the start of a training alone: a teacher, an
+    # evaluation, a resume and an export have whole checkpoints.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # What the model's BatchNorms become: FrozenBN, BN or SyncBN. Norms of other kinds, as ConvNeXt's, stay.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # All that makes the feature of stride 2 to the power of this is frozen, its BatchNorms too; 0: nothing is.
+    # MODEL.BACKBONE.FREEZE_AT is for Detectron2's ResNets alone.
+    cfg.MODEL.TIMM.FREEZE_AT = 2
 
     # A batch of SOLVER.IMS_PER_BATCH images is computed in so many parts one after the other, to save memory; their
     # gradients are averaged, as those of so many GPUs would be. An iteration stays one batch and one step.

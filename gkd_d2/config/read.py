@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from gkd_d2.config.keys import DISTILLER, add_gkd_config
 from gkd_d2.utils.config_merge import load_file, merge_loaded, merge_pairs
+from gkd_d2.utils.timm_models import set_pixel_norm
 from gkd_d2.utils.user_modules import import_modules
 
 _TEACHER_PATHS = ("CONFIG_FILE", "WEIGHTS")
@@ -66,7 +67,10 @@ class _Placed(str):
 
 
 def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> CfgNode:
-    """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them."""
+    """The keys of Detectron2 and of this project, as a file and pairs KEY VALUE set them.
+
+    For a backbone of timm the images are normalised as timm does it, where PIXEL_MEAN and PIXEL_STD are not set.
+    """
     written, files = load_file(config_file, _place_own)
     if "_target_" in _node(written, "model"):
         raise ValueError(
@@ -86,6 +90,7 @@ def merged_config(config_file: str, opts: list[str], imports: Sequence[str]) -> 
         if f"GKD.TEACHER.{key}" in opts[::2]:
             cfg.GKD.TEACHER[key] = _placed(key, cfg.GKD.TEACHER[key], config_file)
     cfg.GKD.IMPORTS = list(dict.fromkeys(modules))
+    set_pixel_norm(cfg)
     return cfg
 
 

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -170,9 +169,10 @@ class Blame:
         heaviest = max(terms.values(), key=lambda term: ratios.get(term.name, 0.0), default=None)
         if heaviest and ratios.get(heaviest.name, 0.0) > 1:
             found += f", or lower {_weight(heaviest)}"
-        frozen = any(isinstance(module, FrozenBatchNorm2d) for module in self._module.modules())
-        if self._from_scratch and (frozen or not all(p.requires_grad for p in self._module.parameters())):
-            found += f". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: {from_scratch.ADVICE}"
+        student = self._module.student if isinstance(self._module, GKDDistiller) else self._module
+        if self._from_scratch and from_scratch.has_frozen_random_weights(student):
+            advice = from_scratch.advice_for(student)
+            found += f". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: {advice}"
         return found
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gkd_d2.data.build import BatchSampler
-from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
+from gkd_d2.engine.from_scratch import consider_loaded, warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import release_sigterm
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import ResumeError, describe_run, run_differences
@@ -127,6 +127,7 @@ class ExactTrainer(TrainerBase):
         self.checkpointer.resume_or_load(self.run.weights, resume=resume)
         if resumed:
             self.start_iter = self.iter + 1
+            consider_loaded(self._student())
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(

@@ -7,17 +7,22 @@ import io
 import os
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from gkd_d2.config import YacsSpec, without_backbone_weights
 from gkd_d2.data.build import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
 from gkd_d2.engine.run import Run
 from gkd_d2.evaluation import evaluator_type
+from gkd_d2.modeling.backbone import build_timm_features
 from gkd_d2.utils.checkpoint import file_of_weights
 from gkd_d2.utils.checkpoint_files import find_damage
 from gkd_d2.utils.files import check_writable
 from gkd_d2.utils.last_checkpoint import has_checkpoint
+from gkd_d2.utils.random_streams import separate_random_stream
+from gkd_d2.utils.timm_models import config_problems, has_timm_backbone
 
 
 class PreflightError(Exception):
@@ -49,6 +54,7 @@ def check_inputs(run: Run, *, eval_only: bool, resume: bool, processes: int = 1,
         *run.problems(),
         *_detector(run),
         *_weights(run, eval_only, resume),
+        *_backbone(run, eval_only, resume),
     ]
     if run.distilled:
         problems += [*_method(run), *_teacher(run)]
@@ -119,8 +125,35 @@ def _weights(run: Run, eval_only: bool, resume: bool) -> list[str]:
     if reason:
         advice = "Set MODEL.WEIGHTS to a file that holds these weights, fetched on another machine if need be"
         if not eval_only:
-            advice += f"; or, {from_scratch.ADVICE}"
+            advice += f"; or, {from_scratch.advice(of_timm=_timm_config(run) is not None)}"
         return [f"MODEL.WEIGHTS is {run.weights}: {reason}. {advice}"]
+    return []
+
+
+def _timm_config(run: Run) -> CfgNode | None:
+    """The config of the student where its backbone is timm's."""
+    try:
+        spec = run.student
+    except ValueError:
+        return None
+    return spec.cfg if isinstance(spec, YacsSpec) and has_timm_backbone(spec.cfg) else None
+
+
+def _backbone(run: Run, eval_only: bool, resume: bool) -> list[str]:
+    """What only timm can tell of a backbone: whether it suits, and whether the weights it starts with can be had."""
+    cfg = _timm_config(run)
+    # What is wrong with the config itself is among the problems of the detector.
+    if cfg is None or config_problems(cfg):
+        return []
+    if eval_only or (resume and has_checkpoint(run.output_dir)):
+        cfg = without_backbone_weights(cfg)
+    elif cfg.MODEL.TIMM.PRETRAINED:
+        print(f"Fetching timm's weights of {cfg.MODEL.TIMM.NAME}, unless its cache holds them", flush=True)
+    try:
+        with separate_random_stream(torch.device("cpu"), seed=0):
+            build_timm_features(cfg)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 

@@ -86,7 +86,8 @@ def make_onnx(
     for name in ("mask", "keypoint"):
         if getattr(getattr(model, "roi_heads", None), f"{name}_on", False):
             raise ExportError(
-                f"--onnx writes boxes, scores and classes, but the student detects {name}s too (MODEL.{name.upper()}_ON)"
+                f"--onnx writes boxes, scores and classes, but the student detects {name}s, too "
+                f"(MODEL.{name.upper()}_ON)"
             )
     if size is not None:
         pictures = [fit(picture, size, cfg.MODEL.PIXEL_MEAN)[0] for picture in pictures]

@@ -1,4 +1,4 @@
-"""What TorchScript and ONNX share: a detector with tensors for arguments and results, and the check of what it became."""
+"""What TorchScript and ONNX share: a detector of tensors alone, and the check of what it became."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gkd_d2.export.errors import ExportError
 from gkd_d2.utils.text import counted
 
-# The smallest difference of boxes, in pixels, that IoU may judge: of tiny boxes it makes much of rounding errors.
-_ROUNDING = 1e-2
+# What may differ by rounding errors alone: boxes, in pixels, for IoU makes too much of it in tiny ones; and scores.
+_BOX_ROUNDING, _SCORE_ROUNDING = 1e-2, 1e-5
 
 
 def detect(model: nn.Module, image: Tensor) -> Instances:
@@ -92,9 +92,9 @@ def check_equal(
 ) -> None:
     """Compare what a model and its export detect, in any order: that of equal scores is not defined.
 
-    A detection has its like where the class is the same, the boxes overlap by more than 0.99 (IoU), or by rounding
-    errors less, and the scores differ by no more than a tolerance. One of a score that near to the lowest may be
-    missing: the threshold, or the limit of detections per image, parts those that differ by rounding errors alone.
+    A detection has its like where the class is the same, the IoU of the boxes is above 0.99, or they differ by rounding
+    errors alone, and the scores differ by no more than a tolerance. One whose score is the lowest, but for rounding
+    errors, may be missing: these decide on which side of the threshold, or of the limit of detections, it is.
 
     Args:
         model: the detector.
@@ -120,7 +120,7 @@ def check_equal(
 
 
 def _check_one(expected: Instances, found: Instances, what: str, score_tolerance: float) -> None:
-    near = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf")) <= _ROUNDING
+    near = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf")) <= _BOX_ROUNDING
     alike = near | (pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.99)
     alike &= (expected.scores[:, None] - found.scores).abs() <= score_tolerance
     alike &= expected.pred_classes[:, None] == found.pred_classes
@@ -128,7 +128,7 @@ def _check_one(expected: Instances, found: Instances, what: str, score_tolerance
     if not (lost.any() or new.any()):
         return
     # The first that may be missing for its score alone.
-    least = torch.cat([expected.scores, found.scores]).min() + score_tolerance
+    least = torch.cat([expected.scores, found.scores]).min() + _SCORE_ROUNDING
     if (expected.scores[lost] <= least).all() and (found.scores[new] <= least).all():
         return
     height, width = expected.image_size

@@ -8,7 +8,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import nn
 
-from gkd_d2.config import architecture_key, detector_config
+from gkd_d2.config import architecture_key, detector_config, without_backbone_weights
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.last_checkpoint import find_resumable
@@ -24,7 +24,7 @@ def build_student(cfg: CfgNode) -> nn.Module:
     Raises:
         ValueError: a name in ``cfg`` is not registered.
     """
-    plain = detector_config(cfg)
+    plain = without_backbone_weights(detector_config(cfg))
     plain.defrost()
     plain.MODEL.DEVICE = "cpu"
     return build_detector(plain, architecture_key(cfg)).eval()

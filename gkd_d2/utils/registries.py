@@ -19,6 +19,8 @@ from detectron2.modeling import (
 from fvcore.common.registry import Registry
 from torch import nn
 
+from gkd_d2.utils.timm_models import config_problems, has_timm_backbone
+
 # So many names are all listed where none is near.
 _FEW = 10
 # Key of MODEL -> registry of its name, of the meta-architectures that are known to use it.
@@ -62,7 +64,7 @@ def architecture_class(name: str) -> type[nn.Module] | None:
 
 
 def find_unregistered(cfg: CfgNode, architecture_key: str = "MODEL.META_ARCHITECTURE", place: str = "") -> list[str]:
-    """The names in a plain detector's config that are not registered.
+    """The names in a plain detector's config that are not registered, and what is wrong with a backbone of timm.
 
     Args:
         cfg: from :func:`gkd_d2.config.detector_config` or :func:`gkd_d2.config.teacher_config`.
@@ -77,7 +79,8 @@ def find_unregistered(cfg: CfgNode, architecture_key: str = "MODEL.META_ARCHITEC
         return [f"{architecture_key}{place} is {name!r}, which {not_registered(name, _names(META_ARCH_REGISTRY))}"]
     parts = _PARTS.get(META_ARCH_REGISTRY.get(name), {})
     named = {part: cfg.MODEL[part].NAME for part in parts}
-    return [
+    of_backbone = config_problems(cfg, place) if has_timm_backbone(cfg) else []
+    return of_backbone + [
         f"MODEL.{part}.NAME{place} is {name!r}, which {not_registered(name, _names(parts[part]))}"
         for part, name in named.items()
         if name not in parts[part] and name != _NOT_LOOKED_UP.get(part)

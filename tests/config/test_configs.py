@@ -10,6 +10,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 
 from gkd_d2.config import config_differences, detector_config, teacher_config
+from gkd_d2.modeling.student import build_student
+from gkd_d2.utils.registries import find_unregistered
 
 DETECTORS = {"frcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
 
@@ -142,3 +144,38 @@ def test_toy_configs_take_a_gpu_where_there_is_one(project, found, device, monke
     # The others ask for GPUs, and get an error without one.
     assert read(project / "configs" / "gkd_frcnn_kitti.yaml").MODEL.DEVICE == "cuda"
     assert read(project / "configs" / "gkd_frcnn_kitti.yaml", "MODEL.DEVICE", "auto").MODEL.DEVICE == device
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("data", ["kitti", "coco_traffic"])
+def test_configs_of_small_students(project, name, data, monkeypatch, tmp_path):
+    """They differ from those of ResNet-50 in the backbone and its images alone, and keep the teacher and its heads."""
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    cfg, large = (read(project / "configs" / f"gkd_{name}{kind}_{data}.yaml") for kind in ("_mobilenetv2", ""))
+    baseline = read(project / "configs" / "baselines" / f"{name}_mobilenetv2_{data}.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "GKDDistiller"
+    assert cfg.GKD == large.GKD
+    changed = {"OUTPUT_DIR", "INPUT.FORMAT"}
+    changed |= {f"MODEL.{key}" for key in ("WEIGHTS", "BACKBONE.NAME", "PIXEL_MEAN", "PIXEL_STD")}
+    assert set(config_differences(large, cfg)) == {*changed, "MODEL.TIMM.NAME", "MODEL.TIMM.PRETRAINED"}
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT) == ("", "mobilenetv2_100", "RGB")
+    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
+    assert cfg.MODEL.PIXEL_STD == pytest.approx([58.395, 57.12, 57.375])
+    teacher = teacher_config(cfg)
+    assert (teacher.INPUT.FORMAT, teacher.MODEL.PIXEL_STD) == ("BGR", [1.0, 1.0, 1.0])
+    assert teacher.MODEL.FPN.OUT_CHANNELS == cfg.MODEL.FPN.OUT_CHANNELS
+    assert not find_unregistered(detector_config(cfg))
+    # Baseline and distilled student differ in nothing but the distillation.
+    for key in ("SOLVER", "INPUT", "DATASETS", "SEED"):
+        assert baseline[key] == cfg[key]
+    model = cfg.MODEL.clone()
+    model.META_ARCHITECTURE = baseline.MODEL.META_ARCHITECTURE
+    assert model == baseline.MODEL
+    # Without weights, which would be fetched.
+    model = build_student(cfg)
+    assert {name: shape.stride for name, shape in model.backbone.output_shape().items()} == (
+        {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+        if name == "frcnn"
+        else {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+    )

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import cat
 
-from gkd_d2.export import export_student
+from gkd_d2.export import Forms, export_student
 from gkd_d2.export.checkpoint import stock_config, to_half
 from gkd_d2.modeling.student import load_student
 
@@ -45,9 +45,9 @@ def test_an_export_stays_unless_forced(retinanet, tmp_path):
     (output / "model.ts").write_text("of an earlier export")
     first = (output / "model.pth").read_bytes()
     with pytest.raises(FileExistsError, match=r"out holds model.pth, config.yaml, model.ts already: .* --force"):
-        export_student(cfg, path, output, half=True)
+        export_student(cfg, path, output, Forms(half=True))
     assert (output / "model.pth").read_bytes() == first
-    export_student(cfg, path, output, half=True, force=True)
+    export_student(cfg, path, output, Forms(half=True), force=True)
     assert len((output / "model.pth").read_bytes()) < 0.6 * len(first)
     # It would not be the script of the new weights.
     assert not (output / "model.ts").exists()
@@ -95,7 +95,7 @@ def test_nothing_is_written_where_something_is_wrong(retinanet, tmp_path, spoil,
     spoil(state)
     torch.save({"model": state}, path)
     with pytest.raises(error, match=message):
-        export_student(cfg, path, tmp_path / "out", half=True)
+        export_student(cfg, path, tmp_path / "out", Forms(half=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_folder_whose_last_checkpoint_is_unreadable_gives_its_newest(retinanet
 def test_half_precision_changes_the_outputs_a_little(retinanet, tmp_path):
     cfg, path = retinanet
     exact = load_student(cfg, path)
-    rounded = load_student(cfg, export_student(cfg, path, tmp_path / "out", half=True)["checkpoint"])
+    rounded = load_student(cfg, export_student(cfg, path, tmp_path / "out", Forms(half=True))["checkpoint"])
     state = torch.load(tmp_path / "out" / "model.pth")["model"]
     assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
     image = 255 * torch.rand(1, 3, 96, 128)

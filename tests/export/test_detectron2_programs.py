@@ -22,7 +22,7 @@ from detectron2.structures import Boxes
 from PIL import Image
 from tiny import calm
 
-from gkd_d2.export import export_student, sample_image
+from gkd_d2.export import export_student, read_picture
 from gkd_d2.modeling.student import load_student
 
 TOOLS = os.environ.get("DETECTRON2_TOOLS", "")
@@ -137,7 +137,7 @@ def test_export_model_makes_a_torchscript_of_it(run, method, call, datasets, tmp
     call(program, *student(run), "--export-method", method, "--output", tmp_path / "exported")
     cfg = get_cfg()
     cfg.merge_from_file(str(run / "student" / "config.yaml"))
-    image = sample_image(cfg, datasets / "coco" / "val2017" / "2.png")
+    image = read_picture(cfg, datasets / "coco" / "val2017" / "2.png")
     with torch.no_grad():
         expected = load_student(cfg, run / "student" / "model.pth")([{"image": image}])[0]["instances"]
         script = torch.jit.load(tmp_path / "exported" / "model.ts")

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import HAS_EXPORTER, META_ARCHITECTURES, calm, needs_exporter, training_batch
 
-from gkd_d2.export import sample_image
+from gkd_d2.export import read_picture
 from gkd_d2.modeling.student import load_student
 
 STOCK = """
@@ -114,12 +114,12 @@ def test_half_precision_halves_the_file(demo, export):
 def test_torchscript_detects_what_the_model_does(demo, export):
     """It was traced on the first validation image; here it sees the last, larger."""
     output, printed = export("--torchscript", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
-    assert "The TorchScript detects on the sample image what the model does." in printed
+    assert "Compared with the student on 3 pictures: TorchScript." in printed
     cfg = get_cfg()
     cfg.merge_from_file(str(output / "config.yaml"))
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 192, 480
     images = sorted((demo[0] / "datasets" / "toy_kitti" / "training" / "image_2").iterdir())
-    image = sample_image(cfg, images[-1])
+    image = read_picture(cfg, images[-1])
     assert image.shape == (3, 192, 480)
     boxes, classes, scores, size = torch.jit.load(output / "model.ts")(image)
     assert size.tolist() == [192, 480]

@@ -1,0 +1,178 @@
+"""An ONNX file detects what the student does, on images of any size, or is refused."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from detectron2.modeling import build_model
+from tiny import calm, detector_config
+
+from gkd_d2.export import ExportError
+from gkd_d2.export.onnx import OnnxDetector, import_extra, make_onnx
+from gkd_d2.export.quantize import quantize
+from gkd_d2.export.tracing import detect
+
+SIZES = ((96, 120), (64, 200), (131, 77))
+
+
+def noise(*sizes):
+    return [255 * torch.rand(3, *size) for size in sizes]
+
+
+def student(kind, image_format="BGR"):
+    """A tiny student that detects much, and its config."""
+    cfg = detector_config(kind)
+    cfg.INPUT.FORMAT = image_format
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    return calm(build_model(cfg)).eval(), cfg
+
+
+@pytest.fixture(scope="module", params=["faster", "retinanet"])
+def exported(request):
+    """A student, its config, and its ONNX file."""
+    model, cfg = student(request.param)
+    return model, cfg, make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_it_detects_what_the_student_does_at_sizes_it_never_saw(exported):
+    model, _, file = exported
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    for size in ((50, 61), (224, 160)):
+        (image,) = noise(size)
+        boxes, scores, classes = session.run(["boxes", "scores", "classes"], {"image": image[None].numpy()})
+        expected = detect(model, image)
+        assert len(expected) > 10
+        assert (boxes.dtype, scores.dtype, classes.dtype) == (np.float32, np.float32, np.int64)
+        # Those of equal scores may change places.
+        ours, theirs = (
+            sorted(map(tuple, np.column_stack([found[1], found[2], found[0]]).round(3).tolist()))
+            for found in (
+                (boxes, scores, classes),
+                (expected.pred_boxes.tensor.numpy(), expected.scores.numpy(), expected.pred_classes.numpy()),
+            )
+        )
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)
+
+
+def nodes(graph):
+    """All of a graph, of the branches of its conditions too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes(attribute.g)
+
+
+def test_its_operators_are_onnxs_own(exported):
+    model, _, file = exported
+    assert [(one.domain, one.version) for one in file.opset_import] == [("", 17)]
+    found = list(nodes(file.graph))
+    assert {node.domain for node in found} == {""}
+    kinds = {node.op_type for node in found}
+    assert {"NonMaxSuppression", "TopK"} <= kinds
+    aligned = [node for node in found if node.op_type == "RoiAlign"]
+    assert bool(aligned) == hasattr(model, "roi_heads")
+    for node in aligned:
+        modes = [one.s for one in node.attribute if one.name == "coordinate_transformation_mode"]
+        assert modes == [b"half_pixel"]
+
+
+def test_it_says_how_its_input_is_made(exported):
+    _, cfg, file = exported
+    said = {entry.key: entry.value for entry in file.metadata_props}
+    assert said["image_format"] == "BGR"
+    assert (said["min_size"], said["max_size"]) == ("800", "1333")
+    assert json.loads(said["pixel_mean"]) == cfg.MODEL.PIXEL_MEAN
+    # Detectron2's own dataset, whose annotations need not be there.
+    assert json.loads(said["class_names"])[:2] in (["person", "bicycle"], [])
+
+
+def test_the_order_of_channels_is_the_students(exported):
+    """The picture is read in the order that the file names: an image in the other one gives other detections."""
+    model, _, file = exported
+    (image,) = noise((96, 120))
+    detector = OnnxDetector(file.SerializeToString())
+    assert not torch.allclose(detector.detect(image.flip(0)).scores[:5], detect(model, image).scores[:5], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet"])
+def test_a_fixed_size_is_padded_as_detectron2_pads(kind):
+    model, cfg = student(kind)
+    file = make_onnx(model, cfg, noise(*SIZES), (128, 160))
+    assert [axis.dim_value for axis in file.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 128, 160]
+    # 97 and 129 are padded to 128 and 160 by Detectron2, too.
+    (image,) = noise((97, 129))
+    found, expected = OnnxDetector(file.SerializeToString()).detect(image), detect(model, image)
+    # The best lie within the image in both; in the padding there is more than Detectron2, which clips, can find.
+    best = found.scores.argmax(), expected.scores.argmax()
+    assert found.scores[best[0]] == pytest.approx(expected.scores[best[1]].item(), abs=1e-3)
+    assert found.image_size == (97, 129)
+    assert (found.pred_boxes.tensor[:, 2] <= 129).all() and (found.pred_boxes.tensor[:, 3] <= 97).all()
+    # One twice as large is made smaller, and its boxes are its own.
+    large = torch.nn.functional.interpolate(image[None], scale_factor=2.0)[0]
+    again = OnnxDetector(file.SerializeToString()).detect(large)
+    assert again.pred_boxes.tensor[:, 2].max() > 129
+
+
+def test_a_file_that_detects_differently_is_refused():
+    model, cfg = student("retinanet")
+
+    # The tracer takes the float for a constant: it is the width of the first image that the file sees.
+    def shift(module, inputs, outputs):
+        outputs[0]["instances"].pred_boxes.tensor += float(inputs[0][0]["image"].shape[2])
+
+    model.register_forward_hook(shift)
+    with pytest.raises(ExportError, match=r"the ONNX file differs from the model on an image of \d+ x \d+ pixels"):
+        make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_a_score_that_differs_is_refused():
+    model, cfg = student("retinanet")
+
+    def drift(module, inputs, outputs):
+        if torch.jit.is_tracing():
+            outputs[0]["instances"].scores += 2e-3
+
+    model.register_forward_hook(drift)
+    message = r"score \(within 0.001\), such as the model's box \(.*\) of class \d and score"
+    with pytest.raises(ExportError, match=message):
+        make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_what_can_not_be_checked_is_refused():
+    model, cfg = student("retinanet")
+    model.test_score_thresh = model.score_threshold = 1.0
+    with pytest.raises(ExportError, match="detects nothing on the sample pictures, so that its ONNX file .* --image"):
+        make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_masks_are_refused():
+    model, cfg = student("mask")
+    with pytest.raises(ExportError, match=r"the student detects masks, too \(MODEL.MASK_ON\)"):
+        make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(ExportError, match=r"--onnx needs no_such_package, which is not .*: pip install .*export"):
+        import_extra("no_such_package.part", "--onnx")
+
+
+def test_every_convolution_and_product_is_in_eight_bits(exported):
+    model, _, file = exported
+    calibration = noise(*SIZES)
+    quantized = quantize(file, calibration)
+    onnx.checker.check_model(quantized)
+    assert {one.domain for one in quantized.opset_import} == {node.domain for node in nodes(quantized.graph)} == {""}
+    dequantized = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    products = [node for node in quantized.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(products) > 50
+    assert all({*node.input[:2]} <= dequantized for node in products)
+    kept = sum(int(np.prod(one.dims)) for one in quantized.graph.initializer if one.data_type == onnx.TensorProto.FLOAT)
+    assert kept < 0.02 * sum(parameter.numel() for parameter in model.parameters())
+    assert {entry.key for entry in file.metadata_props} <= {entry.key for entry in quantized.metadata_props}
+    plain, small = OnnxDetector(file.SerializeToString()), OnnxDetector(quantized.SerializeToString())
+    difference = (plain.detect(calibration[0]).scores[:20] - small.detect(calibration[0]).scores[:20]).abs().max()
+    assert 0 < difference < 0.05
