@@ -22,13 +22,14 @@ import gkd_d2
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What a run leaves in the tree.
 LEFTOVERS = (".*", "*.egg-info", "__pycache__")
 # The same, in the root alone.
 ROOT_LEFTOVERS = ("build", "datasets", "output")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-FOLDERS = "|".join(("configs", "csrc", "docs", "gkd_d2", "tests", "tools"))
+FOLDERS = "|".join(("configs", "csrc", "docs", "examples", "gkd_d2", "tests", "tools"))
 PATH = re.compile(rf"(?<![\w./])(?:{FOLDERS})/[\w./*-]*[\w/*]")
 
 
@@ -46,7 +47,7 @@ def test_links_and_paths_exist(document):
 
 
 def test_documents_that_the_code_names_exist():
-    sources = [*(ROOT / "gkd_d2").rglob("*.py"), *TOOLS, ROOT / "setup.py", ROOT / "Makefile"]
+    sources = [*(ROOT / "gkd_d2").rglob("*.py"), *TOOLS, *EXAMPLES, ROOT / "setup.py", ROOT / "Makefile"]
     named = {(name(file), page) for file in sources for page in re.findall(r"docs/\w+\.md", file.read_text())}
     assert len(named) > 3
     assert [(file, page) for file, page in named if not (ROOT / page).is_file()] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("configs", "csrc", "docs", "gkd_d2", "tests", "tools")
+FOLDERS = ("configs", "csrc", "docs", "examples", "gkd_d2", "tests", "tools")
 FILES = ("LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py")
 
 TRAIN = """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from gkd_d2.analysis.runs import Run
 from gkd_d2.utils.progress import track
+from gkd_d2.utils.timing import milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,10 @@ def measure_costs(
     )
     times: dict[str, float] = {}
     if device is not None:
-        networks = [run.network.to(device) for run in trained]
-        medians = milliseconds(networks, random_image(size, device), repeats=repeats)
+        inputs = [{"image": random_image(size, device)}]
+        calls = [functools.partial(run.network.to(device), inputs) for run in trained]
+        with torch.no_grad():
+            medians = milliseconds(calls, repeats=repeats, device=device)
         times = dict(zip((run.name for run in trained), medians))
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "the CPU"
         text += (
@@ -105,32 +107,3 @@ def gflops(model: nn.Module, image: Tensor) -> float:
     with torch.no_grad():
         count = FlopCountAnalysis(_Flat(model), (image,))
         return count.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total() / 1e9
-
-
-def milliseconds(models: Sequence[nn.Module], image: Tensor, *, repeats: int, warm_up: int = 2) -> list[float]:
-    """The median time of every model for one image, the models taking turns. Shows its progress.
-
-    Args:
-        models: Detectron2 detectors in eval mode, on the image's device.
-        image: C,H,W.
-        repeats: turns that count.
-        warm_up: turns before them.
-    """
-    times: list[list[float]] = [[] for _ in models]
-    with torch.no_grad():
-        turns = warm_up + repeats
-        for turn in track(range(turns), total=turns, title="turns of the time's measurement"):
-            for model, measured in zip(models, times):
-                begin = _now(image)
-                model([{"image": image}])
-                elapsed = _now(image) - begin
-                if turn >= warm_up:
-                    measured.append(1e3 * elapsed)
-    return [statistics.median(measured) for measured in times]
-
-
-def _now(image: Tensor) -> float:
-    """Seconds, once the image's device has done all it was given."""
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)
-    return time.perf_counter()

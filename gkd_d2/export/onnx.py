@@ -64,7 +64,27 @@ class _Interface(nn.Module):
 def make_onnx(
     model: nn.Module, cfg: CfgNode, pictures: Sequence[Tensor], size: tuple[int, int] | None = None
 ) -> ModelProto:
-    """Export a detector to ONNX and check what the file detects.
+    """Export a detector to ONNX, as :func:`trace_onnx`, and check what the file detects.
+
+    Args:
+        model: GeneralizedRCNN or RetinaNet that detects boxes alone, on the CPU, in eval mode.
+        cfg: of the detector.
+        pictures: C,H,W each, of different sizes; the file is compared with the model on all of them.
+        size: height and width that the input is fixed to; None: any.
+
+    Raises:
+        ExportError: as of :func:`trace_onnx`, the model detects nothing on ``pictures``, or the file differs.
+    """
+    if size is not None:
+        pictures = [fit(picture, size, cfg.MODEL.PIXEL_MEAN)[0] for picture in pictures]
+    exported = trace_onnx(model, cfg, pictures[0], fixed=size is not None)
+    detector = OnnxDetector(exported.SerializeToString())
+    check_equal(model, detector.detect, list(pictures), "ONNX file", SCORE_TOLERANCE)
+    return exported
+
+
+def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool = False) -> ModelProto:
+    """Export a detector to ONNX, without a look at what the file detects.
 
     Its input ``image`` is 1,3,H,W, float32 in [0, 255], in the order of channels of INPUT.FORMAT. Its outputs are
     ``boxes``, N,4, float32, xyxy in pixels of that image; ``scores``, N, float32; and ``classes``, N, int64.
@@ -74,12 +94,12 @@ def make_onnx(
     Args:
         model: GeneralizedRCNN or RetinaNet that detects boxes alone, on the CPU, in eval mode.
         cfg: of the detector.
-        pictures: C,H,W each, of different sizes; the file is compared with the model on all of them.
-        size: height and width that the input is fixed to; None: any.
+        picture: C,H,W, that the detector is traced on.
+        fixed: whether the input is fixed to the height and width of ``picture``.
 
     Raises:
-        ExportError: onnx or onnxruntime is not installed, the detector also detects masks or keypoints, PyTorch or
-            this Detectron2 can't do it, the model detects nothing on ``pictures``, or the file differs.
+        ExportError: onnx or onnxruntime is not installed, the detector also detects masks or keypoints, or PyTorch or
+            this Detectron2 can't do it.
     """
     onnx = import_extra("onnx", "--onnx")
     import_extra("onnxruntime", "--onnx")
@@ -89,10 +109,8 @@ def make_onnx(
                 f"--onnx writes boxes, scores and classes, but the student detects {name}s, too "
                 f"(MODEL.{name.upper()}_ON)"
             )
-    if size is not None:
-        pictures = [fit(picture, size, cfg.MODEL.PIXEL_MEAN)[0] for picture in pictures]
-    adapter = tracing_adapter(model, pictures[0], "--onnx")
-    options = {} if size else {"dynamic_axes": {INPUT: {2: "height", 3: "width"}}}
+    adapter = tracing_adapter(model, picture, "--onnx")
+    options = {} if fixed else {"dynamic_axes": {INPUT: {2: "height", 3: "width"}}}
     # Non-maximum suppression leaves as many boxes as the image decides, which torch.export can't follow through
     # Detectron2's code; the tracer can. Before torch 2.5 there was nothing to choose.
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
@@ -101,7 +119,7 @@ def make_onnx(
     with tracing(model, "an ONNX file"):
         torch.onnx.export(
             _Interface(adapter).eval(),
-            (pictures[0][None],),
+            (picture[None],),
             buffer,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
@@ -111,8 +129,6 @@ def make_onnx(
     exported = onnx.load_from_string(buffer.getvalue())
     onnx.helper.set_model_props(exported, metadata(cfg))
     onnx.checker.check_model(exported)
-    detector = OnnxDetector(exported.SerializeToString())
-    check_equal(model, detector.detect, list(pictures), "ONNX file", SCORE_TOLERANCE)
     return exported
 
 
