@@ -5,9 +5,9 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# timm: for its backbones, and the ViT of Detectron2's HEAD.
+# timm: for its backbones, and the ViT of Detectron2's HEAD. onnx and onnxruntime: for exported students.
 PACKAGES := torch torchvision fvcore iopath ijson pycocotools ninja opencv-python-headless matplotlib tensorboard \
-	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate timm wheel
+	hypothesis pytest pytest-xdist ruff clang-format setuptools tabulate timm onnx onnxruntime wheel
 # With another torch, torchvision is the one that fits it.
 CONSTRAINTS := $(VENV)/constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)

@@ -3,7 +3,8 @@
 
 All three are trained from scratch through tools/train_net.py and evaluated. Both students have one seed, schedule and
 order of batches; the distilled one starts with the teacher's heads (GKD.STUDENT.INIT_FROM_TEACHER). The runs are
-compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py. Example:
+compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py, and the distilled student is exported to ONNX, in 32
+and in 8 bits, by tools/export_student.py. Example:
     python tools/demo.py --output output/demo
 It runs on a GPU where torch finds one, else on the CPU.
 """
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 from gkd_d2.data.toy import make_toy_kitti
+from gkd_d2.export.write import FILES
 from gkd_d2.utils.files import check_writable
 from gkd_d2.utils.text import counted
 
@@ -100,6 +102,14 @@ def main() -> None:
     subprocess.run(
         tool("visualize_gkd.py", *look, *weights, "MODEL.WEIGHTS", distilled / "model_final.pth"), check=True
     )
+    print("\n== The distilled student as an ONNX file", flush=True)
+    exported = output / "exported"
+    forms = ["--onnx", "--int8", output / "datasets" / "toy_kitti" / "training" / "image_2", "--evaluate", "--force"]
+    # After a few iterations nothing may be above the threshold, and a file that detects nothing can't be checked.
+    everything = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"] if args.iterations else []
+    subprocess.run(
+        tool("export_student.py", "--weights", distilled, "--output", exported, *forms, *everything), check=True
+    )
     report = output / "report.md"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     times = ", ".join(f"{name} {value:.0f} s" for name, value in zip(names, seconds))
@@ -115,6 +125,9 @@ One seed, toy data and a few hundred iterations: it shows that the pieces work t
 
 Time to train and evaluate on {device}: {times}.
 
+## The distilled student, exported
+
+{(exported / FILES["table"]).read_text(encoding="utf-8")}
 ## What both networks see
 
 [All pictures, with a legend](pictures/index.html)
@@ -124,6 +137,7 @@ Time to train and evaluate on {device}: {times}.
         encoding="utf-8",
     )
     print(f"\nReport with pictures: {report}")
+    print(f"Student for onnxruntime: {exported / FILES['ONNX']}, see examples/detect_onnx.py")
 
 
 if __name__ == "__main__":

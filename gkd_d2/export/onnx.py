@@ -45,7 +45,7 @@ def import_extra(name: str, option: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ExportError(
             f"{option} needs {error.name}, which is not installed: pip install -e .[export], or pip install onnx "
-            "onnxruntime onnxscript"
+            "onnxruntime"
         ) from None
 
 

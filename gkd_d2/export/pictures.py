@@ -56,7 +56,7 @@ def read_folder(cfg: CfgNode, folder: Path, limit: int) -> list[Tensor]:
         ExportError: there is none, or no such folder.
     """
     if not folder.is_dir():
-        raise ExportError(f"{folder} is no folder")
+        raise ExportError(f"--int8: {folder} is no folder")
     pictures: list[Tensor] = []
     for path in sorted(folder.iterdir()):
         if len(pictures) == limit:
@@ -68,7 +68,7 @@ def read_folder(cfg: CfgNode, folder: Path, limit: int) -> list[Tensor]:
         except ExportError:
             continue
     if not pictures:
-        raise ExportError(f"{folder} holds no picture that can be read")
+        raise ExportError(f"--int8: {folder} holds no picture that can be read")
     return pictures
 
 
