@@ -24,7 +24,7 @@ from gkd_d2.analysis.gradient_ratios import (
     wanted_ratios,
     weights_as_yaml,
 )
-from gkd_d2.config import read_distiller_config
+from gkd_d2.config import read_distiller_config, without_backbone_weights
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.trainer import Trainer
@@ -85,6 +85,8 @@ def main() -> None:
         # Any seed serves to measure; the same one gives the same numbers again.
         cfg.SEED = max(cfg.SEED, 0)
         cfg.freeze()
+        if cfg.MODEL.WEIGHTS:
+            cfg = without_backbone_weights(cfg)
         terms = list(build_method(cfg).terms.values())
         wanted = wanted_ratios(cfg.GKD.METHOD, terms, args.ratio, dict(args.term))
         off = [term for term in terms if term.name not in wanted]

@@ -23,7 +23,7 @@ from pathlib import Path
 from gkd_d2.analysis.dataset_images import choose_images, has_objects, observe_images
 from gkd_d2.analysis.importance_maps import take_importance_picture
 from gkd_d2.analysis.importance_report import ImportanceReport, report_text, write_report
-from gkd_d2.config import read_distiller_config
+from gkd_d2.config import read_distiller_config, without_backbone_weights
 from gkd_d2.engine.hooks.pictures import take_picture
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.run import YacsRun
@@ -90,7 +90,7 @@ def dataset_config(args: argparse.Namespace) -> CfgNode:
         raise ValueError(f"{args.config_file}: DATASETS.TEST is empty: name the dataset to draw by --dataset")
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (args.dataset or cfg.DATASETS.TEST[0],)
     cfg.freeze()
-    return cfg
+    return without_backbone_weights(cfg) if cfg.MODEL.WEIGHTS else cfg
 
 
 def main() -> None:

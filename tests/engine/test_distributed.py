@@ -1,5 +1,6 @@
 """Two processes with half a batch each train as one with the whole batch; no parameter is left unused."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -20,12 +21,14 @@ WEIGHTS = {
 }
 # With parameters of the method's own.
 RELATION = {"relation_only": (0.0, 0.0, 0.0, 0.0, 1e-5), "all_and_relation": (0.5, 1e-3, 5e-4, 1e-3, 1e-5)}
+# A student whose BatchNorms are frozen, as those of the ResNets here.
+TIMM = {"timm": WEIGHTS["all"]} if importlib.util.find_spec("timm") else {}
 # With fewer channels than the teacher's 16 there are align convolutions.
 CASES = [
     f"{kind}-{channels}-{weights}"
     for kind in ARCHITECTURES
     for channels, weights in (*itertools.product((16, 8), WEIGHTS), (8, "relation_only"), (16, "all_and_relation"))
-]
+] + [f"retinanet-8-{weights}" for weights in TIMM]
 
 
 def comparable(cfg):
@@ -38,6 +41,12 @@ def comparable(cfg):
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 100_000
     cfg.MODEL.RPN.POSITIVE_FRACTION = cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
     cfg.MODEL.RPN.NMS_THRESH = 1.0
+
+
+def on_timm(cfg):
+    """A student on a backbone of timm, part of which is frozen; the teacher's config is written by then."""
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_050"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +64,12 @@ def cases(batch, tmp_path_factory, make_distiller_config):
         kind, channels, weights = case.split("-")
         folder = tmp_path_factory.mktemp(case)
         cfg = make_distiller_config(folder, kind, channels=int(channels), change=comparable)
-        for key, value in zip(("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION"), {**WEIGHTS, **RELATION}[weights]):
+        for key, value in zip(
+            ("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION"), {**WEIGHTS, **RELATION, **TIMM}[weights]
+        ):
             cfg.GKD.LOSS_WEIGHTS[key] = value
+        if weights == "timm":
+            on_timm(cfg)
         # RetinaNet divides its own losses by a moving average of the process's positive anchors; the distillation
         # losses do not depend on that factor.
         configs[case] = cfg, "loss" if kind == "faster" or weights == "none" else "loss_gkd loss_bmfi"

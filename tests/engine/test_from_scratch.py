@@ -7,7 +7,11 @@ import torch
 from detectron2.modeling import build_model
 from tiny import detector_config
 
-from gkd_d2.engine.from_scratch import warn_of_frozen_random_weights
+from gkd_d2.engine.from_scratch import (
+    consider_loaded,
+    has_frozen_random_weights,
+    warn_of_frozen_random_weights,
+)
 from gkd_d2.engine.trainer import Trainer
 
 
@@ -67,3 +71,53 @@ def test_a_distilled_training_says_it_once(training, caplog):
         said.append([r for r in caplog.records if r.name == "gkd_d2.engine.from_scratch"])
         trainer.train()
     assert [len(records) for records in said] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "names"),
+    [
+        ({}, False, ()),
+        ({"FREEZE_AT": 2}, False, ("frozen by MODEL.TIMM.FREEZE_AT",)),
+        ({"NORM": "FrozenBN"}, False, ("MODEL.TIMM.NORM or MODEL.FPN.NORM is FrozenBN",)),
+        ({"FREEZE_AT": 2, "NORM": "FrozenBN"}, True, ()),
+    ],
+)
+def test_a_backbone_of_timm_may_start_with_weights_of_its_own(caplog, tmp_path, changes, weights, names):
+    timm = pytest.importorskip("timm")
+    cfg = timm_config()
+    for key, value in changes.items():
+        cfg.MODEL.TIMM[key] = value
+    if weights:
+        cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "weights.pth")
+        torch.save(timm.create_model("mobilenetv2_050").state_dict(), cfg.MODEL.TIMM.WEIGHTS)
+    said = warnings(cfg, caplog)
+    assert len(said) == bool(names)
+    for name in names:
+        assert name in said[0]
+        assert (
+            "set MODEL.WEIGHTS to '', MODEL.TIMM.FREEZE_AT to 0, and MODEL.TIMM.NORM and MODEL.FPN.NORM to BN"
+            in said[0]
+        )
+        assert "RESNETS" not in said[0] and "BACKBONE" not in said[0]
+    if weights:
+        # Its pyramid starts at random all the same.
+        cfg.MODEL.FPN.NORM = "FrozenBN"
+        assert "MODEL.TIMM.NORM or MODEL.FPN.NORM is FrozenBN" in warnings(cfg, caplog)[0]
+
+
+def test_a_part_that_a_run_resumes_with_is_not_random():
+    pytest.importorskip("timm")
+    cfg = timm_config()
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    model = build_model(cfg)
+    assert has_frozen_random_weights(model)
+    consider_loaded(model)
+    assert not has_frozen_random_weights(model)
+
+
+def timm_config():
+    cfg = detector_config("retinanet")
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.NORM, cfg.MODEL.TIMM.FREEZE_AT = "mobilenetv2_050", "BN", 0
+    cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]
+    return cfg

@@ -1,5 +1,7 @@
 """What a run lacks is said before anything is built, all of it at once."""
 
+import sys
+
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -191,3 +193,66 @@ def test_everything_at_once(ready, tmp_path, monkeypatch):
     ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")
     ready.SOLVER.AMP.ENABLED = True
     assert problems(ready).count("\n- ") == 3
+
+
+def on_timm(cfg):
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.WEIGHTS = "build_retinanet_timm_fpn_backbone", ""
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_050"
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("NAME", "mobilenetv2_05", "MODEL.TIMM.NAME is 'mobilenetv2_05': timm"),
+        ("NAME", "vit_tiny_patch16_224", "MODEL.TIMM.NAME is 'vit_tiny_patch16_224', which takes images of 224 x 224"),
+        ("NORM", "LN", "MODEL.TIMM.NORM is 'LN': set it to FrozenBN or BN or SyncBN"),
+        (
+            "OUT_INDICES",
+            [1, 2, 3],
+            "MODEL.TIMM.OUT_INDICES is [1, 2, 3], of strides 4, 8, 16, but MODEL.FPN.IN_FEATURES",
+        ),
+        ("FREEZE_AT", 9, "MODEL.TIMM.FREEZE_AT is 9, but"),
+        ("WEIGHTS", "none.pth", "MODEL.TIMM.WEIGHTS is none.pth: there is no such file in the working folder"),
+    ],
+)
+def test_a_backbone_of_timm_that_can_not_be_built(ready, key, value, message):
+    pytest.importorskip("timm")
+    cfg = on_timm(ready)
+    check_inputs(YacsRun(cfg), eval_only=False, resume=False)
+    cfg.MODEL.TIMM[key] = value
+    found = [line for line in problems(cfg).splitlines() if line.startswith("- ")]
+    assert len(found) == 1
+    assert found[0].startswith(f"- {message}")
+
+
+def test_weights_of_a_backbone_are_needed_at_the_start_alone(ready, tmp_path):
+    pytest.importorskip("timm")
+    cfg = on_timm(ready)
+    cfg.MODEL.TIMM.WEIGHTS = "none.pth"
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    check_inputs(YacsRun(cfg), eval_only=True, resume=False)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
+    torch.save({"model": {}}, tmp_path / "output" / "model_0000001.pth")
+    check_inputs(YacsRun(cfg), eval_only=False, resume=True)
+    assert "MODEL.TIMM.WEIGHTS is none.pth" in problems(cfg)
+
+
+def test_timm_that_is_not_installed(ready, monkeypatch):
+    cfg = on_timm(ready)
+    # As Python has it for a module that can't be found.
+    monkeypatch.setitem(sys.modules, "timm", None)
+    text = problems(cfg)
+    assert "- MODEL.BACKBONE.NAME is build_retinanet_timm_fpn_backbone: backbones of timm need the package timm" in text
+    assert "`pip install -e .[timm]`" in text
+
+
+def test_advice_on_weights_names_the_keys_of_the_backbone(ready):
+    ready.MODEL.WEIGHTS = "none.pth"
+    assert "MODEL.RESNETS.NORM" in problems(ready)
+    pytest.importorskip("timm")
+    cfg = on_timm(ready)
+    cfg.MODEL.WEIGHTS = "none.pth"
+    text = problems(cfg)
+    assert "MODEL.TIMM.NORM" in text and "MODEL.RESNETS" not in text

@@ -33,7 +33,7 @@ from gkd_d2.analysis.benchmark.phases import (
 )
 from gkd_d2.analysis.benchmark.settings import Setting, make_settings
 from gkd_d2.analysis.benchmark.timing import Rounds, device_name, peak_bytes, take_turns
-from gkd_d2.config import teacher_spec
+from gkd_d2.config import teacher_spec, without_backbone_weights
 from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.distiller import GKDDistiller
 
@@ -206,7 +206,7 @@ def build_random_distiller(cfg: CfgNode) -> GKDDistiller:
         teacher = _calm(teacher_spec(cfg).build())
         torch.save({"model": teacher.state_dict()}, weights)
         del teacher
-        distiller = build_model(cfg).train()
+        distiller = build_model(without_backbone_weights(cfg)).train()
     distiller.listeners = []
     _calm(distiller.student)
     return distiller
