@@ -27,6 +27,7 @@ from gkd_d2.methods import METHOD_REGISTRY
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED_DATA = PROJECT.parent / "shared" / "data"
+SHARED_WEIGHTS = PROJECT.parent / "shared" / "weights"
 # The files that take longest. Where processes share the tests file by file, one of these begun last would leave the
 # others idle at the end.
 LONGEST = (
@@ -72,6 +73,15 @@ def kitti_sample() -> Path:
 def coco_sample() -> Path:
     """59 real COCO images, which lie beside the project where it is developed."""
     return _sample("coco_sample")
+
+
+@pytest.fixture
+def timm_weights() -> Path:
+    """A folder of timm's weights of ImageNet, which lies beside the project where it is developed."""
+    pytest.importorskip("timm")
+    if not SHARED_WEIGHTS.is_dir():
+        pytest.skip("weights do not lie beside this project")
+    return SHARED_WEIGHTS
 
 
 @pytest.fixture(scope="session")

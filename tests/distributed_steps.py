@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import gkd_d2  # noqa: F401  registers the distiller in a spawned process
+from gkd_d2.engine.model_ema import ModelEMA
 
 
 def gradients(model: torch.nn.Module, batch: list[dict], terms: str, *, steps: int) -> dict[str, Tensor]:
@@ -55,3 +56,28 @@ def half_a_batch(rank: int, cases: dict[str, tuple[CfgNode, str]], batch: list[d
         torch.save({key.removeprefix("module."): value for key, value in found.items()}, folder / f"{name}.{rank}.pth")
     comm.synchronize()
     distributed.destroy_process_group()
+
+
+def average_of_steps(rank: int, processes: int, folder: Path) -> None:
+    """Save the average of a small network's weights over three steps, by its share of each batch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    batches = torch.randn(3, 4, 4)
+    model = network
+    if processes > 1:
+        store = f"file://{folder}/store_of_average"
+        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+        model = DistributedDataParallel(network, broadcast_buffers=False)
+    average = ModelEMA(network, 0.5)
+    average.start()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for batch in batches.chunk(processes, dim=1)[rank]:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+        average.update()
+    torch.save(average.state_dict(), folder / f"{rank}_of_{processes}.pth")
+    comm.synchronize()
+    if processes > 1:
+        distributed.destroy_process_group()

@@ -49,6 +49,12 @@ def parse_args() -> argparse.Namespace:
         "3e-8 become 0, so that scores and boxes change a little. Loading converts back: nothing runs faster",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="let config.yaml and all other files be of the averaged weights (MODEL_EMA), which are written to "
+        "model_ema.pth in any case",
+    )
+    parser.add_argument(
         "--torchscript",
         action="store_true",
         help="write model.ts too, traced on the CPU by Detectron2's exporter. It takes one image, float, C,H,W, "
@@ -130,6 +136,7 @@ def main() -> int:
         pictures = sample_pictures(cfg, args.image) if measured else []
         forms = Forms(
             half=args.fp16,
+            ema=args.ema,
             torchscript=args.torchscript,
             onnx=args.onnx,
             size=tuple(args.size) if args.size else None,

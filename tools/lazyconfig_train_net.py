@@ -16,6 +16,7 @@ import sys
 
 from gkd_d2.config.lazy_spec import plain_model
 from gkd_d2.engine.launch import count_processes, launch
+from gkd_d2.engine.model_ema import loaded_ema
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
 from gkd_d2.engine.sentences import ending_in_a_sentence
@@ -56,10 +57,12 @@ def main(args: argparse.Namespace):
                 trainer.resume_or_load(resume=args.resume)
             else:
                 model = instantiate(cfg.model).to(cfg.train.device)
-                CompleteCheckpointer(model, folder).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+                reader = CompleteCheckpointer(model, folder)
+                rest = reader.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+                ema = loaded_ema(LazyRun(cfg).model_ema, model, rest)
                 check_finite(model, "the detector's")
         with ending_in_a_sentence(folder, ArithmeticError, OSError, RuntimeError, ValueError):
-            return evaluate(cfg, model) if args.eval_only else trainer.train()
+            return evaluate(cfg, model, ema) if args.eval_only else trainer.train()
 
 
 if __name__ == "__main__":

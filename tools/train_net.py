@@ -17,6 +17,7 @@ import sys
 
 from gkd_d2.config import detector_config, read_config, without_backbone_weights
 from gkd_d2.engine.launch import count_processes, launch
+from gkd_d2.engine.model_ema import loaded_ema
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError, settle_seed
 from gkd_d2.engine.run import YacsRun
@@ -49,12 +50,16 @@ def main(cfg: CfgNode, args: argparse.Namespace):
             trainer.resume_or_load(resume=args.resume)
         else:
             model = Trainer.build_model(cfg)
-            CompleteCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            reader = CompleteCheckpointer(model, cfg.OUTPUT_DIR)
+            rest = reader.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            ema = loaded_ema(YacsRun(cfg).model_ema, model, rest)
             check_finite(model, "the detector's")
     with ending_in_a_sentence(cfg.OUTPUT_DIR, ArithmeticError, OSError, RuntimeError, ValueError):
         if not args.eval_only:
             return trainer.train()
         results = Trainer.test(cfg, model)
+        if ema is not None:
+            results.update(Trainer.test_with_EMA(cfg, model, ema))
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():

@@ -14,6 +14,8 @@ METRICS = {
     "bbox/AP50": "AP50",
     "kitti/AP_moderate": "KITTI AP moderate",
     "kitti/mAP50_voc": "VOC mAP50",
+    "bbox_EMA/AP": "AP (EMA)",
+    "kitti_EMA/AP_moderate": "KITTI AP moderate (EMA)",
 }
 _CLASS_METRIC = "bbox/AP-"
 NONE = "–"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -137,6 +138,8 @@ class Run:
     def metrics(self, dataset: str) -> dict[str, float]:
         """The metrics of the last evaluation on a dataset, in percent: ``bbox/AP``, ``kitti/AP_moderate`` and so on.
 
+        Those of the averaged weights, where MODEL_EMA.ENABLED was set, are ``bbox_EMA/AP`` and so on.
+
         Raises:
             ValueError: there was none.
         """
@@ -148,8 +151,12 @@ class Run:
                 "end, or set TEST.EVAL_PERIOD and go on with --resume"
             )
         row = self.history[max(evaluated)]
-        starts = (f"{prefix}bbox/", f"{prefix}kitti/")
-        return {name[len(prefix) :]: value for name, value in row.items() if name.startswith(starts)}
+        found = {}
+        for task, averaged in itertools.product(("bbox", "kitti"), ("", "_EMA")):
+            # Where there are several datasets the outer key, to which "_EMA" is appended, is the dataset.
+            start = f"{prefix[:-1]}{averaged}/{task}/" if prefix else f"{task}{averaged}/"
+            found |= {f"{task}{averaged}/{name[len(start) :]}": row[name] for name in row if name.startswith(start)}
+        return found
 
     def detections(self, dataset: str, score: float) -> dict[str, list[dict]]:
         """Image id -> detections of at least ``score`` as COCO result records.

@@ -9,7 +9,7 @@ DISTILLER = "GKDDistiller"
 
 
 def add_gkd_config(cfg: CfgNode) -> None:
-    """Add the node GKD, the node MODEL.TIMM, and two keys of SOLVER, with their defaults to a Detectron2 config.
+    """Add the nodes GKD, MODEL.TIMM and MODEL_EMA, and two keys of SOLVER, with their defaults to a Detectron2 config.
 
     Args:
         cfg: changed in place; the student is described by its MODEL node.
@@ -169,6 +169,20 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # All that makes the feature of stride 2 to the power of this is frozen, its BatchNorms too; 0: nothing is.
     # MODEL.BACKBONE.FREEZE_AT is for Detectron2's ResNets alone.
     cfg.MODEL.TIMM.FREEZE_AT = 2
+
+    cfg.MODEL_EMA = CfgNode()
+    # Keep an exponential moving average of the weights of the detector that is trained, a student or another: it is
+    # evaluated after the raw weights, as bbox_EMA/AP and so on, and saved beside them as ema_state. Raw weights and
+    # losses are as without it. The keys are those of d2go: docs/reliability.md.
+    cfg.MODEL_EMA.ENABLED = False
+    # The part of the average that stays at each of the optimizer's steps, at least 0 and below 1. It looks back over
+    # about 1 / (1 - DECAY) steps, which should be few in proportion to those of the training.
+    cfg.MODEL_EMA.DECAY = 0.999
+    # Of the average: cpu spares the GPU's memory and costs a transfer at each step; empty: the device of the model.
+    cfg.MODEL_EMA.DEVICE = ""
+    # With --eval-only: evaluate the average alone, in place of the raw weights, instead of both. Its results then have
+    # the names of the raw ones.
+    cfg.MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY = False
 
     # A batch of SOLVER.IMS_PER_BATCH images is computed in so many parts one after the other, to save memory; their
     # gradients are averaged, as those of so many GPUs would be. An iteration stays one batch and one step.

@@ -19,14 +19,16 @@ from torch.utils.data import DataLoader
 from gkd_d2.data.build import BatchSampler
 from gkd_d2.engine.from_scratch import consider_loaded, warn_of_frozen_random_weights
 from gkd_d2.engine.hooks import release_sigterm
+from gkd_d2.engine.model_ema import ModelEMA
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import ResumeError, describe_run, run_differences
 from gkd_d2.engine.run import Run
 from gkd_d2.engine.train_step import TrainStep
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.split import load_running_state, running_state
-from gkd_d2.utils.checkpoint import StudentCheckpointer
+from gkd_d2.utils.checkpoint import EMA_STATE, StudentCheckpointer
 from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.text import listed
 
 _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "": None}
 
@@ -46,6 +48,9 @@ class ExactTrainer(TrainerBase):
         max_iter: number of iterations.
         seed: >= 0.
         ddp: options of DistributedDataParallel, where there are several processes.
+
+    Attributes:
+        ema: the average of the student's weights; None where the run keeps none.
 
     Raises:
         TypeError: the loader is another one.
@@ -82,6 +87,10 @@ class ExactTrainer(TrainerBase):
         )
         self.scheduler = scheduler
         self.checkpointer = StudentCheckpointer(model, run.output_dir, trainer=weakref.proxy(self))
+        options = run.model_ema
+        self.ema = ModelEMA(self._student(), options.decay, options.device) if options.enabled else None
+        if self.ema is not None:
+            self.checkpointer.add_checkpointable(EMA_STATE, self.ema)
         self.start_iter = 0
         self.max_iter = max_iter
         self._described = describe_run(run, len(data_loader.dataset))
@@ -103,9 +112,11 @@ class ExactTrainer(TrainerBase):
         return self._trainer.optimizer
 
     def run_step(self) -> None:
-        """One iteration: see :class:`TrainStep`."""
+        """One iteration: see :class:`TrainStep`; the average follows a step that the optimizer took."""
         self._trainer.iter = self.iter
         self._trainer.run_step()
+        if self.ema is not None and self._trainer.stepped:
+            self.ema.update()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or else the weights that the run starts from.
@@ -113,10 +124,12 @@ class ExactTrainer(TrainerBase):
         All processes must start at one iteration, and from finite weights.
 
         Where the config differs from that of the resumed run, a warning names the keys. The learning rate and its
-        schedule, momentum, weight decay and all else of the config apply from the first resumed iteration.
+        schedule, momentum, weight decay and all else of the config apply from the first resumed iteration. A warning
+        also tells of averaged weights that the checkpoint holds and the run does not keep, or the reverse.
 
         Raises:
             ResumeError: the checkpoint does not hold the whole model, or is of other trainable parameters.
+            CheckpointError: it can't be read, or its averaged weights are not those of the model.
             RuntimeError: the processes start at different iterations, as where OUTPUT_DIR is a folder of each machine's
                 own.
             ValueError: the teacher or the detector that is trained holds infinite or NaN values.
@@ -124,10 +137,11 @@ class ExactTrainer(TrainerBase):
         resumed = resume and self.checkpointer.has_checkpoint()
         if not (resumed or self.run.weights):
             warn_of_frozen_random_weights(self._student())
-        self.checkpointer.resume_or_load(self.run.weights, resume=resume)
+        rest = self.checkpointer.resume_or_load(self.run.weights, resume=resume)
         if resumed:
             self.start_iter = self.iter + 1
             consider_loaded(self._student())
+        self._settle_ema(resumed, dropped=resumed and EMA_STATE in rest)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
             raise RuntimeError(
@@ -140,8 +154,32 @@ class ExactTrainer(TrainerBase):
         else:
             check_finite(model, "the detector's")
 
+    def _settle_ema(self, resumed: bool, *, dropped: bool) -> None:
+        """Start the average where there is none to go on from; say so where a resumed run had, or has, another."""
+        logger, source = logging.getLogger(__name__), self.checkpointer.source
+        if self.ema is None:
+            if dropped:
+                logger.warning(
+                    "MODEL_EMA.ENABLED is False: the averaged weights that %s holds are dropped, and are not in the "
+                    "checkpoints of the resumed run. To go on with them, set it to True",
+                    source,
+                )
+            return
+        if resumed and self.ema.started:
+            return
+        if resumed:
+            logger.warning(
+                "MODEL_EMA.ENABLED is True, but %s holds no averaged weights: the average starts from its raw weights "
+                "at iteration %d",
+                source,
+                self.start_iter,
+            )
+        self.ema.start()
+
     def train(self):
         """Train from ``start_iter`` to the end, and evaluate."""
+        if self.ema is not None and not self.ema.started:
+            self.ema.start()
         if self.start_iter < self.max_iter:
             self._trainer.start(self.start_iter)
         # TorchScript compiles a function anew once it has seen it run, and its last bits change with that: a resumed
@@ -176,16 +214,26 @@ class ExactTrainer(TrainerBase):
             resumable: whether a resume shall start from it.
 
         Raises:
-            FloatingPointError: ``resumable`` is set, and the model holds infinite or NaN values: an earlier checkpoint
-                is the one to resume.
+            FloatingPointError: ``resumable`` is set, and the model or the average of its weights holds infinite or NaN
+                values: an earlier checkpoint is the one to resume.
             OSError: it can't be written; the message names the last whole one.
         """
         if resumable:
             self._trainer.check_finite()
+            self._check_ema()
         self._running_states = comm.all_gather(running_state(self._student()))
         # Of the checkpoint itself the checkpointer tells.
         with naming_output(self.run.output_dir, os.path.join(self.run.output_dir, "last_checkpoint")):
             self.checkpointer.save(name, resumable=resumable, iteration=self.iter)
+
+    def _check_ema(self) -> None:
+        """Refuse to go on with an average that holds infinite or NaN values; to be called in all processes."""
+        found = comm.all_gather(self.ema.not_finite() if self.ema is not None else [])
+        if names := next(filter(None, found), []):
+            raise FloatingPointError(
+                f"After iteration {self.iter} the averaged weights (MODEL_EMA) are not finite ({listed(names, 3)}): "
+                "resume an earlier checkpoint"
+            )
 
     def state_dict(self) -> dict:
         """Detectron2's, and what else a resume needs: the moving averages of each process, and the run's config."""

@@ -36,6 +36,8 @@ _IRRELEVANT = (
     "GKD.WATCH_MAX_RATIO",
     "GKD.KITTI_RESULTS",
     "GKD.IMPORTS",
+    "MODEL_EMA.DEVICE",
+    "MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY",
     "train.output_dir",
     "train.init_checkpoint",
     "train.device",
@@ -44,12 +46,24 @@ _IRRELEVANT = (
     "train.log_period",
     "train.vis_period",
     "train.watch",
+    "train.model_ema.device",
+    "train.model_ema.use_ema_weights_for_eval_only",
     "dataloader.train.num_workers",
     "dataloader.test",
     "dataloader.evaluator",
 )
 # Nodes of a teacher's config that say how it was trained, or what the student's config says for both.
-_IRRELEVANT_OF_TEACHER = (*_IRRELEVANT, "CUDNN_BENCHMARK", "DATALOADER", "DATASETS", "GKD", "INPUT", "SEED", "SOLVER")
+_IRRELEVANT_OF_TEACHER = (
+    *_IRRELEVANT,
+    "CUDNN_BENCHMARK",
+    "DATALOADER",
+    "DATASETS",
+    "GKD",
+    "INPUT",
+    "MODEL_EMA",
+    "SEED",
+    "SOLVER",
+)
 # Of a run's config: where its teacher's files are, and a copy of the teacher's config.
 _PLACES_OF_TEACHER = (
     "GKD.TEACHER.CONFIG_FILE.",

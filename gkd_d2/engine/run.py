@@ -19,6 +19,7 @@ from gkd_d2.config import (
     teacher_spec,
     with_absolute_teacher,
 )
+from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.methods import Method, build_method
 from gkd_d2.utils.registries import architecture_class
 
@@ -48,6 +49,7 @@ class Run(ABC):
         accumulate_steps: parts that each process computes its share in.
         reference_world_size: number of processes that ``batch_size`` is for; 0: of however many there are.
         amp_dtype: of autocast, "float16" or "bfloat16"; empty: there is none.
+        model_ema: of the average of the weights.
         train_sets: names of the datasets for training.
         test_sets: names of the datasets for evaluation.
         own_data: whether it reads data that no name in its config stands for, and that are not looked at before it.
@@ -63,6 +65,7 @@ class Run(ABC):
     accumulate_steps: int
     reference_world_size: int
     amp_dtype: str
+    model_ema: EMAOptions
     train_sets: tuple[str, ...]
     test_sets: tuple[str, ...]
     own_data: bool
@@ -128,6 +131,8 @@ class YacsRun(Run):
         self.accumulate_steps = cfg.SOLVER.ACCUMULATE_STEPS
         self.reference_world_size = cfg.SOLVER.REFERENCE_WORLD_SIZE
         self.amp_dtype = cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else ""
+        ema = cfg.MODEL_EMA
+        self.model_ema = EMAOptions(ema.ENABLED, ema.DECAY, ema.DEVICE, ema.USE_EMA_WEIGHTS_FOR_EVAL_ONLY)
         self.train_sets, self.test_sets = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
         self.own_data = False
         self.masks, self.keypoints = cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON

@@ -41,6 +41,9 @@ class TrainStep(TrainerBase):
             averaged, as over so many processes.
         amp_dtype: of autocast, torch.float16 (with a gradient scaler) or torch.bfloat16; None: no autocast.
         from_scratch: whether the model started without pretrained weights; the message of a fault depends on it.
+
+    Attributes:
+        stepped: whether the last iteration took the optimizer's step, which in float16 may be left out.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class TrainStep(TrainerBase):
         self._amp_dtype = amp_dtype
         self._device = self.module.device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=amp_dtype == torch.float16)
+        self.stepped = False
         self._batches = None
         self._skipped = 0
         self._blame = Blame(self.module, optimizer, self._autocast, from_scratch=from_scratch)
@@ -108,6 +112,7 @@ class TrainStep(TrainerBase):
         scale = self._scaler.get_scale()
         infinite = self._write_metrics(losses, data_time)
         fault = infinite or self._update()
+        self.stepped = not fault
         if not fault:
             self._skipped = 0
             self._blame.sound_image = batch[0]

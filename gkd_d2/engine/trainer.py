@@ -18,6 +18,7 @@ from gkd_d2.data.build import build_train_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.engine.exact_trainer import ExactTrainer
 from gkd_d2.engine.hooks import FirstLines, PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.model_ema import ModelEMA, named_ema
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import settle_seed
 from gkd_d2.engine.run import YacsRun
@@ -79,6 +80,7 @@ class Trainer(ExactTrainer, DefaultTrainer):
         slow = next(i for i, hook in enumerate(built) if isinstance(hook, (hooks.PreciseBN, hooks.EvalHook)))
         evaluation = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
         again = [saver] if evaluation > slow else []
+        averaged = [hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_average)] if self.ema is not None else []
         # Before the writers, which close at the end.
         augmented = [hooks.EvalHook(0, self._test_with_augmentation)] if self.cfg.TEST.AUG.ENABLED else []
         return [
@@ -87,6 +89,7 @@ class Trainer(ExactTrainer, DefaultTrainer):
             *built[slow:evaluation],
             *again,
             built[evaluation],
+            *averaged,
             *augmented,
             *built[evaluation + 1 :],
         ]
@@ -97,6 +100,9 @@ class Trainer(ExactTrainer, DefaultTrainer):
 
     def _loop(self):
         return DefaultTrainer.train(self)
+
+    def _test_average(self) -> dict:
+        return self.test_with_EMA(self.cfg, self.model, self.ema)
 
     def _test_with_augmentation(self) -> dict:
         return self.test_with_TTA(self.cfg, self._student())
@@ -135,6 +141,22 @@ class Trainer(ExactTrainer, DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
     @classmethod
+    def test_with_EMA(cls, cfg: CfgNode, model: nn.Module, ema: ModelEMA) -> dict:
+        """Evaluate the average of a model's weights; the model is as before afterwards.
+
+        Args:
+            cfg: of the run.
+            model: a meta-architecture, or its DistributedDataParallel.
+            ema: of its weights, or of its student's.
+
+        Returns:
+            As :meth:`test` does, "_EMA" appended to each of the outer keys.
+        """
+        logging.getLogger(__name__).info("Running inference with averaged weights (MODEL_EMA) ...")
+        with ema.applied():
+            return named_ema(cls.test(cfg, model, cls._build_evaluators(cfg, "inference_EMA")))
+
+    @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Evaluate with test-time augmentation, as Detectron2's tools/train_net.py does.
 
@@ -146,7 +168,12 @@ class Trainer(ExactTrainer, DefaultTrainer):
             As :meth:`test` does, "_TTA" appended to each of the outer keys.
         """
         logging.getLogger(__name__).info("Running inference with test-time augmentation ...")
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, os.path.join(folder, name)) for name in cfg.DATASETS.TEST]
+        evaluators = cls._build_evaluators(cfg, "inference_TTA")
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}
+
+    @classmethod
+    def _build_evaluators(cls, cfg: CfgNode, folder: str) -> list[DatasetEvaluator]:
+        """One for each dataset, which writes to a folder of its own below ``folder`` of OUTPUT_DIR."""
+        place = os.path.join(cfg.OUTPUT_DIR, folder)
+        return [cls.build_evaluator(cfg, name, os.path.join(place, name)) for name in cfg.DATASETS.TEST]

@@ -8,18 +8,24 @@ from pathlib import Path
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
-from gkd_d2.config import detector_config
+from gkd_d2.config import detector_config, without_backbone_weights
+from gkd_d2.utils.timm_models import has_timm_backbone
 
 
 def stock_config(cfg: CfgNode, weights: Path) -> CfgNode:
     """The config of the plain detector that ``cfg`` trains, with the keys of a fresh Detectron2 config alone.
+
+    Where the backbone is one of timm's, MODEL.TIMM stays: it is read after ``gkd_d2.add_gkd_config``.
 
     Args:
         cfg: of a distiller or of a plain detector.
         weights: what MODEL.WEIGHTS becomes.
     """
     stock = get_cfg()
-    plain = _common(detector_config(cfg), stock)
+    detector = without_backbone_weights(detector_config(cfg))
+    plain = _common(detector, stock)
+    if has_timm_backbone(cfg):
+        plain.MODEL.TIMM = detector.MODEL.TIMM.clone()
     plain.MODEL.WEIGHTS = str(weights)
     # The run's own folder, where whoever trains or evaluates by this config would overwrite the run.
     plain.OUTPUT_DIR = stock.OUTPUT_DIR

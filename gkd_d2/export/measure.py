@@ -61,6 +61,7 @@ def load_forms(cfg: CfgNode, written: Mapping[str, Path]) -> dict[str, Detect]:
     """
     loaders: dict[str, Callable[[Path], Detect]] = {
         "checkpoint": lambda path: functools.partial(detect, load_student(cfg, path)),
+        "averaged checkpoint": lambda path: functools.partial(detect, load_student(cfg, path)),
         "TorchScript": lambda path: functools.partial(detect_by_script, torch.jit.load(path)),
         "ONNX": lambda path: OnnxDetector(path.read_bytes()).detect,
         "ONNX int8": lambda path: OnnxDetector(path.read_bytes()).detect,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -16,12 +17,13 @@ from gkd_d2.export.checkpoint import stock_config, to_half
 from gkd_d2.export.onnx import make_onnx
 from gkd_d2.export.quantize import quantize
 from gkd_d2.export.torchscript import make_script
-from gkd_d2.modeling.student import find_checkpoint, load_student
+from gkd_d2.modeling.student import find_checkpoint, has_ema, load_student
 from gkd_d2.utils.files import fill, making_folder, replacing
 
 # Form -> name of its file.
 FILES = {
     "checkpoint": "model.pth",
+    "averaged checkpoint": "model_ema.pth",
     "config": "config.yaml",
     "TorchScript": "model.ts",
     "ONNX": "model.onnx",
@@ -35,7 +37,8 @@ class Forms:
     """What a student is written as, beside a checkpoint and a config.
 
     Attributes:
-        half: store the checkpoint's floating tensors in 16 bits; the other forms compute with these numbers in 32.
+        half: store the checkpoints' floating tensors in 16 bits; the other forms compute with these numbers in 32.
+        ema: the config and the other forms are of the averaged weights (MODEL_EMA), not of the raw ones.
         torchscript: write a TorchScript.
         onnx: write an ONNX file.
         size: height and width that the ONNX file's input is fixed to; None: any.
@@ -43,6 +46,7 @@ class Forms:
     """
 
     half: bool = False
+    ema: bool = False
     torchscript: bool = False
     onnx: bool = False
     size: tuple[int, int] | None = None
@@ -60,6 +64,8 @@ def export_student(
 ) -> dict[str, Path]:
     """Write a student as a plain Detectron2 checkpoint and config, and in other forms; all of it or nothing.
 
+    Averaged weights that the checkpoint holds are written as a checkpoint of their own.
+
     Args:
         cfg: of a distiller or of a plain detector.
         weights: a checkpoint of it, or a folder whose ``last_checkpoint`` names one.
@@ -75,8 +81,8 @@ def export_student(
     Raises:
         FileExistsError: ``output`` holds an export and ``force`` is not set.
         FileNotFoundError: there is no checkpoint.
-        ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset, or a
-            number is too large for 16 bits.
+        ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset or
+            holds no averaged weights that are asked for, or a number is too large for 16 bits.
         OSError: a file can't be written; an earlier export stays as it is.
         ExportError: the student can't be made into one of the forms, or one detects differently.
     """
@@ -91,17 +97,21 @@ def export_student(
             f"{output} holds {', '.join(path.name for path in present)} already: choose another folder, or replace "
             "them by --force"
         )
-    model = load_student(cfg, weights)
-    state = model.state_dict()
+    models = {"checkpoint": load_student(cfg, weights)}
+    if forms.ema or has_ema(weights):
+        models["averaged checkpoint"] = load_student(cfg, weights, ema=True)
+    states = {form: model.state_dict() for form, model in models.items()}
+    chosen = "averaged checkpoint" if forms.ema else "checkpoint"
+    model = models[chosen]
     if forms.half:
-        state = to_half(state)
+        states = {form: to_half(state) for form, state in states.items()}
         # So that the other forms compute with what the checkpoint holds.
-        model.load_state_dict(state)
-    text = stock_config(cfg, output / FILES["checkpoint"]).dump()
+        model.load_state_dict(states[chosen])
+    text = stock_config(cfg, output / FILES[chosen]).dump()
     content: dict[str, Callable[[IO[bytes]], object]] = {
-        "checkpoint": lambda file: torch.save({"model": state}, file),
-        "config": lambda file: file.write(text.encode()),
+        form: functools.partial(torch.save, {"model": state}) for form, state in states.items()
     }
+    content["config"] = lambda file: file.write(text.encode())
     if forms.torchscript:
         script = make_script(model, list(pictures))
         content["TorchScript"] = lambda file: file.write(script.save_to_buffer())

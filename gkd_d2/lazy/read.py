@@ -15,7 +15,7 @@ from gkd_d2.config.differences import flattened
 from gkd_d2.config.lazy_spec import load_lazy, override_lazy
 from gkd_d2.utils.text import did_you_mean, listed
 
-# As in Detectron2's configs/common/train.py and its HEAD, with what this project adds, named after keys of yacs.
+# As in Detectron2's configs/common/train.py, with what this project adds, named after keys of yacs.
 _TRAIN = {
     "output_dir": "./output",
     "init_checkpoint": "",
@@ -23,7 +23,8 @@ _TRAIN = {
     "amp": {"enabled": False, "dtype": "float16"},  # SOLVER.AMP
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
     "checkpointer": {"period": 5000, "max_to_keep": 100},
-    "model_ema": {"enabled": False},
+    # MODEL_EMA, as detrex has it.
+    "model_ema": {"enabled": False, "decay": 0.999, "device": "", "use_ema_weights_for_eval_only": False},
     "eval_period": 5000,
     "log_period": 20,
     "device": "cuda",

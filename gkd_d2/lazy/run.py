@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gkd_d2.config import DetectorSpec
 from gkd_d2.config.lazy_spec import LazySpec, dump_lazy, is_called, missing_arguments, plain_model
+from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.engine.run import Run, Teacher
 from gkd_d2.lazy.distil import teacher_of
 from gkd_d2.methods import Method
@@ -34,6 +35,8 @@ class LazyRun(Run):
         self.accumulate_steps = train.accumulate_steps
         self.reference_world_size = 0
         self.amp_dtype = train.amp.dtype if train.amp.enabled else ""
+        ema = train.model_ema
+        self.model_ema = EMAOptions(ema.enabled, ema.decay, ema.device, ema.use_ema_weights_for_eval_only)
         self.own_data = self._loader("test.dataset.names" if eval_only else "train.dataset.names") is None
         self.train_sets = _names(self._loader("train.dataset.names"))
         self.test_sets = _names(self._loader("test.dataset.names"))
@@ -91,8 +94,6 @@ class LazyRun(Run):
 
     def _training_problems(self) -> list[str]:
         problems = []
-        if OmegaConf.select(self.cfg, "train.model_ema.enabled"):
-            problems.append("train.model_ema.enabled is True, but averaged weights are not supported: set it to False")
         loader = self.cfg.dataloader.train
         if not is_called(loader, _TRAIN_LOADER):
             problems.append(

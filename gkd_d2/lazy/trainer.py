@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Callable
 
 from detectron2.config import CfgNode, instantiate
@@ -12,7 +14,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,6 +24,7 @@ from gkd_d2.data.build import check_batch, seeded_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.engine.exact_trainer import ExactTrainer
 from gkd_d2.engine.hooks import FirstLines, HookOptions, PeriodicSaver, add_distillation_hooks
+from gkd_d2.engine.model_ema import ModelEMA, named_ema
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import draw_seed
 from gkd_d2.engine.writers import build_writers
@@ -61,7 +64,7 @@ class LazyTrainer(ExactTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             PeriodicSaver(train.checkpointer.period, train.checkpointer.max_to_keep),
-            hooks.EvalHook(train.eval_period, lambda: evaluate(cfg, self.model)),
+            hooks.EvalHook(train.eval_period, lambda: evaluate(cfg, self.model, self.ema)),
         ]
         if comm.is_main_process():
             writers = build_writers(train.output_dir, train.max_iter)
@@ -83,28 +86,62 @@ def settle_lazy_seed(cfg: DictConfig, *, resume: bool) -> None:
         cfg.model.seed = cfg.train.seed
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+def evaluate(cfg: DictConfig, model: nn.Module, ema: ModelEMA | None = None) -> dict:
     """Evaluate a model by ``dataloader.test`` and ``dataloader.evaluator``; nothing is done without these.
 
     Args:
         cfg: from :func:`gkd_d2.lazy.read.read_lazy`.
         model: a meta-architecture.
+        ema: of its weights; evaluated after it, with files in folders of its own.
 
     Returns:
-        The results, as Detectron2's evaluators return them.
+        The results, as Detectron2's evaluators return them; those of the average under outer keys that end in "_EMA".
 
     Raises:
         OutputError: the files of the evaluation can't be written to the output folder.
     """
     if OmegaConf.select(cfg, "dataloader.evaluator") is None or OmegaConf.select(cfg, "dataloader.test") is None:
         return {}
+    results = _evaluate(cfg, model, cfg.dataloader.evaluator)
+    if ema is not None:
+        logging.getLogger(__name__).info("Running inference with averaged weights (MODEL_EMA) ...")
+        evaluator = copy.deepcopy(cfg.dataloader.evaluator)
+        # A folder that is named by reference to another would be moved twice.
+        OmegaConf.resolve(evaluator)
+        _move_to_ema(evaluator, cfg.train.output_dir)
+        with ema.applied():
+            results.update(named_ema(_evaluate(cfg, model, evaluator)))
+    return results
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module, evaluator: DictConfig | ListConfig) -> dict:
     folder = cfg.train.output_dir
     with naming_output(folder, f"a file of the evaluation in {folder}"):
         loader = instantiate(_with_mapper(cfg.dataloader.test))
-        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+        results = inference_on_dataset(model, loader, instantiate(evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results or {}
+
+
+def _move_to_ema(node: DictConfig | ListConfig, output_dir: str) -> None:
+    """Have an evaluator write to folders of the average's own: inference_EMA/x instead of inference/x.
+
+    Args:
+        node: without references; changed in place, with the evaluators within it. Their folders are called ``folder``
+            or ``output_dir``, as those of this project and of Detectron2 are.
+        output_dir: of the run.
+    """
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        value = node[key]
+        if isinstance(value, (DictConfig, ListConfig)):
+            _move_to_ema(value, output_dir)
+        elif key in ("folder", "output_dir") and isinstance(value, str) and value:
+            first, *others = os.path.relpath(value, output_dir).split(os.sep)
+            if first in (os.curdir, os.pardir):
+                node[key] = f"{os.path.normpath(value)}_EMA"
+            else:
+                node[key] = os.path.join(output_dir, f"{first}_EMA", *others)
 
 
 def _build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:

@@ -32,6 +32,10 @@ and GKD.VIS_PERIOD draws nothing. With a DefaultTrainer add, before trainer.trai
     from gkd_d2.engine.hooks import add_distillation_hooks
     add_distillation_hooks(trainer)
 In a loop of your own add listeners by distiller.listen, or set distiller.listeners to [] for none."""
+_NOT_AVERAGED = (
+    "MODEL_EMA.ENABLED is True, but only gkd_d2.engine.trainer.Trainer, as in tools/train_net.py, keeps that average "
+    "of the weights"
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -339,6 +343,8 @@ class GKDDistiller(nn.Module):
             self.listeners = []
             if comm.is_main_process():
                 logging.getLogger(__name__).warning(_NOT_WATCHED)
+                if self._trainer_keys is not None and self._trainer_keys.model_ema:
+                    logging.getLogger(__name__).warning(_NOT_AVERAGED)
 
     def _tell(self, listeners: list[Listener], seen: Observation) -> None:
         """Tell listeners that are due, apart from the graph and the random stream of the training."""

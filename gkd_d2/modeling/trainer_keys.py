@@ -1,4 +1,4 @@
-"""Keys of SOLVER that a trainer of Detectron2 ignores, and how a training forward notices it."""
+"""Keys that a trainer of Detectron2 ignores, and how a training forward notices it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ class TrainerKeys:
         ims_per_batch: SOLVER.IMS_PER_BATCH, images of all processes.
         accumulate_steps: SOLVER.ACCUMULATE_STEPS.
         amp_dtype: SOLVER.AMP.DTYPE where SOLVER.AMP.ENABLED is set, or "".
+        model_ema: MODEL_EMA.ENABLED, of which a forward can't tell whether it is heeded.
     """
 
     ims_per_batch: int
     accumulate_steps: int
     amp_dtype: str
+    model_ema: bool
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> TrainerKeys:
         """Read them from the config of a run."""
         solver = cfg.SOLVER
-        return cls(solver.IMS_PER_BATCH, solver.ACCUMULATE_STEPS, solver.AMP.DTYPE if solver.AMP.ENABLED else "")
+        amp_dtype = solver.AMP.DTYPE if solver.AMP.ENABLED else ""
+        return cls(solver.IMS_PER_BATCH, solver.ACCUMULATE_STEPS, amp_dtype, cfg.MODEL_EMA.ENABLED)
 
     def check(self, batch_size: int, device_type: str) -> None:
         """Check a training forward, and the autocast that surrounds it.

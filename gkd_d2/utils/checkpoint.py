@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,9 @@ from gkd_d2.utils.files import fill, replacing
 from gkd_d2.utils.last_checkpoint import Resumable, find_resumable, has_checkpoint
 from gkd_d2.utils.text import counted, listed
 
+# What a checkpoint holds beside "model" where MODEL_EMA.ENABLED was set; the name is d2go's.
+EMA_STATE = "ema_state"
+
 
 def file_of_weights(path: str) -> str:
     """The file or URL of weights, without what Detectron2 after 0.5 reads at its end, ``?matching_heuristics=True``."""
@@ -35,6 +39,10 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A file can't be read as a checkpoint, as when its writing was cut off."""
+
+
+class NoAverageError(CheckpointError):
+    """A checkpoint holds no averaged weights."""
 
 
 class _PlainReader(Checkpointer):
@@ -70,6 +78,8 @@ class _CheckpointReader(DetectionCheckpointer, _PlainReader):
             # That of a URL is in Detectron2's cache.
             again = f"Remove it to fetch {path} again" if "://" in path else "Copy or fetch it again"
             raise DamagedCheckpointError(f"{start}{error}. {again}, or name another checkpoint") from error
+        except NoAverageError as error:
+            raise NoAverageError(f"{start}{error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{start}{path} does not fit {detector}: {error}") from error
 
@@ -276,6 +286,41 @@ class CompleteCheckpointer(_CheckpointReader):
                 f"the checkpoint leaves {len(unset)} of the model's parameters unset: {', '.join(unset)}{shapes}"
             )
         return incompatible
+
+
+class AverageCheckpointer(CompleteCheckpointer):
+    """Loads a checkpoint's averaged weights in place of its raw ones.
+
+    Beside what others do, loading raises NoAverageError where it holds none.
+    """
+
+    def _load_file(self, filename: str) -> dict:
+        loaded = super()._load_file(filename)
+        if EMA_STATE not in loaded:
+            raise NoAverageError(
+                f"{filename} holds no averaged weights: it was trained without MODEL_EMA.ENABLED. Take its raw weights"
+            )
+        if wrong := find_wrong_content({"model": loaded[EMA_STATE]}):
+            raise DamagedCheckpointError(f"the averaged weights of the checkpoint {filename}: it {wrong}")
+        return {"model": loaded[EMA_STATE]}
+
+
+def holds_average(path: str) -> bool:
+    """Whether a checkpoint holds averaged weights, as one trained with MODEL_EMA.ENABLED does.
+
+    No tensor is read. What is wrong with a file that is no checkpoint is said where it is loaded.
+
+    Args:
+        path: of a file on this machine.
+    """
+    # In another form no training saves them.
+    if not zipfile.is_zipfile(path) or find_damage(path):
+        return False
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # zip, pickle and torch each have their own
+        return False
+    return isinstance(loaded, dict) and EMA_STATE in loaded
 
 
 def _decisive(names: Iterable[str]) -> set[str]:

@@ -46,6 +46,17 @@ def test_several_datasets_have_their_own_metrics(make_run, evaluated_config):
         single.metrics("a")
 
 
+def test_metrics_of_averaged_weights(make_run, evaluated_config):
+    row = {"iteration": 9, "bbox/AP": 1.0, "bbox_EMA/AP": 2.0, "kitti/AP_moderate": 3.0, "kitti_EMA/AP_moderate": 4.0}
+    # Its own are not those of the augmented detections.
+    run = make_run("one", evaluated_config("val"), [row | {"bbox_TTA/AP": 5.0}])
+    assert run.metrics("val") == {name: value for name, value in row.items() if name != "iteration"}
+    row = {"iteration": 9, "a/bbox/AP": 1.0, "a_EMA/bbox/AP": 2.0, "b/bbox/AP": 3.0, "b_EMA/bbox/AP": 4.0}
+    run = make_run("two", evaluated_config("a", "b"), [row])
+    assert run.metrics("a") == {"bbox/AP": 1.0, "bbox_EMA/AP": 2.0}
+    assert run.metrics("b") == {"bbox/AP": 3.0, "bbox_EMA/AP": 4.0}
+
+
 def test_what_a_folder_lacks_is_said_by_its_name(make_run, tmp_path, evaluated_config):
     run = make_run("untested", evaluated_config(), [{"iteration": 19, "total_loss": 5.0}])
     with pytest.raises(ValueError, match=r"untested was never evaluated: its metrics.json holds no bbox/AP"):

@@ -28,6 +28,7 @@ from gkd_d2.engine.hooks import (
 from gkd_d2.engine.trainer import Trainer
 
 NOT_WATCHED = "Nothing watches this distillation"
+NOT_AVERAGED = "MODEL_EMA.ENABLED is True, but only gkd_d2.engine.trainer.Trainer"
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +198,18 @@ def test_a_distiller_that_nobody_watches_says_so_once(training, caplog):
     assert (
         "    from gkd_d2.engine.hooks import add_distillation_hooks\n    add_distillation_hooks(trainer)\n" in warning
     )
+
+
+def test_an_average_that_nobody_keeps_is_said(training, caplog):
+    cfg = training(iterations=1)
+    cfg.MODEL_EMA.ENABLED = True
+    for config in (cfg, detector_config(cfg)):
+        trainer = DefaultTrainer(config)
+        with pytest.raises(ValueError, match="MODEL_EMA.ENABLED is True, but this trainer keeps no average of the wei"):
+            add_distillation_hooks(trainer)
+    assert NOT_AVERAGED not in caplog.text
+    DefaultTrainer(cfg).train()
+    assert caplog.text.count(NOT_AVERAGED) == 1
 
 
 @pytest.mark.parametrize("add", [True, False])

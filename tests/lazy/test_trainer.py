@@ -15,6 +15,7 @@ from detectron2.config import LazyCall, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, samplers
 from detectron2.evaluation import COCOEvaluator
 from lazy_configs import write_distilled, write_plain
+from omegaconf import OmegaConf
 from short_runs import checkpoints, metrics
 
 from gkd_d2.config.lazy_spec import plain_model
@@ -23,7 +24,7 @@ from gkd_d2.engine.resume import ResumeError
 from gkd_d2.evaluation import build_evaluator
 from gkd_d2.lazy.read import keys_without_effect, read_lazy
 from gkd_d2.lazy.run import LazyRun
-from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
+from gkd_d2.lazy.trainer import LazyTrainer, _move_to_ema, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 
 
@@ -71,6 +72,8 @@ OPTIONS = (
     "train.checkpointer.period=3",
     "train.accumulate_steps=2",
     "train.vis_period=4",
+    "train.model_ema.enabled=True",
+    "train.model_ema.decay=0.5",
     "dataloader.train.num_workers=1",
 )
 
@@ -107,7 +110,8 @@ def test_a_resume_is_equal_bit_for_bit(whole, config, folder, read, caplog):
         train(read(config, *options), resume=True)
     assert "the resumed run differs" not in caplog.text
     one, other = state(whole[0]), state(output)
-    assert same(one["model"], other["model"])
+    assert same(one["model"], other["model"]) and same(one["ema_state"], other["ema_state"])
+    assert not same(one["model"], one["ema_state"])
     assert same(one["trainer"]["_trainer"]["optimizer"], other["trainer"]["_trainer"]["optimizer"])
 
 
@@ -187,6 +191,35 @@ def test_an_evaluation_is_that_of_the_student_alone(whole, config, read):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
 
 
+def test_the_average_is_evaluated_too_and_takes_no_files_of_the_raw_weights(whole, folder):
+    output, _ = whole
+    names = {name for row in metrics(output).values() for name in row}
+    evaluated = {name for name in names if name.startswith(("bbox/", "kitti/"))}
+    averaged = {name for name in names if name.startswith(("bbox_EMA/", "kitti_EMA/"))}
+    assert evaluated and averaged == {name.replace("/", "_EMA/", 1) for name in evaluated}
+    files = [path.relative_to(output) for path in output.rglob("coco_instances_results.json")]
+    assert len(files) == 2 and {path.parts[0] for path in files} == {"inference", "inference_EMA"}
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("run/inference/a/b", "run/inference_EMA/a/b"),
+        ("run/inference", "run/inference_EMA"),
+        ("run", "run_EMA"),
+        ("other/place/", "other/place_EMA"),
+    ],
+)
+def test_folders_of_the_average(place, expected):
+    inner = LazyCall(COCOEvaluator)(dataset_name="x", output_dir="${...folder}")
+    cfg = OmegaConf.create({"evaluator": {"folder": place, "parts": [inner, {"output_dir": None}], "other": place}})
+    OmegaConf.resolve(cfg.evaluator)
+    _move_to_ema(cfg.evaluator, "run")
+    evaluator = cfg.evaluator
+    assert evaluator.folder == evaluator.parts[0].output_dir == expected and evaluator.other == place
+    assert evaluator.parts[1].output_dir is None
+
+
 def test_factors_of_the_learning_rate_are_those_of_the_student(config, read):
     """As ViTs have them, by the names of the plain detector's parameters."""
     cfg = read(config)
@@ -237,6 +270,10 @@ def test_a_run_that_can_start(config, read):
         (["train.init_checkpoint=nowhere.pkl"], "MODEL.WEIGHTS is nowhere.pkl"),
         (["model.method.weights.box=-1"], "loss weight box is -1"),
         (["dataloader.train.mapper.image_format=RGB"], "image_format is RGB, but the detector takes images in BGR"),
+        (
+            ["train.model_ema.enabled=True", "train.model_ema.decay=1"],
+            "MODEL_EMA.DECAY is 1, but must be at least 0 and",
+        ),
         (["train.amp.enabled=True"], "SOLVER.AMP trains in float16 on GPUs only"),
     ],
 )
@@ -244,13 +281,11 @@ def test_a_run_that_can_not_start(overrides, text, config, read):
     assert re.search(text, problems(read(config, *overrides)))
 
 
-def test_loaders_that_can_not_be_resumed_exactly_and_averages_are_refused(config, read):
+def test_loaders_that_can_not_be_resumed_exactly_are_refused(config, read):
     cfg = read(config)
     cfg.dataloader.train = LazyCall(list)()
-    cfg.train.model_ema = {"enabled": True}
     text = problems(cfg)
     assert "a run that can be resumed exactly needs Detectron2's build_detection_train_loader" in text
-    assert "train.model_ema.enabled is True" in text
 
 
 def test_evaluators_that_would_fail_after_the_training(config, read):

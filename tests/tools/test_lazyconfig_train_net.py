@@ -118,13 +118,16 @@ def test_what_a_run_says(uninterrupted):
 def test_two_processes_are_one_batch_and_an_evaluation_needs_no_teacher(workplace):
     """Of two processes each takes an image; a student of two is evaluated alone, without the teacher's file."""
     folder = workplace.folder / "pair"
-    options = ("train.max_iter=2", "train.eval_period=0", f"train.output_dir={folder}")
+    options = ("train.max_iter=2", "train.eval_period=0", f"train.output_dir={folder}", "train.model_ema.enabled=True")
     output = finish(workplace("--num-gpus", 2, *options))
-    assert "World size: 2" in output and (folder / "model_final.pth").exists()
+    assert "World size: 2" in output and "bbox_EMA/AP" in (folder / "metrics.json").read_text()
+    saved = state(folder)
+    assert saved["ema_state"].keys() == saved["model"].keys() and not equal(saved["ema_state"], saved["model"])
     weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
     output = finish(workplace("--eval-only", "model.teacher_weights=gone.pth", weights, *options))
     assert (
-        "Task: bbox" in output and "teacher" not in output.rpartition("The whole config")[2].partition("Start inf")[2]
+        output.count("Task: bbox") == 2
+        and "teacher" not in output.rpartition("The whole config")[2].partition("Start inf")[2]
     )
 
 

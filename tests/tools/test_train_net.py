@@ -99,6 +99,34 @@ def test_teacher_student_resume_and_evaluation(name, train_net, datasets, tmp_pa
     assert len(lines[0]) == (1 + augmented) * len(lines[1])
 
 
+def copypastes(output):
+    return [line.partition("copypaste: ")[2] for line in output.splitlines() if "copypaste: " in line]
+
+
+def test_averaged_weights_are_evaluated_beside_the_raw_or_alone(train_net, datasets, tmp_path):
+    config = ("toy/teachers/retinanet.yaml", datasets)
+    train_net = functools.partial(train_net, small=True)
+    thresholds = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL_EMA.ENABLED", "True", "MODEL_EMA.DECAY", 0.5)
+    train_net(*config, *short("run", 2), *thresholds)
+    assert {"bbox/AP", "bbox_EMA/AP", "kitti/AP_moderate", "kitti_EMA/AP_moderate"} <= metrics(tmp_path / "run").keys()
+    alone = ("MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY", "True")
+    evaluation = ("--eval-only", "MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    both = train_net(*config, *evaluation, "OUTPUT_DIR", "both", *thresholds)
+    assert both.count("Running inference with averaged weights") == 1
+    only = train_net(*config, *evaluation, "OUTPUT_DIR", "only", *thresholds, *alone)
+    assert "Running inference with averaged weights" not in only and "evaluated in place of the raw ones" in only
+    # The average, at its own place beside the raw weights and at theirs alone, as at the end of the training.
+    found = [
+        (tmp_path / folder / "toy_kitti_val" / "coco_instances_results.json").read_text()
+        for folder in ("run/inference_EMA", "both/inference_EMA", "only/inference", "both/inference", "run/inference")
+    ]
+    assert found[0] == found[1] == found[2] != found[3] == found[4]
+    assert copypastes(both)[len(copypastes(only)) :] == copypastes(only)
+
+    output = train_net(*config, *evaluation, *thresholds[:2], *alone, fails=True)
+    assert "MODEL_EMA.USE_EMA_WEIGHTS_FOR_EVAL_ONLY is True, but MODEL_EMA.ENABLED is False" in output
+
+
 def test_evaluation_refuses_weights_that_are_not_the_whole_detector(train_net, datasets, tmp_path):
     torch.save({"model": {"backbone.bottom_up.stem.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "part.pth")
     output = train_net(

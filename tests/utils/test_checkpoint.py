@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import pathlib
 import pickle
 import random
@@ -23,10 +24,13 @@ from tiny import detector_config
 from gkd_d2 import config
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.utils.checkpoint import (
+    AverageCheckpointer,
     CheckpointError,
     CompleteCheckpointer,
     DamagedCheckpointError,
+    NoAverageError,
     StudentCheckpointer,
+    holds_average,
 )
 from gkd_d2.utils.checkpoint_files import find_damage
 
@@ -80,6 +84,45 @@ def test_a_partial_checkpoint_is_refused_where_all_is_needed(tmp_path):
     # Extra tensors, such as a distiller's align convolutions and what its method trains, do no harm.
     extra = model.state_dict() | {"align.p3.weight": torch.zeros(1), "method.layer.bias": torch.zeros(1)}
     CompleteCheckpointer(model).load(save(tmp_path / "more.pth", extra))
+
+
+def test_averaged_weights_in_place_of_the_raw_ones(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    average = {name: tensor + 1 for name, tensor in raw.items()}
+    both, alone = tmp_path / "both.pth", tmp_path / "alone.pth"
+    torch.save({"model": raw, "ema_state": average, "iteration": 3}, both)
+    torch.save({"model": raw}, alone)
+    AverageCheckpointer(model).load_weights(str(both))
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
+    CompleteCheckpointer(model).load_weights(str(both))
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(
+        NoAverageError, match=r"^MODEL.WEIGHTS: .*alone.pth holds no averaged weights: it was trained wi"
+    ):
+        AverageCheckpointer(model).load_weights(str(alone))
+
+    torch.save({"model": raw, "ema_state": {"weight": average["weight"]}}, both)
+    with pytest.raises(CheckpointError, match="leaves 1 of the model's parameters unset: bias"):
+        AverageCheckpointer(model).load_weights(str(both))
+    torch.save({"model": raw, "ema_state": {**average, "bias": torch.tensor([math.nan])}}, both)
+    with pytest.raises(
+        DamagedCheckpointError, match="averaged weights of .*both.pth: it holds numbers .* NaN, in bias"
+    ):
+        AverageCheckpointer(model).load_weights(str(both))
+    CompleteCheckpointer(model).load_weights(str(both))
+
+
+def test_whether_a_checkpoint_holds_an_average(tmp_path):
+    model = {"weight": torch.zeros(2)}
+    files = {name: tmp_path / name for name in ("both.pth", "alone.pth", "old.pth", "other.pkl", "cut.pth", "list.pth")}
+    torch.save({"model": model, "ema_state": model}, files["both.pth"])
+    torch.save({"model": model}, files["alone.pth"])
+    torch.save({"model": model}, files["old.pth"], _use_new_zipfile_serialization=False)
+    files["other.pkl"].write_bytes(pickle.dumps({"model": {"weight": np.zeros(2)}}))
+    files["cut.pth"].write_bytes(files["both.pth"].read_bytes()[:-100])
+    torch.save(["ema_state"], files["list.pth"])
+    assert [name for name, path in files.items() if holds_average(str(path))] == ["both.pth"]
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 243\n"

@@ -9,7 +9,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 
-from gkd_d2.engine.hooks.checkpoints import EndOfWatch, PeriodicSaver, SaveOnSigterm
+from gkd_d2.engine.hooks.checkpoints import EndOfWatch, PeriodicSaver, SaveOnSigterm, saves_in_all_processes
 from gkd_d2.engine.hooks.gradient_scale import GradientScale
 from gkd_d2.engine.hooks.pictures import PeriodicPicture
 from gkd_d2.engine.hooks.watch import LossWatch
@@ -45,10 +45,16 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
         options: by default those of the trainer's config of yacs.
 
     Raises:
-        ValueError: a key of GKD.WATCH_* or GKD.VIS_PERIOD is out of range.
+        ValueError: a key of GKD.WATCH_* or GKD.VIS_PERIOD is out of range, or MODEL_EMA.ENABLED is set, which a trainer
+            of Detectron2 ignores.
     """
     if any(isinstance(hook, SaveOnSigterm) for hook in trainer._hooks):
         return
+    if _asks_for_ema(trainer) and not saves_in_all_processes(trainer):
+        raise ValueError(
+            "MODEL_EMA.ENABLED is True, but this trainer keeps no average of the weights: train with "
+            "gkd_d2.engine.trainer.Trainer, as tools/train_net.py does, or set it to False"
+        )
     added: list[HookBase] = []
     distiller = next((module for module in trainer.model.modules() if isinstance(module, GKDDistiller)), None)
     if distiller is not None:
@@ -74,3 +80,9 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
 def _options_of(cfg: CfgNode) -> HookOptions:
     keys = cfg.GKD
     return HookOptions(keys.VIS_PERIOD, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO)
+
+
+def _asks_for_ema(trainer: TrainerBase) -> bool:
+    """Whether its config is one of yacs, of this project's keys, in which MODEL_EMA.ENABLED is set."""
+    cfg = getattr(trainer, "cfg", None)
+    return isinstance(cfg, CfgNode) and "MODEL_EMA" in cfg and cfg.MODEL_EMA.ENABLED
