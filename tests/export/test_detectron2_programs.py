@@ -1,7 +1,7 @@
 """Detectron2's own programs take an exported student.
 
 They are run where the environment variable DETECTRON2_TOOLS names the folder tools/ of the source of the Detectron2
-that is imported.
+that is imported. What they are made of is tested everywhere, by test_detectron2_modules.py.
 """
 
 from __future__ import annotations
