@@ -3,8 +3,8 @@
 
 All three are trained from scratch through tools/train_net.py and evaluated. Both students have one seed, schedule and
 order of batches; the distilled one starts with the teacher's heads (GKD.STUDENT.INIT_FROM_TEACHER). The runs are
-compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py, and the distilled student is exported to ONNX, in 32
-and in 8 bits, by tools/export_student.py. Example:
+compared by tools/compare_runs.py and drawn by tools/visualize_gkd.py, and the distilled student is exported to ONNX, in
+32 and in 8 bits, by tools/export_student.py. Example:
     python tools/demo.py --output output/demo
 It runs on a GPU where torch finds one, else on the CPU.
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +22,8 @@ from gkd_d2.export.onnx import OnnxDetector
 from gkd_d2.export.torchscript import detect_by_script
 from gkd_d2.export.tracing import detect
 from gkd_d2.modeling.student import load_student
-from gkd_d2.utils.progress import track
 from gkd_d2.utils.text import counted
+from gkd_d2.utils.timing import milliseconds
 
 Detect = Callable[[Tensor], Instances]
 # Metric of an evaluation -> its column, where it was evaluated.
@@ -100,7 +98,8 @@ def measure_forms(
         Form -> what was measured, for all but the config.
     """
     forms = load_forms(cfg, written)
-    times = _milliseconds(forms, picture, repeats)
+    calls = [functools.partial(found, picture) for found in forms.values()]
+    times = dict(zip(forms, milliseconds(calls, repeats=repeats, warm_up=_WARM_UP)))
     return {
         form: Measured(
             written[form].stat().st_size / 1e6,
@@ -109,18 +108,6 @@ def measure_forms(
         )
         for form, found in forms.items()
     }
-
-
-def _milliseconds(forms: Mapping[str, Detect], picture: Tensor, repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {form: [] for form in forms}
-    turns = _WARM_UP + repeats
-    for turn in track(range(turns), total=turns, title="turns of the time's measurement"):
-        for form, found in forms.items():
-            begin = time.perf_counter()
-            found(picture)
-            if turn >= _WARM_UP:
-                times[form].append(1e3 * (time.perf_counter() - begin))
-    return {form: statistics.median(measured) for form, measured in times.items()}
 
 
 class _Detector(nn.Module):

@@ -176,10 +176,10 @@ class OnnxDetector:
         """Detections of one image, in its own size.
 
         Args:
-            image: C,H,W. Where the file's size is fixed, one that is larger is made smaller and one that is smaller
+            image: C,H,W, of any type. Where the file's size is fixed, a larger one is made smaller and a smaller one
                 is padded, by :func:`gkd_d2.export.pictures.fit`.
         """
-        fitted, scales = self.fit(image)
+        fitted, scales = self.fit(image.float())
         boxes, scores, classes = map(torch.as_tensor, self._session.run(None, {INPUT: fitted[None].numpy()}))
         instances = instances_of(boxes, scores, classes, (image.shape[1], image.shape[2]))
         instances.pred_boxes.scale(*scales)

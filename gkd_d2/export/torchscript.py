@@ -42,10 +42,10 @@ def detect_by_script(script: torch.jit.ScriptModule, image: Tensor) -> Instances
 
     Args:
         script: from :func:`make_script`.
-        image: C,H,W.
+        image: C,H,W, of any type.
     """
     with torch.no_grad():
-        found = script(image)
+        found = script(image.float())
     # Masks stand between the classes and the scores.
     boxes, classes, *_, scores, _ = found
     return instances_of(boxes, scores, classes, tuple(image.shape[1:]))

@@ -188,6 +188,13 @@ def test_device(ready, monkeypatch):
     assert "SOLVER.AMP.DTYPE is 'half'" in problems(ready)
 
 
+def test_an_average_that_can_not_be_kept(ready):
+    ready.MODEL_EMA.ENABLED, ready.MODEL_EMA.DECAY, ready.MODEL_EMA.DEVICE = True, 1.0, "gpu"
+    text = problems(ready)
+    assert "\n- MODEL_EMA.DECAY is 1.0, but must be at least 0 and below 1" in text
+    assert "\n- MODEL_EMA.DEVICE is 'gpu', which torch does not know" in text
+
+
 def test_everything_at_once(ready, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
     ready.MODEL.WEIGHTS = str(tmp_path / "none.pth")

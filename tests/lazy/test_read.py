@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from lazy_configs import model_text, write_plain
 
+from gkd_d2 import add_gkd_config
 from gkd_d2.lazy.read import read_lazy
 
 
@@ -18,6 +20,10 @@ def test_what_is_left_out_has_its_default(plain):
     cfg = read_lazy(plain, [], eval_only=False)
     assert (cfg.train.accumulate_steps, cfg.train.watch.period, cfg.train.watch.patience) == (1, 2, 20)
     assert cfg.train.ddp.broadcast_buffers is False and cfg.train.amp.dtype == "float16"
+    # Those of yacs.
+    yacs = get_cfg()
+    add_gkd_config(yacs)
+    assert dict(cfg.train.model_ema) == {key.lower(): value for key, value in yacs.MODEL_EMA.items()}
 
 
 def test_auto_is_the_device_that_is_there(plain):
