@@ -55,10 +55,10 @@ def picture(tmp_path):
 def export(tmp_path, picture):
     """A function that exports a tiny student; returns the folder."""
 
-    def export(kind: str, image_format: str = "BGR", size=None):
+    def export(kind: str, image_format: str = "BGR", size=None, least: int = 100):
         cfg = detector_config(kind)
         cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = image_format, MEAN
-        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 100, 140
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = least, 140
         for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
             head.SCORE_THRESH_TEST = 0.0
         # No limit parts detections of nearly equal scores.
@@ -140,6 +140,18 @@ def test_a_file_of_fixed_size(kind, export, picture, project, tmp_path):
     in_picture = expected[:, 1] < expected[:, 3]
     assert kind == "faster" or not in_picture.all()
     assert_same(detect(project, folder, picture, 0), expected[in_picture])
+
+
+def test_a_turned_photograph_that_is_not_resized(export, picture, project):
+    folder = export("faster", least=0)
+    exif = Image.Exif()
+    # Orientation: a quarter turn.
+    exif[0x0112] = 6
+    with Image.open(picture) as opened:
+        opened.save(picture, exif=exif)
+    assert_same(detect(project, folder, picture, 0), predict(folder, picture))
+    with Image.open(picture.with_name("drawn.png")) as drawn:
+        assert drawn.size == (200, 300)
 
 
 def test_classes_without_names_are_numbered(export, picture, project):
