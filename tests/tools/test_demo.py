@@ -33,3 +33,16 @@ def test_report_holds_the_measured_ap(demo):
         if name.endswith(".png"):
             with Image.open(output / name) as picture:
                 assert picture.width > 1000
+
+
+def test_it_ends_with_the_student_for_onnxruntime(demo):
+    output, printed = demo
+    path = output / "exported" / "model.onnx"
+    assert printed.rstrip().splitlines()[-1] == f"Student for onnxruntime: {path}, see examples/detect_onnx.py"
+    table = (output / "exported" / "export.md").read_text()
+    assert table in (output / "report.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
+    assert {"checkpoint", "ONNX", "ONNX int8"} <= rows.keys()
+    assert f" {path.stat().st_size / 1e6:.1f} |" in rows["ONNX"]
+    # Those of the averaged weights and of a TorchScript were not asked for.
+    assert {file.name for file in path.parent.glob("model*")} == {"model.pth", "model.onnx", "model_int8.onnx"}
