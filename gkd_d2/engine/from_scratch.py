@@ -56,7 +56,7 @@ def consider_loaded(detector: nn.Module) -> None:
 def has_frozen_random_weights(detector: nn.Module) -> bool:
     """Whether parts of a detector's backbone would keep the random weights that they start with."""
     modules = random_modules(detector)
-    return any(map(_has_frozen_parameters, modules)) or any(map(_is_frozen_norm, modules))
+    return _hold_frozen_parameters(modules) or any(map(_is_frozen_norm, modules))
 
 
 def warn_of_frozen_random_weights(detector: nn.Module) -> None:
@@ -69,7 +69,7 @@ def warn_of_frozen_random_weights(detector: nn.Module) -> None:
     node = "TIMM" if _has_timm(detector) else "RESNETS"
     freeze_at = "MODEL.TIMM.FREEZE_AT" if node == "TIMM" else "MODEL.BACKBONE.FREEZE_AT"
     reasons = []
-    if any(map(_has_frozen_parameters, modules)):
+    if _hold_frozen_parameters(modules):
         reasons.append(f"parts of the backbone are frozen by {freeze_at}, and so keep random weights")
     if any(map(_is_frozen_norm, modules)):
         reasons.append(f"MODEL.{node}.NORM or MODEL.FPN.NORM is FrozenBN, which without weights does not normalize")
@@ -83,9 +83,11 @@ def _has_timm(detector: nn.Module) -> bool:
     return any(isinstance(module, TimmFeatures) for module in detector.modules())
 
 
-def _has_frozen_parameters(module: nn.Module) -> bool:
-    """Whether parameters that it holds itself are not trained."""
-    return any(not parameter.requires_grad for parameter in module.parameters(recurse=False))
+def _hold_frozen_parameters(modules: list[nn.Module]) -> bool:
+    """Whether parameters that they hold themselves take part and are not trained."""
+    unused = {id(p) for module in modules if isinstance(module, TimmFeatures) for p in module.unused_parameters}
+    parameters = (p for module in modules for p in module.parameters(recurse=False))
+    return any(not p.requires_grad and id(p) not in unused for p in parameters)
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:

@@ -115,9 +115,20 @@ def test_a_part_that_a_run_resumes_with_is_not_random():
     assert not has_frozen_random_weights(model)
 
 
-def timm_config():
-    cfg = detector_config("retinanet")
-    cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
+def test_what_no_feature_needs_is_not_taken_for_frozen(caplog):
+    pytest.importorskip("timm")
+    cfg = timm_config("faster", "build_timm_fpn_backbone")
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3"]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16]]
+    model = build_model(cfg)
+    assert any(not p.requires_grad for p in model.backbone.bottom_up.parameters())
+    assert not warnings(cfg, caplog)
+
+
+def timm_config(kind="retinanet", builder="build_retinanet_timm_fpn_backbone"):
+    cfg = detector_config(kind)
+    cfg.MODEL.BACKBONE.NAME = builder
     cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.NORM, cfg.MODEL.TIMM.FREEZE_AT = "mobilenetv2_050", "BN", 0
     cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]
     return cfg

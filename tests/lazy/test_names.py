@@ -20,8 +20,12 @@ YACS_ONLY = (
     "GKD.STUDENT.META_ARCHITECTURE",
     # Beside what is said for both.
     "INPUT.MAX_SIZE_TRAIN",
+    # Which builds the same backbone by its name.
+    "MODEL.BACKBONE.NAME",
     "MODEL.LOAD_PROPOSALS",
     "MODEL.META_ARCHITECTURE",
+    # The node.
+    "MODEL.TIMM",
     "SOLVER.REFERENCE_WORLD_SIZE",
     "TEST.AUG.ENABLED",
 )

@@ -83,3 +83,9 @@ def test_training_resume_and_evaluation(project, toy_scenes, run_here, tmp_path,
     status, printed = run("--eval-only", "MODEL.WEIGHTS", "out/model_final.pth")
     assert status == 0, printed[-3000:]
     assert "copypaste: AP,AP50" in printed
+    # Nor do tools that look at the trained student need it.
+    settings = ("GKD.TEACHER.WEIGHTS", "teacher.pth", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", 64)
+    options = ("--config-file", "student.yaml", "--count", 1, "--output", "pictures")
+    status, printed = run_here("visualize_gkd.py", *options, "MODEL.WEIGHTS", "out/model_final.pth", *settings)
+    assert status == 0, printed[-3000:]
+    assert "random" not in printed

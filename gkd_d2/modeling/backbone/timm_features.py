@@ -45,6 +45,7 @@ class TimmFeatures(Backbone):
 
     Attributes:
         starts_with_weights: whether it loaded weights of its own.
+        unused_parameters: those that make none of the features.
 
     Raises:
         ValueError: timm has no such model, the model can't be used for a pyramid of these features, ``pretrained`` and
@@ -116,7 +117,7 @@ class TimmFeatures(Backbone):
 
         What makes a feature is told by autograd: timm's models differ in how their modules are named and ordered.
         """
-        side = 2 * max(stage.stride for stage in chosen)
+        side = 2 * max(stage.stride for stage in (*chosen, *([last_frozen] if last_frozen else [])))
         was_training = self.network.training
         self.network.eval()
         with torch.enable_grad():
@@ -139,10 +140,11 @@ class TimmFeatures(Backbone):
             used = self._makers([made[stage.index] for stage in chosen])
             early = self._makers([made[last_frozen.index]]) if last_frozen else set()
         self.network.train(was_training)
-        for parameter_name, parameter in self.network.named_parameters():
-            # One that is trained but not used would stop DistributedDataParallel.
-            if parameter_name in early or parameter_name not in used:
-                parameter.requires_grad = False
+        parameters = dict(self.network.named_parameters())
+        # If they were trained, DistributedDataParallel would wait for their gradients.
+        self.unused_parameters = [parameters[name] for name in parameters.keys() - used - early]
+        for parameter in (*self.unused_parameters, *(parameters[name] for name in early)):
+            parameter.requires_grad = False
         norms = [
             module_name
             for module_name, module in self.network.named_modules()

@@ -1,5 +1,6 @@
 """A model of timm gives a pyramid the features that timm itself computes."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -54,8 +55,10 @@ def saved(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [*((name, "FrozenBN") for name in CHANNELS), *itertools.product(("mobilenetv2_100", "resnet18"), ("BN", "SyncBN"))],
+)
 def test_features_are_those_of_the_plain_model(name, norm, saved):
     """Of the file's weights, by timm's own forward_intermediates of the whole classifier."""
     model, path = saved(name)
