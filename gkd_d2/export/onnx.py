@@ -78,9 +78,40 @@ def make_onnx(
     if size is not None:
         pictures = [fit(picture, size, cfg.MODEL.PIXEL_MEAN)[0] for picture in pictures]
     exported = trace_onnx(model, cfg, pictures[0], fixed=size is not None)
+    check_runs(exported, pictures, "ONNX file")
     detector = OnnxDetector(exported.SerializeToString())
     check_equal(model, detector.detect, list(pictures), "ONNX file", SCORE_TOLERANCE)
     return exported
+
+
+def check_runs(exported: ModelProto, pictures: Sequence[Tensor], what: str) -> None:
+    """Have onnxruntime run a file on pictures, and on an image of one colour, in which there may be nothing to detect.
+
+    Args:
+        exported: from :func:`trace_onnx`, or in 8 bits.
+        pictures: C,H,W each.
+        what: the file is called, for the error.
+
+    Raises:
+        ExportError: onnxruntime can't.
+    """
+    detector = OnnxDetector(exported.SerializeToString())
+    mean = pictures[0].new_tensor(json.loads(metadata_of(exported)["pixel_mean"]))
+    for picture in (*pictures, mean[:, None, None].expand_as(pictures[0])):
+        try:
+            detector.detect(picture)
+        # onnxruntime's errors have no class in common but this one.
+        except Exception as error:
+            height, width = picture.shape[1:]
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(
+                f"onnxruntime can't run the {what} on an image of {height} x {width} pixels: {reason}"
+            ) from error
+
+
+def metadata_of(exported: ModelProto) -> dict[str, str]:
+    """What :func:`metadata` has put into a file."""
+    return {entry.key: entry.value for entry in exported.metadata_props}
 
 
 def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool = False) -> ModelProto:
@@ -127,9 +158,30 @@ def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool =
             **options,
         )
     exported = onnx.load_from_string(buffer.getvalue())
+    _keep_zeros(exported)
     onnx.helper.set_model_props(exported, metadata(cfg))
     onnx.checker.check_model(exported)
     return exported
+
+
+def _keep_zeros(exported: ModelProto) -> None:
+    """Have a size of 0 mean 0 in reshapes to sizes that the graph computes, as in PyTorch.
+
+    By default it stands for the size that the input has there. onnxruntime's optimizer then writes -1 for what it can't
+    infer, which fails where an image, or a level of its pyramid, has no detection.
+    """
+    made_by = {name: node for node in exported.graph.node for name in node.output}
+    constants = {entry.name for entry in exported.graph.initializer}
+    for node in exported.graph.node:
+        shape = made_by.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat":
+            continue
+        # With a size to be inferred among them ONNX allows no 0.
+        computed = (name not in constants and made_by[name].op_type != "Constant" for name in shape.input)
+        if all(computed):
+            for attribute in node.attribute:
+                if attribute.name == "allowzero":
+                    attribute.i = 1
 
 
 def metadata(cfg: CfgNode) -> dict[str, str]:

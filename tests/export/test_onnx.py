@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from tiny import calm, detector_config
 
 from gkd_d2.export import ExportError
-from gkd_d2.export.onnx import OnnxDetector, import_extra, make_onnx
+from gkd_d2.export.onnx import OnnxDetector, check_runs, import_extra, make_onnx, trace_onnx
 from gkd_d2.export.quantize import quantize
 from gkd_d2.export.tracing import detect
 
@@ -176,3 +176,33 @@ def test_every_convolution_and_product_is_in_eight_bits(exported):
     plain, small = OnnxDetector(file.SerializeToString()), OnnxDetector(quantized.SerializeToString())
     difference = (plain.detect(calibration[0]).scores[:20] - small.detect(calibration[0]).scores[:20]).abs().max()
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("kind", ["faster", "retinanet"])
+def test_an_image_without_detections_gives_none(kind):
+    """In 8 bits, too, for which onnxruntime computes sizes in another way."""
+    model, cfg = student(kind)
+    pictures = noise(*SIZES)
+    best = [detect(model, picture).scores.max().item() for picture in pictures]
+    predictor = model.roi_heads.box_predictor if kind == "faster" else model
+    predictor.test_score_thresh = max(best) - 1e-6
+    # Traced where there is one, run where there is none.
+    file = trace_onnx(model, cfg, pictures[best.index(max(best))])
+    blank = torch.full((3, 33, 33), 128.0)
+    assert not len(detect(model, blank))
+    for exported in (file, quantize(file, pictures)):
+        found = OnnxDetector(exported.SerializeToString()).detect(blank)
+        assert (found.pred_boxes.tensor.shape, found.scores.shape, found.pred_classes.shape) == ((0, 4), (0,), (0,))
+
+
+def test_a_file_that_can_not_be_run_is_refused(exported):
+    _, _, file = exported
+    changed = onnx.ModelProto()
+    changed.CopyFrom(file)
+    # The weights of its first convolution for two channels.
+    node = next(node for node in changed.graph.node if node.op_type == "Conv")
+    weights = next(one for one in changed.graph.initializer if one.name == node.input[1])
+    values = onnx.numpy_helper.to_array(weights)[:, :2]
+    weights.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), weights.name))
+    with pytest.raises(ExportError, match="onnxruntime can't run the ONNX file on an image of 96 x 120 pixels: .*Conv"):
+        check_runs(changed, noise((96, 120)), "ONNX file")
