@@ -73,7 +73,7 @@ def read_folder(cfg: CfgNode, folder: Path, limit: int) -> list[Tensor]:
 
 
 def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
-    """At least :data:`SAMPLES` pictures, no two of one size: files are taken again, and made smaller, to that end.
+    """At least :data:`SAMPLES` pictures in as many sizes: files are taken again, and made smaller, to that end.
 
     Args:
         cfg: see :func:`read_picture`.
@@ -89,7 +89,8 @@ def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
     read = [read_picture(cfg, path) for path in paths]
     pictures: list[Tensor] = []
     for picture in itertools.islice(itertools.cycle(read), max(SAMPLES, len(read))):
-        while any(picture.shape == other.shape for other in pictures):
+        # Pictures beyond these keep their size, in which their objects are found.
+        while len(pictures) < SAMPLES and any(picture.shape == other.shape for other in pictures):
             if min(picture.shape[1:]) * _SHRINK < _LEAST_SIDE:
                 raise ExportError(
                     f"the pictures are too small to be compared on in {SAMPLES} sizes: one has "

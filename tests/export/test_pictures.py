@@ -27,6 +27,9 @@ def test_samples_are_of_different_sizes(retinanet, picture):
     Image.new("RGB", (100, 100)).save(picture.with_name("other.png"))
     sizes = [one.shape[1:] for one in sample_pictures(cfg, [picture, picture.with_name("other.png")])]
     assert sizes == [(60, 200), (60, 60), (48, 160)]
+    # More of one size are not made smaller and smaller.
+    sizes = [one.shape[1:] for one in sample_pictures(cfg, [picture] * 9)]
+    assert sizes == [(60, 200), (48, 160), (38, 128), *[(60, 200)] * 6]
     cfg.INPUT.MIN_SIZE_TEST = 40
     with pytest.raises(ExportError, match="too small to be compared on in 3 sizes: .* raise INPUT.MIN_SIZE_TEST"):
         sample_pictures(cfg, [picture])
