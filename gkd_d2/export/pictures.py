@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, detection_utils, transforms
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,11 +34,17 @@ def read_picture(cfg: CfgNode, path: Path) -> Tensor:
 
     Raises:
         ExportError: the file is no picture.
+        OSError: it can't be read, or ends too early.
     """
     try:
         pixels = detection_utils.read_image(str(path), format=cfg.INPUT.FORMAT)
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ExportError(f"{path} is no picture that can be read: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Pillow's, which names no file.
+        raise OSError(f"{path} can't be read: {error}") from error
     resize = transforms.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     pixels = resize.get_transform(pixels).apply_image(pixels)
     return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))

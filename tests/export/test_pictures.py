@@ -45,6 +45,18 @@ def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path):
         sample_pictures(cfg, [picture, tmp_path / "text.png"])
 
 
+def test_a_picture_that_is_cut_off_or_too_large_is_named(retinanet, picture, tmp_path, monkeypatch):
+    cfg, _ = retinanet
+    cut = tmp_path / "cut.png"
+    Image.effect_noise((60, 60), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(OSError, match="cut.png can't be read: image file is truncated"):
+        read_picture(cfg, cut)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ExportError, match=f"{picture.name} is no picture that can be read: Image size"):
+        read_picture(cfg, picture)
+
+
 def test_a_folder_is_read_by_name_up_to_a_limit(retinanet, picture, tmp_path):
     cfg, _ = retinanet
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 60, 200
