@@ -89,7 +89,7 @@ def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
         As from :func:`read_picture`.
 
     Raises:
-        ExportError: there is neither a path nor a dataset, or a file is no picture.
+        ExportError: there is neither a path nor a dataset, the dataset has no image, or a file is no picture.
     """
     paths = list(paths) or _first_of_dataset(cfg)
     read = [read_picture(cfg, path) for path in paths]
@@ -115,7 +115,10 @@ def _first_of_dataset(cfg: CfgNode) -> list[Path]:
             f"DATASETS.TEST names {name or 'nothing'}, which is no registered dataset to take sample pictures from: "
             "name pictures by --image"
         )
-    return [Path(entry["file_name"]) for entry in DatasetCatalog.get(name)[:SAMPLES]]
+    entries = DatasetCatalog.get(name)
+    if not entries:
+        raise ExportError(f"DATASETS.TEST names {name}, which holds no image: name pictures by --image")
+    return [Path(entry["file_name"]) for entry in entries[:SAMPLES]]
 
 
 def fit(picture: Tensor, size: tuple[int, int], padding: Sequence[float]) -> tuple[Tensor, tuple[float, float]]:

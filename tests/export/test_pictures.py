@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from gkd_d2.export import ExportError, read_folder, read_picture, sample_pictures
@@ -35,10 +36,14 @@ def test_samples_are_of_different_sizes(retinanet, picture):
         sample_pictures(cfg, [picture])
 
 
-def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path):
+def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path, monkeypatch):
     cfg, _ = retinanet
     cfg.DATASETS.TEST = ("unheard_of",)
     with pytest.raises(ExportError, match="DATASETS.TEST names unheard_of, .* name pictures by --image"):
+        sample_pictures(cfg)
+    monkeypatch.setitem(DatasetCatalog.data, "without_images", list)
+    cfg.DATASETS.TEST = ("without_images",)
+    with pytest.raises(ExportError, match="DATASETS.TEST names without_images, which holds no image: name pictures"):
         sample_pictures(cfg)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ExportError, match="text.png is no picture that can be read"):
