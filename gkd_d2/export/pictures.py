@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, detection_utils, transforms
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,11 +34,17 @@ def read_picture(cfg: CfgNode, path: Path) -> Tensor:
 
     Raises:
         ExportError: the file is no picture.
+        OSError: it can't be read, or ends too early.
     """
     try:
         pixels = detection_utils.read_image(str(path), format=cfg.INPUT.FORMAT)
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ExportError(f"{path} is no picture that can be read: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Pillow's, which names no file.
+        raise OSError(f"{path} can't be read: {error}") from error
     resize = transforms.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     pixels = resize.get_transform(pixels).apply_image(pixels)
     return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
@@ -73,7 +79,7 @@ def read_folder(cfg: CfgNode, folder: Path, limit: int) -> list[Tensor]:
 
 
 def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
-    """At least :data:`SAMPLES` pictures, no two of one size: files are taken again, and made smaller, to that end.
+    """At least :data:`SAMPLES` pictures in as many sizes: files are taken again, and made smaller, to that end.
 
     Args:
         cfg: see :func:`read_picture`.
@@ -83,13 +89,14 @@ def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
         As from :func:`read_picture`.
 
     Raises:
-        ExportError: there is neither a path nor a dataset, or a file is no picture.
+        ExportError: there is neither a path nor a dataset, the dataset has no image, or a file is no picture.
     """
     paths = list(paths) or _first_of_dataset(cfg)
     read = [read_picture(cfg, path) for path in paths]
     pictures: list[Tensor] = []
     for picture in itertools.islice(itertools.cycle(read), max(SAMPLES, len(read))):
-        while any(picture.shape == other.shape for other in pictures):
+        # Pictures beyond these keep their size, in which their objects are found.
+        while len(pictures) < SAMPLES and any(picture.shape == other.shape for other in pictures):
             if min(picture.shape[1:]) * _SHRINK < _LEAST_SIDE:
                 raise ExportError(
                     f"the pictures are too small to be compared on in {SAMPLES} sizes: one has "
@@ -108,7 +115,10 @@ def _first_of_dataset(cfg: CfgNode) -> list[Path]:
             f"DATASETS.TEST names {name or 'nothing'}, which is no registered dataset to take sample pictures from: "
             "name pictures by --image"
         )
-    return [Path(entry["file_name"]) for entry in DatasetCatalog.get(name)[:SAMPLES]]
+    entries = DatasetCatalog.get(name)
+    if not entries:
+        raise ExportError(f"DATASETS.TEST names {name}, which holds no image: name pictures by --image")
+    return [Path(entry["file_name"]) for entry in entries[:SAMPLES]]
 
 
 def fit(picture: Tensor, size: tuple[int, int], padding: Sequence[float]) -> tuple[Tensor, tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from gkd_d2.export import ExportError, read_folder, read_picture, sample_pictures
@@ -27,19 +28,38 @@ def test_samples_are_of_different_sizes(retinanet, picture):
     Image.new("RGB", (100, 100)).save(picture.with_name("other.png"))
     sizes = [one.shape[1:] for one in sample_pictures(cfg, [picture, picture.with_name("other.png")])]
     assert sizes == [(60, 200), (60, 60), (48, 160)]
+    # More of one size are not made smaller and smaller.
+    sizes = [one.shape[1:] for one in sample_pictures(cfg, [picture] * 9)]
+    assert sizes == [(60, 200), (48, 160), (38, 128), *[(60, 200)] * 6]
     cfg.INPUT.MIN_SIZE_TEST = 40
     with pytest.raises(ExportError, match="too small to be compared on in 3 sizes: .* raise INPUT.MIN_SIZE_TEST"):
         sample_pictures(cfg, [picture])
 
 
-def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path):
+def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path, monkeypatch):
     cfg, _ = retinanet
     cfg.DATASETS.TEST = ("unheard_of",)
     with pytest.raises(ExportError, match="DATASETS.TEST names unheard_of, .* name pictures by --image"):
         sample_pictures(cfg)
+    monkeypatch.setitem(DatasetCatalog.data, "without_images", list)
+    cfg.DATASETS.TEST = ("without_images",)
+    with pytest.raises(ExportError, match="DATASETS.TEST names without_images, which holds no image: name pictures"):
+        sample_pictures(cfg)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ExportError, match="text.png is no picture that can be read"):
         sample_pictures(cfg, [picture, tmp_path / "text.png"])
+
+
+def test_a_picture_that_is_cut_off_or_too_large_is_named(retinanet, picture, tmp_path, monkeypatch):
+    cfg, _ = retinanet
+    cut = tmp_path / "cut.png"
+    Image.effect_noise((60, 60), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(OSError, match="cut.png can't be read: image file is truncated"):
+        read_picture(cfg, cut)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ExportError, match=f"{picture.name} is no picture that can be read: Image size"):
+        read_picture(cfg, picture)
 
 
 def test_a_folder_is_read_by_name_up_to_a_limit(retinanet, picture, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gkd_d2.utils.checkpoint import CheckpointError
 from gkd_d2.utils.text import counted, listed
-from gkd_d2.utils.timm_models import NORMS, import_timm, name_problem
+from gkd_d2.utils.timm_models import COLOUR_FORMATS, NORMS, import_timm, name_problem
 from gkd_d2.utils.timm_weights import read_timm_weights
 
 
@@ -73,6 +73,8 @@ class TimmFeatures(Backbone):
             raise ValueError("MODEL.TIMM.PRETRAINED and MODEL.TIMM.WEIGHTS are both set: choose one of them")
         if norm not in NORMS:
             raise ValueError(f"MODEL.TIMM.NORM is {norm!r}: set it to {' or '.join(NORMS)}")
+        if image_format not in COLOUR_FORMATS:
+            raise ValueError(f"INPUT.FORMAT is {image_format!r}: set it to {' or '.join(COLOUR_FORMATS)}")
         _check_any_size(name)
         stages = _stages(name)
         chosen = _choose(name, stages, _strides(out_features), list(out_indices))

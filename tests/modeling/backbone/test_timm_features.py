@@ -299,6 +299,8 @@ def test_what_no_feature_needs_is_not_trained():
         ),
         ("mobilenetv2_100", {"out_indices": [0, 1, 2, 3]}, "of strides 2, 4, 8, 16, but MODEL.FPN.IN_FEATURES names"),
         ("mobilenetv2_100", {"out_indices": [1, 2, 3, 3]}, "of strides 4, 8, 16, 16, but"),
+        # Which must not pass for RGB.
+        ("mobilenetv2_100", {"image_format": "bgr"}, "^INPUT.FORMAT is 'bgr': set it to RGB or BGR$"),
     ],
 )
 def test_what_can_not_be_built_is_a_sentence(name, options, message):
