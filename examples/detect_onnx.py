@@ -11,8 +11,9 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageOps
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-for name in ("model", "picture", "drawn"):
-    parser.add_argument(name, help="a file")
+parser.add_argument("model", help="ONNX file")
+parser.add_argument("picture", help="input image")
+parser.add_argument("drawn", help="output image")
 parser.add_argument("threshold", type=float, nargs="?", default=0.5, help="lowest score (default: 0.5)")
 args = parser.parse_args()
 onnxruntime.set_default_logger_severity(3)
@@ -27,7 +28,7 @@ scale = min(least / min(picture.size), most / max(picture.size)) if least else 1
 fixed = isinstance(height, int)
 if fixed:
     scale = min(scale, width / picture.width, height / picture.height)
-resized = picture.resize([int(scale * side + 0.5) for side in picture.size], Image.BILINEAR)
+resized = picture.resize([max(1, int(scale * side + 0.5)) for side in picture.size], Image.BILINEAR)
 pixels = np.asarray(resized)[:, :, :: -1 if meta["image_format"] == "BGR" else 1]
 # A file of fixed size gets the mean where the picture leaves a margin.
 image = np.full((height, width, 3) if fixed else pixels.shape, json.loads(meta["pixel_mean"]), dtype=np.float32)

@@ -2,7 +2,8 @@
 """Write the student of a run for where it is used: stock Detectron2, TorchScript, ONNX.
 
 The folder --output gets model.pth, the student's weights alone, and config.yaml, which stock Detectron2 of the version
-that runs this merges into get_cfg(). Its MODEL.WEIGHTS is the full path of model.pth: set it anew where you move that.
+that runs this merges into get_cfg(), for a backbone of timm after gkd_d2.add_gkd_config(cfg). Its MODEL.WEIGHTS is the
+full path of model.pth: set it anew where you move that.
 With --onnx it gets model.onnx, which onnxruntime runs without Detectron2 and PyTorch: docs/deployment.md. Examples:
     python tools/export_student.py --weights output/gkd_frcnn_kitti --output output/student
     python tools/export_student.py --weights output/gkd_frcnn_kitti --output output/student --force --torchscript
@@ -17,15 +18,18 @@ import sys
 from pathlib import Path
 
 from gkd_d2.config import read_config
-from gkd_d2.export import ExportError, Forms, export_student, read_folder, sample_pictures
+from gkd_d2.export import ExportError, Forms, export_student, pictures_in, sample_pictures
 from gkd_d2.export.measure import check_test_sets, describe_forms, measure_forms
+from gkd_d2.export.pictures import fit
 from gkd_d2.export.quantize import CALIBRATION_LIMIT
-from gkd_d2.export.write import FILES
-from gkd_d2.utils.command_line import parse_options_first
+from gkd_d2.export.write import EVALUATION, FILES
+from gkd_d2.utils.command_line import check_at_least, parse_options_first
 from gkd_d2.utils.files import check_writable, write_whole
+from gkd_d2.utils.timm_models import has_timm_backbone
 from gkd_d2.utils.user_modules import add_import_option
 
 from detectron2.config import CfgNode
+from torch import Tensor
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,8 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="let config.yaml and all other files be of the averaged weights (MODEL_EMA), which are written to "
-        "model_ema.pth in any case",
+        help="use the averaged weights (MODEL_EMA) for config.yaml and all other files; model_ema.pth is written in "
+        "any case",
     )
     parser.add_argument(
         "--torchscript",
@@ -77,8 +81,8 @@ def parse_args() -> argparse.Namespace:
         "--int8",
         type=Path,
         metavar="FOLDER",
-        help="write model_int8.onnx too, quantized by the pictures in FOLDER (at most the first "
-        f"{CALIBRATION_LIMIT}), which should be of the kind that is detected on, but not those evaluated on",
+        help="write model_int8.onnx too, with activation ranges from the images in FOLDER (at most the first "
+        f"{CALIBRATION_LIMIT}): take images like those you will detect on, but not those you evaluate on",
     )
     parser.add_argument(
         "--evaluate", action="store_true", help="evaluate each file on DATASETS.TEST, and write export.md with a table"
@@ -89,12 +93,11 @@ def parse_args() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FILE",
-        help="to compare on, may be repeated (default: the first images of DATASETS.TEST)",
+        help="image to compare the files on, may be repeated (default: the first images of DATASETS.TEST)",
     )
     parser.add_argument(
         "--repeats",
         type=int,
-        default=10,
         metavar="N",
         help="timed runs of each file, whose median counts (default: 10)",
     )
@@ -105,11 +108,14 @@ def parse_args() -> argparse.Namespace:
     )
     args = parse_options_first(parser)
     if not args.onnx and (args.size or args.int8):
-        parser.error("--size and --int8 are of an ONNX file: add --onnx")
+        parser.error("--size and --int8 require --onnx")
+    if not (args.onnx or args.torchscript or args.evaluate) and (args.image or args.repeats):
+        parser.error("--image and --repeats require --onnx, --torchscript or --evaluate")
     if args.size and min(args.size) < 1:
         parser.error(f"--size is {args.size[0]} {args.size[1]}, but must be two numbers of pixels above 0")
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}, but must be at least 1")
+    if args.repeats is None:
+        args.repeats = 10
+    check_at_least(parser, args, {"repeats": 1})
     return args
 
 
@@ -121,6 +127,8 @@ def run_config(args: argparse.Namespace) -> CfgNode:
     path = args.config_file or folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}: name the one of the run by --config-file")
+    if path.resolve().parent == args.output.resolve():
+        raise ValueError(f"--output is the folder of {path}, which an export would replace: choose another folder")
     return read_config(str(path), args.opts, args.imports)
 
 
@@ -140,22 +148,38 @@ def main() -> int:
             torchscript=args.torchscript,
             onnx=args.onnx,
             size=tuple(args.size) if args.size else None,
-            calibration=read_folder(cfg, args.int8, CALIBRATION_LIMIT) if args.int8 else (),
+            calibration=pictures_in(args.int8, CALIBRATION_LIMIT) if args.int8 else (),
         )
         written = export_student(cfg, args.weights, args.output, forms, pictures=pictures, force=args.force)
-        for name, path in written.items():
-            print(f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB")
-        if measured:
-            print(f"Compared with the student on {len(pictures)} pictures: {', '.join(compared(forms)) or 'nothing'}.")
-            folder = args.output / "inference" if args.evaluate else None
-            found = measure_forms(cfg, written, pictures[0], repeats=args.repeats, folder=folder)
-            table = describe_forms(found, pictures[0], args.repeats, cfg.DATASETS.TEST)
-            write_whole({args.output / FILES["table"]: table})
-            print(f"\n{table}")
     except (OSError, ValueError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for name, path in written.items():
+        print(f"{name}: {path}" + ("" if name == "config" else f", {path.stat().st_size / 1e6:.1f} MB"))
+    if has_timm_backbone(cfg):
+        print("Its backbone is timm's: to read the config, call gkd_d2.add_gkd_config(cfg) after get_cfg().")
+    if not measured:
+        return 0
+    print(f"Compared with the student on {len(pictures)} pictures: {', '.join(compared(forms)) or 'nothing'}.")
+    try:
+        write_table(cfg, args, forms, written, pictures[0])
+    except (OSError, ValueError, ExportError) as error:
+        print(f"error: the files above are whole, but measuring them failed: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def write_table(cfg: CfgNode, args: argparse.Namespace, forms: Forms, written: dict[str, Path], picture: Tensor):
+    """Measure the files, print the table, and write it beside them."""
+    if forms.size:
+        picture, _ = fit(picture, forms.size, cfg.MODEL.PIXEL_MEAN)
+    folder = args.output / EVALUATION if args.evaluate else None
+    found = measure_forms(cfg, written, picture, repeats=args.repeats, folder=folder)
+    table = describe_forms(found, picture, args.repeats, cfg.DATASETS.TEST)
+    if forms.ema:
+        table += "\nAll but the checkpoint are of the averaged weights.\n"
+    write_whole({args.output / FILES["table"]: table})
+    print(f"\n{table}")
 
 
 def compared(forms: Forms) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from gkd_d2.engine.trainer import Trainer
 from gkd_d2.export.errors import ExportError
 from gkd_d2.export.onnx import OnnxDetector
+from gkd_d2.export.pictures import load_dataset
 from gkd_d2.export.torchscript import detect_by_script
 from gkd_d2.export.tracing import detect
 from gkd_d2.modeling.student import load_student
@@ -71,15 +71,15 @@ def check_test_sets(cfg: CfgNode) -> None:
     """Load the datasets in DATASETS.TEST, before any work.
 
     Raises:
-        ExportError: there is none, or one is not registered.
-        OSError, ValueError: one's files are not there, or not what they should be.
+        ExportError: there is none, or one is not registered, can't be loaded, or holds no annotations.
     """
     if not cfg.DATASETS.TEST:
         raise ExportError("--evaluate needs a dataset, but DATASETS.TEST names none")
     for name in cfg.DATASETS.TEST:
-        if name not in DatasetCatalog:
-            raise ExportError(f"--evaluate: DATASETS.TEST names {name}, which is no registered dataset")
-        DatasetCatalog.get(name)
+        if not any(entry.get("annotations") for entry in load_dataset(name)):
+            raise ExportError(
+                f"--evaluate: DATASETS.TEST names {name}, which holds no annotations to compare detections with"
+            )
 
 
 def measure_forms(

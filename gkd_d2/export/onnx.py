@@ -19,6 +19,7 @@ from gkd_d2.data.classes import known_class_names
 from gkd_d2.export.errors import ExportError
 from gkd_d2.export.pictures import fit
 from gkd_d2.export.tracing import check_equal, instances_of, tracing, tracing_adapter
+from gkd_d2.modeling.split import split_detector
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -140,6 +141,8 @@ def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool =
                 f"--onnx writes boxes, scores and classes, but the student detects {name}s, too "
                 f"(MODEL.{name.upper()}_ON)"
             )
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ExportError(f"--onnx writes files for images in BGR or RGB, but INPUT.FORMAT is {cfg.INPUT.FORMAT}")
     adapter = tracing_adapter(model, picture, "--onnx")
     options = {} if fixed else {"dynamic_axes": {INPUT: {2: "height", 3: "width"}}}
     # Non-maximum suppression leaves as many boxes as the image decides, which torch.export can't follow through
@@ -159,7 +162,8 @@ def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool =
         )
     exported = onnx.load_from_string(buffer.getvalue())
     _keep_zeros(exported)
-    onnx.helper.set_model_props(exported, metadata(cfg))
+    _name_dimensions(exported)
+    onnx.helper.set_model_props(exported, metadata(cfg, split_detector(model).num_classes))
     onnx.checker.check_model(exported)
     return exported
 
@@ -184,15 +188,27 @@ def _keep_zeros(exported: ModelProto) -> None:
                     attribute.i = 1
 
 
-def metadata(cfg: CfgNode) -> dict[str, str]:
+def _name_dimensions(exported: ModelProto) -> None:
+    """Call the number of detections N; PyTorch names it after an operator, in each output another one."""
+    for output in exported.graph.output:
+        output.type.tensor_type.shape.dim[0].dim_param = "N"
+
+
+def metadata(cfg: CfgNode, classes: int) -> dict[str, str]:
     """What an ONNX file says of its input and output.
 
+    Args:
+        cfg: of the detector.
+        classes: their number.
+
     Returns:
-        ``image_format``, "BGR" or "RGB"; ``class_names``, a list as JSON; ``min_size`` and ``max_size``, to which the
-        shorter side of a picture is resized, and the most that the longer one may then have, in pixels; and
-        ``pixel_mean``, a list as JSON, to pad a picture with where the input's size is fixed.
+        ``image_format``, "BGR" or "RGB"; ``class_names``, a list as JSON, empty where no dataset of the config is known
+        to have as many classes; ``min_size`` and ``max_size``, to which the shorter side of a picture is resized, and
+        the most that the longer one may then have, in pixels; and ``pixel_mean``, a list as JSON, to pad a picture with
+        where the input's size is fixed.
     """
-    names = next(filter(None, map(known_class_names, [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN])), None)
+    known = map(known_class_names, [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN])
+    names = next((names for names in known if names and len(names) == classes), None)
     return {
         "image_format": cfg.INPUT.FORMAT,
         "class_names": json.dumps(list(names or ())),

@@ -50,32 +50,31 @@ def read_picture(cfg: CfgNode, path: Path) -> Tensor:
     return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
 
 
-def read_folder(cfg: CfgNode, folder: Path, limit: int) -> list[Tensor]:
-    """The first pictures of a folder, by name, each as from :func:`read_picture`.
+def pictures_in(folder: Path, limit: int) -> list[Path]:
+    """The first pictures of a folder, by name; other files, hidden ones and folders are left out.
 
     Args:
-        cfg: see :func:`read_picture`.
-        folder: holds pictures; other files, hidden ones and folders are left out.
-        limit: the most that are read.
+        folder: holds pictures.
+        limit: the most that are given.
 
     Raises:
         ExportError: there is none, or no such folder.
     """
     if not folder.is_dir():
         raise ExportError(f"--int8: {folder} is no folder")
-    pictures: list[Tensor] = []
-    for path in sorted(folder.iterdir()):
-        if len(pictures) == limit:
-            break
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        try:
-            pictures.append(read_picture(cfg, path))
-        except ExportError:
-            continue
+    candidates = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    pictures = list(itertools.islice(filter(_is_picture, candidates), limit))
     if not pictures:
         raise ExportError(f"--int8: {folder} holds no picture that can be read")
     return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, Image.DecompressionBombError):
+        return False
 
 
 def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
@@ -110,15 +109,35 @@ def sample_pictures(cfg: CfgNode, paths: Sequence[Path] = ()) -> list[Tensor]:
 
 def _first_of_dataset(cfg: CfgNode) -> list[Path]:
     name = next(iter(cfg.DATASETS.TEST), None)
-    if name is None or name not in DatasetCatalog:
-        raise ExportError(
-            f"DATASETS.TEST names {name or 'nothing'}, which is no registered dataset to take sample pictures from: "
-            "name pictures by --image"
-        )
-    entries = DatasetCatalog.get(name)
-    if not entries:
-        raise ExportError(f"DATASETS.TEST names {name}, which holds no image: name pictures by --image")
+    if name is None:
+        raise ExportError("DATASETS.TEST names no dataset to take sample pictures from: name pictures by --image")
+    try:
+        entries = load_dataset(name)
+    except ExportError as error:
+        raise ExportError(f"{error}. Without it, name pictures by --image") from error
     return [Path(entry["file_name"]) for entry in entries[:SAMPLES]]
+
+
+def load_dataset(name: str) -> list[dict]:
+    """The entries of a dataset in DATASETS.TEST.
+
+    Args:
+        name: of the dataset.
+
+    Raises:
+        ExportError: it is not registered, can't be loaded, or holds no image.
+    """
+    if name not in DatasetCatalog:
+        raise ExportError(f"DATASETS.TEST names {name}, which is no registered dataset")
+    try:
+        entries = DatasetCatalog.get(name)
+    # A loader of the user's own may raise anything.
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ExportError(f"DATASETS.TEST names {name}, which can't be loaded: {kind}{error}") from error
+    if not entries or "file_name" not in entries[0]:
+        raise ExportError(f"DATASETS.TEST names {name}, which holds no image")
+    return entries
 
 
 def fit(picture: Tensor, size: tuple[int, int], padding: Sequence[float]) -> tuple[Tensor, tuple[float, float]]:

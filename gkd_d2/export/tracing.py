@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import detectron2
 import torch
@@ -52,8 +54,12 @@ def tracing_adapter(model: nn.Module, image: Tensor, option: str) -> nn.Module:
     Raises:
         ExportError: the model is no GeneralizedRCNN or RetinaNet, or this Detectron2 lacks the adapter.
     """
-    if not isinstance(model, (GeneralizedRCNN, RetinaNet)):
+    if not isinstance(model, (GeneralizedRCNN, RetinaNet)) or hasattr(model, "sem_seg_head"):
         raise ExportError(f"{option} knows GeneralizedRCNN and RetinaNet, the student is a {type(model).__name__}")
+    if getattr(model, "proposal_generator", model) is None:
+        raise ExportError(
+            f"{option} needs a student that finds its proposals itself, but this one loads them (MODEL.LOAD_PROPOSALS)"
+        )
     try:
         adapter_class = importlib.import_module("detectron2.export").TracingAdapter
     except ImportError as error:
@@ -76,7 +82,7 @@ def tracing(model: nn.Module, what: str) -> Iterator[None]:
         ExportError: the tracer or the exporter failed.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _keeping_limit(model):
             warnings.simplefilter("ignore")
             yield
     except RuntimeError as error:
@@ -87,14 +93,65 @@ def tracing(model: nn.Module, what: str) -> Iterator[None]:
         ) from None
 
 
+class _Limit(int):
+    """A number that Python's ``min`` takes whatever a tensor beside it holds."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        # Whether the tensor is smaller.
+        return False
+
+
+@contextlib.contextmanager
+def _keeping_limit(model: nn.Module) -> Iterator[None]:
+    """Have the traced RetinaNet keep the limit of candidates per level.
+
+    Detectron2 0.5 cuts a level's candidates to the smaller of the limit and their number. Of a picture with fewer than
+    the limit the tracer would take their number, which cuts nothing. Later versions clamp it.
+    """
+    if not isinstance(model, RetinaNet) or hasattr(model, "forward_training"):
+        yield
+        return
+    limit = model.test_topk_candidates
+    model.test_topk_candidates = _Limit(limit)
+    try:
+        yield
+    finally:
+        model.test_topk_candidates = limit
+
+
+class Limits(NamedTuple):
+    """What keeps a detection out of a model's results, as far as the model tells.
+
+    Attributes:
+        threshold: of scores.
+        most: the most detections per image.
+    """
+
+    threshold: float = -math.inf
+    most: float = math.inf
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Limits:
+        """Read them from a GeneralizedRCNN or RetinaNet; those of another kind of heads stay unknown."""
+        if isinstance(model, RetinaNet):
+            return cls(model.test_score_thresh, model.max_detections_per_image)
+        predictor = getattr(model.roi_heads, "box_predictor", None)
+        if isinstance(predictor, nn.ModuleList):
+            # Of a cascade, whose last stage decides.
+            predictor = predictor[-1]
+        most = getattr(predictor, "test_topk_per_image", math.inf)
+        return cls(getattr(predictor, "test_score_thresh", -math.inf), most if most >= 0 else math.inf)
+
+
 def check_equal(
     model: nn.Module, other: Callable[[Tensor], Instances], pictures: list[Tensor], what: str, score_tolerance: float
 ) -> None:
-    """Compare what a model and its export detect, in any order: that of equal scores is not defined.
+    """Compare what a model and its export detect, one by one, in any order: that of equal scores is not defined.
 
     A detection has its like where the class is the same, the IoU of the boxes is above 0.99, or they differ by rounding
-    errors alone, and the scores differ by no more than a tolerance. One whose score is the lowest, but for rounding
-    errors, may be missing: these decide on which side of the threshold, or of the limit of detections, it is.
+    errors alone, and the scores differ by no more than a tolerance. One without it may only be where rounding errors
+    decide: whose score is the threshold's, or the lowest of as many detections as there may be.
 
     Args:
         model: the detector.
@@ -106,30 +163,38 @@ def check_equal(
     Raises:
         ExportError: the model detects nothing on all of the pictures; or a detection of one has no like in the other.
     """
-    total = 0
+    limits, total = Limits.of(model), 0
     for picture in pictures:
         expected = detect(model, picture)
-        found = other(picture)
         total += len(expected)
-        _check_one(expected, found, what, score_tolerance)
+        _check_one(expected, other(picture), limits, what, score_tolerance)
     if not total:
+        above = "" if math.isinf(limits.threshold) else f" above its score threshold, {limits.threshold:g},"
         raise ExportError(
-            f"the student detects nothing on the sample pictures, so that its {what} can't be checked: name pictures "
-            "with objects by --image"
+            f"the student detects nothing{above} on the {counted(len(pictures), 'sample picture')}, so that its {what} "
+            "can't be checked: train it longer, name pictures with objects by --image, or lower "
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST or MODEL.RETINANET.SCORE_THRESH_TEST at the end of the command"
         )
 
 
-def _check_one(expected: Instances, found: Instances, what: str, score_tolerance: float) -> None:
-    near = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf")) <= _BOX_ROUNDING
-    alike = near | (pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.99)
+def _check_one(expected: Instances, found: Instances, limits: Limits, what: str, score_tolerance: float) -> None:
+    differences = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf"))
+    alike = (differences <= _BOX_ROUNDING) | (pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.99)
     alike &= (expected.scores[:, None] - found.scores).abs() <= score_tolerance
     alike &= expected.pred_classes[:, None] == found.pred_classes
-    lost, new = ~alike.any(dim=1), ~alike.any(dim=0)
-    if not (lost.any() or new.any()):
-        return
-    # The first that may be missing for its score alone.
-    least = torch.cat([expected.scores, found.scores]).min() + _SCORE_ROUNDING
-    if (expected.scores[lost] <= least).all() and (found.scores[new] <= least).all():
+    lost = torch.ones(len(expected), dtype=torch.bool)
+    new = torch.ones(len(found), dtype=torch.bool)
+    # The nearest pairs first.
+    order = differences.masked_fill(~alike, math.inf).flatten().argsort()[: int(alike.sum())]
+    for pair in order.tolist():
+        ours, theirs = divmod(pair, len(found))
+        if lost[ours] and new[theirs]:
+            lost[ours] = new[theirs] = False
+    left = torch.cat([expected.scores[lost], found.scores[new]])
+    decided = limits.threshold
+    if max(len(expected), len(found)) >= limits.most:
+        decided = torch.cat([expected.scores, found.scores]).min().item()
+    if (left <= decided + _SCORE_ROUNDING).all():
         return
     height, width = expected.image_size
     example = _first_words(expected, lost, "the model") or _first_words(found, new, f"the {what}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from gkd_d2.export.checkpoint import stock_config, to_half
 from gkd_d2.export.onnx import check_runs, make_onnx
+from gkd_d2.export.pictures import read_picture
 from gkd_d2.export.quantize import quantize
 from gkd_d2.export.torchscript import make_script
 from gkd_d2.modeling.student import find_checkpoint, has_ema, load_student
@@ -30,6 +33,8 @@ FILES = {
     "ONNX int8": "model_int8.onnx",
     "table": "export.md",
 }
+# Folder of what an evaluation of these writes.
+EVALUATION = "inference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Forms:
         torchscript: write a TorchScript.
         onnx: write an ONNX file.
         size: height and width that the ONNX file's input is fixed to; None: any.
-        calibration: pictures, C,H,W, by which the ONNX file is also quantized to 8 bits; empty: it is not.
+        calibration: picture files by which the ONNX file is also quantized to 8 bits; empty: it is not.
     """
 
     half: bool = False
@@ -50,7 +55,7 @@ class Forms:
     torchscript: bool = False
     onnx: bool = False
     size: tuple[int, int] | None = None
-    calibration: Sequence[Tensor] = ()
+    calibration: Sequence[Path] = ()
 
 
 def export_student(
@@ -83,7 +88,7 @@ def export_student(
         FileNotFoundError: there is no checkpoint.
         ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset or
             holds no averaged weights that are asked for, or a number is too large for 16 bits.
-        OSError: a file can't be written; an earlier export stays as it is.
+        OSError: a file can't be written, as where its name is that of a folder; an earlier export stays as it is.
         ExportError: the student can't be made into one of the forms, or one detects differently.
     """
     output = output.resolve()
@@ -91,15 +96,19 @@ def export_student(
         raise ValueError(
             f"{output} is the folder of the checkpoint, whose config.yaml must stay: choose another folder"
         )
-    present = [output / name for name in FILES.values() if (output / name).exists()]
+    present = [output / name for name in (*FILES.values(), EVALUATION) if (output / name).exists()]
     if present and not force:
         raise FileExistsError(
             f"{output} holds {', '.join(path.name for path in present)} already: choose another folder, or replace "
             "them by --force"
         )
+    for path in present:
+        if path.is_dir() and path.name != EVALUATION:
+            raise IsADirectoryError(f"{path} is a folder, where a file would be written: choose another folder")
     models = {"checkpoint": load_student(cfg, weights)}
     if forms.ema or has_ema(weights):
-        models["averaged checkpoint"] = load_student(cfg, weights, ema=True)
+        with contextlib.nullcontext() if forms.ema else _doing_without_average():
+            models["averaged checkpoint"] = load_student(cfg, weights, ema=True)
     states = {form: model.state_dict() for form, model in models.items()}
     chosen = "averaged checkpoint" if forms.ema else "checkpoint"
     model = models[chosen]
@@ -119,7 +128,7 @@ def export_student(
         exported = make_onnx(model, cfg, pictures, forms.size)
         content["ONNX"] = lambda file: file.write(exported.SerializeToString())
         if forms.calibration:
-            quantized = quantize(exported, forms.calibration)
+            quantized = quantize(exported, (read_picture(cfg, path) for path in forms.calibration))
             check_runs(quantized, pictures, "ONNX file in 8 bits")
             content["ONNX int8"] = lambda file: file.write(quantized.SerializeToString())
 
@@ -129,9 +138,20 @@ def export_student(
         for form, path in written.items():
             _write(content[form], stack.enter_context(replacing(path)), path)
     for path in present:
-        if path not in written.values():
+        if path.name == EVALUATION:
+            shutil.rmtree(path)
+        elif path not in written.values():
             path.unlink()
     return written
+
+
+@contextlib.contextmanager
+def _doing_without_average() -> Iterator[None]:
+    """Warn of averaged weights that can't be used, where nothing but a file of their own is made of them."""
+    try:
+        yield
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s is not written: %s", FILES["averaged checkpoint"], error)
 
 
 def _write(write: Callable[[IO[bytes]], object], temporary: Path, path: Path) -> None:

@@ -49,7 +49,8 @@ def load_student(cfg: CfgNode, weights: Path, *, ema: bool = False) -> nn.Module
         logging.getLogger(__name__).warning("%s", warning)
     model = build_student(cfg)
     reader = AverageCheckpointer if ema else CompleteCheckpointer
-    reader(model).load_weights(str(path), key="", detector="the student of the config")
+    part = "the averaged weights (MODEL_EMA) of " if ema else ""
+    reader(model).load_weights(str(path), key="", detector=f"{part}the student of the config")
     check_finite(model, "the student's")
     return model
 

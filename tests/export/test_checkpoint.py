@@ -141,3 +141,36 @@ def test_half_precision_changes_the_outputs_a_little(retinanet, tmp_path):
 def test_half_precision_keeps_the_modules_versions(retinanet):
     state = load_student(*retinanet).state_dict()
     assert to_half(state)._metadata == state._metadata
+
+
+def test_a_forced_export_leaves_nothing_of_the_one_before(retinanet, tmp_path):
+    cfg, path = retinanet
+    output = tmp_path / "out"
+    (output / "inference" / "ONNX").mkdir(parents=True)
+    for name in ("model_ema.pth", "model_int8.onnx", "export.md", "notes.txt"):
+        (output / name).write_text("of an earlier export")
+    with pytest.raises(FileExistsError, match="out holds model_ema.pth, model_int8.onnx, export.md, inference already"):
+        export_student(cfg, path, output)
+    export_student(cfg, path, output, force=True)
+    assert {file.name for file in output.iterdir()} == {"model.pth", "config.yaml", "notes.txt"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_left_alone(retinanet, tmp_path):
+    cfg, path = retinanet
+    (tmp_path / "out" / "model.onnx").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="out/model.onnx is a folder, where a file would be written"):
+        export_student(cfg, path, tmp_path / "out", force=True)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.onnx"]
+
+
+def test_raw_weights_are_exported_where_the_averaged_ones_are_damaged(retinanet, tmp_path, caplog, monkeypatch):
+    cfg, path = retinanet
+    monkeypatch.setattr(logging.getLogger("gkd_d2"), "propagate", True)
+    state = torch.load(path)["model"]
+    averaged = {name: value / 0 if value.is_floating_point() else value for name, value in state.items()}
+    torch.save({"model": state, "ema_state": averaged}, path)
+    written = export_student(cfg, path, tmp_path / "out")
+    assert {*written} == {"checkpoint", "config"}
+    assert "model_ema.pth is not written" in caplog.text and "averaged weights" in caplog.text
+    with pytest.raises(ValueError, match="averaged weights"):
+        export_student(cfg, path, tmp_path / "averaged", Forms(ema=True))

@@ -11,8 +11,9 @@ from detectron2.modeling import build_model
 from tiny import calm, detector_config
 
 from gkd_d2.export import ExportError
-from gkd_d2.export.onnx import OnnxDetector, check_runs, import_extra, make_onnx, trace_onnx
+from gkd_d2.export.onnx import OnnxDetector, check_runs, import_extra, make_onnx, metadata, trace_onnx
 from gkd_d2.export.quantize import quantize
+from gkd_d2.export.torchscript import detect_by_script, make_script
 from gkd_d2.export.tracing import detect
 
 SIZES = ((96, 120), (64, 200), (131, 77))
@@ -145,8 +146,40 @@ def test_a_score_that_differs_is_refused():
 def test_what_can_not_be_checked_is_refused():
     model, cfg = student("retinanet")
     model.test_score_thresh = model.score_threshold = 1.0
-    with pytest.raises(ExportError, match="detects nothing on the sample pictures, so that its ONNX file .* --image"):
+    with pytest.raises(ExportError, match="nothing above its score threshold, 1, on the 3 sample pictures, .* ONNX"):
         make_onnx(model, cfg, noise(*SIZES))
+
+
+@pytest.mark.parametrize("image_format", ["L", "YUV-BT.601"])
+def test_other_formats_are_refused(image_format):
+    """A user of the file would take them for RGB."""
+    model, cfg = student("retinanet")
+    cfg.INPUT.FORMAT = image_format
+    with pytest.raises(ExportError, match=f"images in BGR or RGB, but INPUT.FORMAT is {image_format}"):
+        make_onnx(model, cfg, noise(*SIZES))
+
+
+def test_only_names_of_as_many_classes_are_taken(coco_dataset):
+    model, cfg = student("retinanet")
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("coco_2017_val",), ("toy_kitti_train",)
+    assert json.loads(metadata(cfg, 3)["class_names"]) == ["Car", "Pedestrian", "Cyclist"]
+    assert metadata(cfg, 4)["class_names"] == "[]"
+
+
+@pytest.mark.parametrize("kind", ["ONNX", "TorchScript"])
+def test_the_limit_of_candidates_holds_where_the_traced_picture_has_fewer(kind):
+    model, cfg = student("retinanet")
+    model.test_topk_candidates, model.test_nms_thresh, model.max_detections_per_image = 60, 1.0, 1000
+    # 24 cells at the first level, 9 scores each: of the picture that is traced all levels but that one have fewer.
+    small, large = noise((32, 48), (200, 300))
+    if kind == "ONNX":
+        found = OnnxDetector(trace_onnx(model, cfg, small).SerializeToString()).detect(large)
+    else:
+        found = detect_by_script(make_script(model, [small]), large)
+    expected = detect(model, large)
+    # Three levels of more than 60, one of 3 x 5 cells, one of 2 x 3.
+    assert len(expected) == 60 * 3 + min(60, 3 * 5 * 9) + min(60, 2 * 3 * 9) == len(found)
+    assert model.test_topk_candidates == 60 and type(model.test_topk_candidates) is int
 
 
 def test_masks_are_refused():

@@ -5,7 +5,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from gkd_d2.export import ExportError, read_folder, read_picture, sample_pictures
+from gkd_d2.export import ExportError, pictures_in, read_picture, sample_pictures
 from gkd_d2.export.pictures import fit
 
 
@@ -43,7 +43,7 @@ def test_without_pictures_the_option_is_named(retinanet, picture, tmp_path, monk
         sample_pictures(cfg)
     monkeypatch.setitem(DatasetCatalog.data, "without_images", list)
     cfg.DATASETS.TEST = ("without_images",)
-    with pytest.raises(ExportError, match="DATASETS.TEST names without_images, which holds no image: name pictures"):
+    with pytest.raises(ExportError, match="DATASETS.TEST names without_images, which holds no image. .* name pictures"):
         sample_pictures(cfg)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ExportError, match="text.png is no picture that can be read"):
@@ -62,20 +62,17 @@ def test_a_picture_that_is_cut_off_or_too_large_is_named(retinanet, picture, tmp
         read_picture(cfg, picture)
 
 
-def test_a_folder_is_read_by_name_up_to_a_limit(retinanet, picture, tmp_path):
-    cfg, _ = retinanet
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 60, 200
+def test_the_pictures_of_a_folder_by_name_up_to_a_limit(picture, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     (tmp_path / "b").mkdir()
-    for name, color in (("3.png", "black"), ("1.png", "white"), ("2.png", "red")):
-        Image.new("RGB", (60, 60), color).save(tmp_path / name)
-    white, red = read_folder(cfg, tmp_path, limit=2)
-    assert white[:, 0, 0].tolist() == [255, 255, 255] and red[:, 0, 0].tolist() == [0, 0, 255]
-    assert len(read_folder(cfg, tmp_path, limit=100)) == 4
+    for name in ("3.png", "1.png", "2.png", ".0.png"):
+        Image.new("RGB", (60, 60)).save(tmp_path / name)
+    assert [path.name for path in pictures_in(tmp_path, limit=2)] == ["1.png", "2.png"]
+    assert [path.name for path in pictures_in(tmp_path, limit=100)] == ["1.png", "2.png", "3.png", "picture.png"]
     with pytest.raises(ExportError, match="b holds no picture"):
-        read_folder(cfg, tmp_path / "b", limit=2)
+        pictures_in(tmp_path / "b", limit=2)
     with pytest.raises(ExportError, match="c is no folder"):
-        read_folder(cfg, tmp_path / "c", limit=2)
+        pictures_in(tmp_path / "c", limit=2)
 
 
 def test_a_picture_is_padded_and_made_smaller_to_fit():

@@ -51,7 +51,7 @@ def test_the_order_of_detections_does_not_matter(retinanet):
 def test_a_script_that_was_not_checked_is_refused(retinanet):
     cfg, path = retinanet
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 1.0
-    with pytest.raises(ExportError, match="detects nothing on the sample pictures, .* by --image"):
+    with pytest.raises(ExportError, match="nothing above its score threshold, 1, on the 1 sample picture, .* --image"):
         make_script(load_student(cfg, path), noise((96, 128)))
 
 

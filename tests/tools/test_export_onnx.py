@@ -183,13 +183,15 @@ def test_named_pictures_are_compared_on(export, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--int8", "FOLDER"), "--size and --int8 are of an ONNX file: add --onnx"),
-        (("--size", 10, 10), "--size and --int8 are of an ONNX file: add --onnx"),
+        (("--int8", "FOLDER"), "--size and --int8 require --onnx"),
+        (("--size", 10, 10), "--size and --int8 require --onnx"),
         (("--onnx", "--size", 0, 10), "--size is 0 10, but must be two numbers of pixels above 0"),
-        (("--onnx", "--repeats", 0), "--repeats is 0, but must be at least 1"),
+        (("--onnx", "--repeats", 0), "--repeats .*0.*1"),
         (("--onnx", "--int8", "FOLDER/none"), "error: --int8: .*none is no folder"),
         (("--onnx", "--int8", "FOLDER/pictures"), "error: --int8: .*pictures holds no picture"),
         (("--onnx", "--image", "FOLDER/none.png"), "error: .*none.png"),
+        (("--image", "x.png"), "--image and --repeats require --onnx, --torchscript or --evaluate"),
+        (("--evaluate", "DATASETS.TEST", "('kitti_test',)"), "DATASETS.TEST names kitti_test, which can't be loaded"),
         (("--evaluate", "DATASETS.TEST", "()"), "error: --evaluate needs a dataset, but DATASETS.TEST names none"),
         (("--evaluate", "DATASETS.TEST", "('x',)"), "DATASETS.TEST names x, which is no registered dataset"),
     ],
