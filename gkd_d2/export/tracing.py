@@ -126,22 +126,28 @@ class Limits(NamedTuple):
     Attributes:
         threshold: of scores.
         most: the most detections per image.
+        overlap: the IoU above which the better of two detections of a class suppresses the other.
     """
 
     threshold: float = -math.inf
     most: float = math.inf
+    overlap: float = 1.0
 
     @classmethod
     def of(cls, model: nn.Module) -> Limits:
         """Read them from a GeneralizedRCNN or RetinaNet; those of another kind of heads stay unknown."""
         if isinstance(model, RetinaNet):
-            return cls(model.test_score_thresh, model.max_detections_per_image)
+            return cls(model.test_score_thresh, model.max_detections_per_image, model.test_nms_thresh)
         predictor = getattr(model.roi_heads, "box_predictor", None)
         if isinstance(predictor, nn.ModuleList):
             # Of a cascade, whose last stage decides.
             predictor = predictor[-1]
-        most = getattr(predictor, "test_topk_per_image", math.inf)
-        return cls(getattr(predictor, "test_score_thresh", -math.inf), most if most >= 0 else math.inf)
+        most = getattr(predictor, "test_topk_per_image", -1)
+        return cls(
+            getattr(predictor, "test_score_thresh", -math.inf),
+            most if most >= 0 else math.inf,
+            getattr(predictor, "test_nms_thresh", 1.0),
+        )
 
 
 def check_equal(
@@ -151,7 +157,8 @@ def check_equal(
 
     A detection has its like where the class is the same, the IoU of the boxes is above 0.99, or they differ by rounding
     errors alone, and the scores differ by no more than a tolerance. One without it may only be where rounding errors
-    decide: whose score is the threshold's, or the lowest of as many detections as there may be.
+    decide: whose score is the threshold's, or the lowest of as many detections as there may be; or which of two with
+    equal scores suppresses the other.
 
     Args:
         model: the detector.
@@ -179,17 +186,14 @@ def check_equal(
 
 def _check_one(expected: Instances, found: Instances, limits: Limits, what: str, score_tolerance: float) -> None:
     differences = torch.cdist(expected.pred_boxes.tensor, found.pred_boxes.tensor, p=float("inf"))
-    alike = (differences <= _BOX_ROUNDING) | (pairwise_iou(expected.pred_boxes, found.pred_boxes) > 0.99)
-    alike &= (expected.scores[:, None] - found.scores).abs() <= score_tolerance
-    alike &= expected.pred_classes[:, None] == found.pred_classes
+    overlaps = pairwise_iou(expected.pred_boxes, found.pred_boxes)
+    scores = (expected.scores[:, None] - found.scores).abs()
+    same_class = expected.pred_classes[:, None] == found.pred_classes
+    near = (differences <= _BOX_ROUNDING) | (overlaps > 0.99)
     lost = torch.ones(len(expected), dtype=torch.bool)
     new = torch.ones(len(found), dtype=torch.bool)
-    # The nearest pairs first.
-    order = differences.masked_fill(~alike, math.inf).flatten().argsort()[: int(alike.sum())]
-    for pair in order.tolist():
-        ours, theirs = divmod(pair, len(found))
-        if lost[ours] and new[theirs]:
-            lost[ours] = new[theirs] = False
+    _pair(differences, same_class & near & (scores <= score_tolerance), lost, new)
+    _pair(differences, same_class & (overlaps > limits.overlap) & (scores <= _SCORE_ROUNDING), lost, new)
     left = torch.cat([expected.scores[lost], found.scores[new]])
     decided = limits.threshold
     if max(len(expected), len(found)) >= limits.most:
@@ -203,6 +207,22 @@ def _check_one(expected: Instances, found: Instances, limits: Limits, what: str,
         f"{counted(len(expected), 'detection')} and {int(new.sum())} of the {what}'s {len(found)} have no like in "
         f"class, box (IoU above 0.99) and score (within {score_tolerance}), such as {example}"
     )
+
+
+def _pair(differences: Tensor, alike: Tensor, lost: Tensor, new: Tensor) -> None:
+    """Pair detections that are alike, each with one other, the nearest first; what is paired is neither lost nor new.
+
+    Args:
+        differences: M,N, of the boxes of M and N detections.
+        alike: M,N, bool.
+        lost: M, bool; changed in place.
+        new: N, bool; changed in place.
+    """
+    order = differences.masked_fill(~alike, math.inf).flatten().argsort()[: int(alike.sum())]
+    for pair in order.tolist():
+        ours, theirs = divmod(pair, len(new))
+        if lost[ours] and new[theirs]:
+            lost[ours] = new[theirs] = False
 
 
 def _first_words(instances: Instances, which: Tensor, whose: str) -> str:

@@ -34,7 +34,7 @@ def compare(monkeypatch):
     """Compare two lists of detections, under some limits."""
 
     def compare(expected, found, threshold=0.05, most=100):
-        monkeypatch.setattr(Limits, "of", classmethod(lambda cls, model: Limits(threshold, most)))
+        monkeypatch.setattr(Limits, "of", classmethod(lambda cls, model: Limits(threshold, most, overlap=0.5)))
         check_equal(Model(expected), lambda picture: found, [torch.zeros(3, 100, 120)], "ONNX file", 1e-3)
 
     return compare
@@ -55,7 +55,7 @@ def test_equal_in_any_order_and_nearly_equal(compare):
         (detections(scores=[0.99, 0.8, 0.602]), "1 of the model's 3 detections and 1 of the ONNX file's 3"),
         # An IoU of 0.988.
         (
-            detections([[10.0, 10.0, 50.0, 50.5], *BOXES[1:]]),
+            detections([[10.0, 10.0, 50.0, 50.5], *BOXES[1:]], [0.9895, 0.8, 0.6]),
             "1 of the model's 3 detections and 1 of the ONNX file's 3",
         ),
         # The same one twice.
@@ -83,9 +83,21 @@ def test_what_rounding_errors_decide_may_differ(compare):
         compare(detections(), other, most=4)
 
 
+def test_either_of_two_with_equal_scores_may_suppress_the_other(compare):
+    # An IoU of 0.78.
+    other = [10.0, 10.0, 50.0, 61.0]
+    compare(detections(), detections([other, *BOXES[1:]], [0.990001, 0.8, 0.6]))
+    with pytest.raises(ExportError, match="1 of the model's 3 detections and 1 of the ONNX file's 3"):
+        compare(detections(), detections([other, *BOXES[1:]], [0.9899, 0.8, 0.6]))
+    with pytest.raises(ExportError, match="1 of the model's 3 detections and 1 of the ONNX file's 3"):
+        # An IoU of 0.44.
+        compare(detections(), detections([[10.0, 10.0, 50.0, 100.0], *BOXES[1:]]))
+
+
 @pytest.mark.parametrize("kind", ["faster", "cascade", "retinanet"])
 def test_limits_are_those_of_the_config(kind):
     cfg = detector_config(kind)
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.125
     cfg.TEST.DETECTIONS_PER_IMAGE = 17
-    assert Limits.of(build_model(cfg)) == (0.125, 17)
+    cfg.MODEL.RETINANET.NMS_THRESH_TEST = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 0.375
+    assert Limits.of(build_model(cfg)) == (0.125, 17, 0.375)
