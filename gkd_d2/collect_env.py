@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -18,6 +19,14 @@ def _imported(package: str) -> str:
     return f"{module.__version__} in {Path(module.__file__).parent}"
 
 
+def _installed(package: str) -> str:
+    """Version of what some of the project needs and may be missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def collect_env() -> list[tuple[str, str]]:
     """Names and values: versions of what is imported, devices, and what the extension gkd_d2._C has kernels for."""
     cpu_reason = fused.unavailable_reason(torch.device("cpu"))
@@ -30,6 +39,7 @@ def collect_env() -> list[tuple[str, str]]:
         ("Python", platform.python_version()),
         ("Platform", platform.platform()),
         *((package, _imported(package)) for package in ("gkd_d2", "detectron2", "torch", "torchvision")),
+        *((package, _installed(package)) for package in ("timm", "onnx", "onnxruntime")),
         ("CUDA of torch", torch.version.cuda or "none"),
         ("GPU", ", ".join(gpus) or "none that torch can use"),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),

@@ -19,7 +19,7 @@ from detectron2.modeling import (
 from fvcore.common.registry import Registry
 from torch import nn
 
-from gkd_d2.utils.timm_models import config_problems, has_timm_backbone
+from gkd_d2.utils.timm_models import TIMM_BACKBONES, config_problems, has_timm_backbone
 
 # So many names are all listed where none is near.
 _FEW = 10
@@ -79,11 +79,24 @@ def find_unregistered(cfg: CfgNode, architecture_key: str = "MODEL.META_ARCHITEC
         return [f"{architecture_key}{place} is {name!r}, which {not_registered(name, _names(META_ARCH_REGISTRY))}"]
     parts = _PARTS.get(META_ARCH_REGISTRY.get(name), {})
     named = {part: cfg.MODEL[part].NAME for part in parts}
-    of_backbone = config_problems(cfg, place) if has_timm_backbone(cfg) else []
+    of_backbone = config_problems(cfg, place) if has_timm_backbone(cfg) else _ignored_model(cfg, place)
     return of_backbone + [
         f"MODEL.{part}.NAME{place} is {name!r}, which {not_registered(name, _names(parts[part]))}"
         for part, name in named.items()
         if name not in parts[part] and name != _NOT_LOOKED_UP.get(part)
+    ]
+
+
+def _ignored_model(cfg: CfgNode, place: str) -> list[str]:
+    """What is wrong where a model of timm is named and a backbone of Detectron2's own is built; others may read it."""
+    name, builder = cfg.MODEL.get("TIMM", {}).get("NAME"), cfg.MODEL.BACKBONE.NAME
+    if not name or builder not in BACKBONE_REGISTRY:
+        return []
+    if not BACKBONE_REGISTRY.get(builder).__module__.startswith("detectron2."):
+        return []
+    return [
+        f"MODEL.TIMM.NAME{place} is {name!r}, but MODEL.BACKBONE.NAME is {builder}, which does not read it: set "
+        f"that to {' or, for RetinaNet, '.join(TIMM_BACKBONES)}, or MODEL.TIMM.NAME to ''"
     ]
 
 

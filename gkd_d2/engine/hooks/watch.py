@@ -152,12 +152,14 @@ class LossWatch(HookBase):
             saved = "The state is saved as model_stopped.pth; --resume continues from the checkpoint before it"
         else:
             saved = "A resumed run continues from the last checkpoint"
+        others = [other for other in self._distiller.student_features if other != level]
+        remedy = f"Set GKD.FEATURES to {others}, without {level}, or set" if level and others else "Set"
         where = f"at the student's {level}" if level else "at all levels of the student"
         last = f"{counted(self._patience, 'iteration')}{' with objects' if finite else ''}"
         raise DeadLossError(
             f"the gradient of the {name} loss ({self._terms[name].key}) {where} was "
             f"{'exactly 0' if finite else 'not finite'} in the last {last}, up to iteration {self.trainer.iter}: it "
-            f"teaches nothing there. {f'Take {level} out of GKD.FEATURES, or set' if level else 'Set'} the weight to "
+            f"teaches nothing there. {remedy} the weight to "
             f"0.0. Where the data make it so for a while, raise GKD.WATCH_PATIENCE, which is {self._patience}, for "
             f"instance by `GKD.WATCH_PATIENCE {10 * self._patience}` on the command line. {saved}"
         )

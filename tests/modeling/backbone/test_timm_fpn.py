@@ -17,6 +17,7 @@ timm = pytest.importorskip("timm")
 from gkd_d2.config import read_config, teacher_config  # noqa: E402
 from gkd_d2.export import export_student  # noqa: E402
 from gkd_d2.modeling.student import load_student  # noqa: E402
+from gkd_d2.utils.registries import build_detector  # noqa: E402
 
 # As timm has it for ImageNet, of RGB.
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -73,6 +74,17 @@ def test_wrong_settings_are_sentences(key, value, message):
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
         build_model(cfg)
+
+
+def test_a_model_that_detectron2s_backbone_does_not_read_is_refused():
+    """A ResNet would be trained, and config.yaml would name the model."""
+    cfg = detector_config("faster")
+    cfg.MODEL.TIMM.NAME = "mobilenetv2_100"
+    message = (
+        "'mobilenetv2_100', but MODEL.BACKBONE.NAME is build_resnet_fpn_backbone, which .* build_timm_fpn_backbone"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_detector(cfg)
 
 
 def test_a_config_without_the_keys():
