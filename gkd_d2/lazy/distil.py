@@ -10,7 +10,7 @@ from detectron2.config import LazyCall
 from omegaconf import DictConfig
 from torch import nn
 
-from gkd_d2.config import DetectorSpec, YacsSpec, detector_config
+from gkd_d2.config import DetectorSpec, YacsSpec, detector_config, without_backbone_weights
 from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
 from gkd_d2.losses import LossWeights
@@ -156,7 +156,7 @@ def _input_format(model: nn.Module) -> str:
 
 
 def build_from_yaml(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
-    """The detector of a config of yacs, on the CPU, with random weights.
+    """The detector of a config of yacs, on the CPU, with random weights, for its checkpoint to set.
 
     Args:
         config_file: of a plain detector.
@@ -180,7 +180,7 @@ def teacher_of(model: DictConfig) -> DetectorSpec:
 
 def _yacs_spec(config_file: str, opts: Sequence[str]) -> YacsSpec:
     cfg = detector_config(merged_config(config_file, [*map(str, opts), "MODEL.DEVICE", "cpu"], ()))
-    return YacsSpec(cfg, file=config_file)
+    return YacsSpec(without_backbone_weights(cfg), file=config_file)
 
 
 def _teacher(
@@ -196,7 +196,7 @@ def _teacher(
             raise ValueError("teacher_opts are for a teacher's file: change the model that is given itself")
         spec = load_lazy_spec(path, opts) if path else LazySpec(plain_model(teacher))
         unlabelled = spec.heads_beyond(heads)
-        spec = spec.without(unlabelled).with_proposals(proposals)
+        spec = spec.without(unlabelled).with_proposals(proposals).without_backbone_weights()
         return spec.model, spec, unlabelled
     spec = _yacs_spec(path, opts).with_proposals(proposals)
     unlabelled = spec.heads_beyond(heads)
