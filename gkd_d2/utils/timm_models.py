@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -84,6 +85,14 @@ def config_problems(cfg: CfgNode, place: str = "") -> list[str]:
         problems.append(
             f"MODEL.TIMM.PRETRAINED{place} is True and MODEL.TIMM.WEIGHTS is {options.WEIGHTS}: the network can start "
             "with one of them only"
+        )
+    features = list(cfg.MODEL.FPN.IN_FEATURES)
+    # What is named otherwise, or missing, is said where it is built.
+    levels = [int(feature[3:]) for feature in features if re.fullmatch("res[1-9]", feature)]
+    if levels and levels != [*range(levels[0], levels[0] + len(levels))]:
+        problems.append(
+            f"MODEL.FPN.IN_FEATURES{place} is {features}, but in a pyramid each stride is twice the one before: name "
+            "neighbours from the finest to the coarsest, such as res3, res4, res5"
         )
     if options.NORM not in NORMS:
         problems.append(f"MODEL.TIMM.NORM{place} is {options.NORM!r}: set it to {' or '.join(NORMS)}")
