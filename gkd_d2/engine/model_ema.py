@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from gkd_d2.engine.devices import fault_of_device
 from gkd_d2.utils.checkpoint import EMA_STATE, CheckpointError
 from gkd_d2.utils.finite import is_finite
 from gkd_d2.utils.text import listed
@@ -48,22 +49,11 @@ class EMAOptions:
         found = []
         if not 0 <= self.decay < 1:
             found.append(f"MODEL_EMA.DECAY is {self.decay}, but must be at least 0 and below 1, such as 0.999")
-        if fault := self._fault_of_device():
+        if self.device and (fault := fault_of_device(self.device)):
             found.append(
                 f"MODEL_EMA.DEVICE is {self.device!r}, {fault}: set it to '', for the device of the model, or to cpu"
             )
         return found
-
-    def _fault_of_device(self) -> str:
-        if not self.device:
-            return ""
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            return "which torch does not know"
-        if device.type == "cuda" and not torch.cuda.is_available():
-            return f"but torch {torch.__version__} finds no GPU"
-        return ""
 
 
 class ModelEMA:

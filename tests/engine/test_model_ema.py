@@ -138,6 +138,12 @@ def test_it_goes_on_from_a_checkpoint_and_refuses_what_is_no_average_of_the_dete
         (EMAOptions(True, -0.1), True, "MODEL_EMA.DECAY is -0.1, but must"),
         (EMAOptions(True, float("nan")), False, "MODEL_EMA.DECAY is nan, but must"),
         (EMAOptions(True, device="gpu"), False, "MODEL_EMA.DEVICE is 'gpu', which torch does not know"),
+        (
+            EMAOptions(True, device="meta"),
+            False,
+            "MODEL_EMA.DEVICE is 'meta', which is neither a CPU",
+        ),
+        (EMAOptions(True, device="mps"), True, "MODEL_EMA.DEVICE is 'mps', which is neither a CPU"),
         (EMAOptions(alone=True), False, ""),
         (EMAOptions(alone=True), True, "USE_EMA_WEIGHTS_FOR_EVAL_ONLY is True, but MODEL_EMA.ENABLED is False"),
     ],
@@ -151,6 +157,11 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (problem,) = EMAOptions(True, device="cuda:1").problems(eval_only=False)
     assert "MODEL_EMA.DEVICE is 'cuda:1', but torch" in problem
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (problem,) = EMAOptions(True, device="cuda:1").problems(eval_only=False)
+    assert "finds 1 GPU, numbered from 0: set it to ''" in problem
+    assert not EMAOptions(True, device="cuda:0").problems(eval_only=False)
 
 
 # --- in a training

@@ -1,5 +1,6 @@
 """What a run lacks is said before anything is built, all of it at once."""
 
+import re
 import sys
 
 import pytest
@@ -181,6 +182,12 @@ def test_device(ready, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ready.MODEL.DEVICE = "cuda"
     assert "put `MODEL.DEVICE cpu` at the end of the command line, after all options" in problems(ready)
+    ready.MODEL.DEVICE = "meta"
+    assert "- MODEL.DEVICE is meta, which is neither a CPU nor a GPU of CUDA: to run" in problems(ready)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ready.MODEL.DEVICE = "cuda:2"
+    assert re.search("- MODEL.DEVICE is cuda:2, but torch .* finds 2 GPUs, numbered from 0: to run", problems(ready))
     ready.MODEL.DEVICE = "cpu"
     ready.SOLVER.AMP.ENABLED = True
     assert "set SOLVER.AMP.DTYPE to bfloat16" in problems(ready)
@@ -212,7 +219,11 @@ def on_timm(cfg):
     ("key", "value", "message"),
     [
         ("TIMM.NAME", "mobilenetv2_05", "MODEL.TIMM.NAME is 'mobilenetv2_05': timm"),
-        ("TIMM.NAME", "vit_tiny_patch16_224", "MODEL.TIMM.NAME is 'vit_tiny_patch16_224', which takes images of 224 x 224"),
+        (
+            "TIMM.NAME",
+            "vit_tiny_patch16_224",
+            "MODEL.TIMM.NAME is 'vit_tiny_patch16_224', which takes images of",
+        ),
         ("TIMM.NORM", "LN", "MODEL.TIMM.NORM is 'LN': set it to FrozenBN or BN or SyncBN"),
         (
             "TIMM.OUT_INDICES",
