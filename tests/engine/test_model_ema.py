@@ -126,6 +126,11 @@ def test_it_goes_on_from_a_checkpoint_and_refuses_what_is_no_average_of_the_dete
         other.load_state_dict({**saved, "weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="are infinite or NaN in weight"):
         other.load_state_dict({**saved, "weight": torch.tensor([torch.nan])})
+    for value in (2.0, [2.0], None, torch.tensor([2.0]).to_sparse(), torch.empty(1, device="meta")):
+        with pytest.raises(CheckpointError, match="are no dense tensors of numbers, in weight: to go on without"):
+            other.load_state_dict({**saved, "weight": value})
+    with pytest.raises(CheckpointError, match="are no tensors by their names, but a list"):
+        other.load_state_dict([saved])
 
 
 @pytest.mark.parametrize(
