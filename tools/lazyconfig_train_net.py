@@ -14,7 +14,7 @@ On a CPU --num-gpus is the number of processes. A run that SIGTERM stops saves i
 import argparse
 import sys
 
-from gkd_d2.config.lazy_spec import plain_model
+from gkd_d2.config.lazy_spec import plain_model, without_lazy_backbone_weights
 from gkd_d2.engine.launch import count_processes, launch
 from gkd_d2.engine.model_ema import loaded_ema
 from gkd_d2.engine.preflight import PreflightError, check_inputs
@@ -28,6 +28,7 @@ from gkd_d2.lazy.trainer import LazyTrainer, evaluate, settle_lazy_seed
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.command_line import parse_options_first
 from gkd_d2.utils.finite import check_finite
+from gkd_d2.utils.last_checkpoint import has_checkpoint
 
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
@@ -39,6 +40,7 @@ def read(args: argparse.Namespace) -> DictConfig:
     cfg = read_lazy(args.config_file, args.opts, eval_only=args.eval_only)
     if args.eval_only:
         cfg.model = plain_model(cfg.model)
+        cfg = without_lazy_backbone_weights(cfg)
     return cfg
 
 
@@ -53,7 +55,9 @@ def main(args: argparse.Namespace):
             set_up_run(LazyRun(cfg), args)
             warn_of_keys_without_effect(cfg)
             if not args.eval_only:
-                trainer = LazyTrainer(cfg)
+                resumed = args.resume and has_checkpoint(folder)
+                # The file that a backbone once started with may be gone since.
+                trainer = LazyTrainer(without_lazy_backbone_weights(cfg) if resumed else cfg)
                 trainer.resume_or_load(resume=args.resume)
             else:
                 model = instantiate(cfg.model).to(cfg.train.device)

@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.observation import Observation
-from gkd_d2.modeling.teacher import hold_norms
+from gkd_d2.modeling.split import split_detector
+from gkd_d2.modeling.teacher import set_as_in_evaluation
 from gkd_d2.utils.random_streams import separate_random_stream
 from gkd_d2.utils.text import counted
 
@@ -66,7 +67,7 @@ def observe_images(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict
     """What both networks make of images by themselves, each the same whatever was observed before it.
 
     Args:
-        distiller: left in training mode, its norms in evaluation mode.
+        distiller: left in training mode, its student as :func:`gkd_d2.modeling.teacher.set_as_in_evaluation` sets it.
         cfg: its config, which says how images are read and resized: as in evaluation.
         records: of the images, with ground truth.
         seed: of the random draws.
@@ -74,8 +75,7 @@ def observe_images(distiller: GKDDistiller, cfg: CfgNode, records: Iterable[dict
     Raises:
         OSError: an image can't be read.
     """
-    # Seen as in evaluation; the heads of the student return losses in training mode only.
-    hold_norms(distiller.train())
+    set_as_in_evaluation(split_detector(distiller.train().student))
     mapper = FileNamingMapper(DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False)))
     for record in records:
         batch = [mapper(record)]

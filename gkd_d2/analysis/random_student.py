@@ -6,6 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from gkd_d2.config import architecture_key, detector_architecture
 from gkd_d2.modeling.student import build_student
 
 
@@ -25,7 +26,7 @@ def random_student(cfg: CfgNode, image: Tensor, seed: int) -> nn.Module:
         The detector on the CPU, in eval mode.
 
     Raises:
-        ValueError: a name in ``cfg`` is not registered.
+        ValueError: a name in ``cfg`` is not registered, its parts do not fit together, or it detects no objects.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -35,9 +36,14 @@ def random_student(cfg: CfgNode, image: Tensor, seed: int) -> nn.Module:
     norms = [module for module in model.modules() if getattr(module, "running_var", None) is not None]
     hooks = [norm.register_forward_pre_hook(_measure) for norm in norms]
     with torch.no_grad():
-        model([{"image": image}])
+        (found,) = model([{"image": image}])
     for hook in hooks:
         hook.remove()
+    if "instances" not in found:
+        raise ValueError(
+            f"{architecture_key(cfg)} is {detector_architecture(cfg)}, which gives {', '.join(found)}, no instances: "
+            "choose a detector of objects, such as GeneralizedRCNN or RetinaNet"
+        )
     return model
 
 

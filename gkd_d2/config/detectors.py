@@ -76,7 +76,7 @@ def teacher_spec(cfg: CfgNode) -> DetectorSpec:
     path = _teacher_file(cfg)
     if path.endswith(".py"):
         with _naming_opts(cfg) as opts:
-            spec = load_lazy_spec(path, opts)
+            spec = load_lazy_spec(path, opts).without_backbone_weights()
     else:
         spec = YacsSpec(_plain_teacher_config(cfg, path), file=path)
     return spec.with_proposals(cfg.GKD.TEACHER.ROI_BATCH_SIZE)

@@ -162,7 +162,8 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.PRETRAINED = False
     # Or with those of a file, with timm's names, with or without a classifier; a relative path is looked for in the
     # working folder. It must set all of the network. Both keys are for the start of a training alone: a teacher, an
-    # evaluation, a resume and an export have whole checkpoints.
+    # evaluation, a resume and an export have whole checkpoints. What MODEL.WEIGHTS holds is loaded after them and takes
+    # their place: where it names a whole detector's, set neither key.
     cfg.MODEL.TIMM.WEIGHTS = ""
     # What the model's BatchNorms become: FrozenBN, BN or SyncBN. Norms of other kinds, as ConvNeXt's, stay.
     cfg.MODEL.TIMM.NORM = "FrozenBN"

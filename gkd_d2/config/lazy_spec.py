@@ -21,6 +21,8 @@ from gkd_d2.utils.text import did_you_mean
 _CLASS_PATHS = ("roi_heads.num_classes", "num_classes")
 # What makes a distilled model, which stands above this folder; its ``student`` is a plain detector.
 _DISTILLER = "gkd_d2.lazy.distil.build_distiller"
+# As a class, and where a config imports it from.
+_TIMM_FEATURES = ("gkd_d2.modeling.backbone.timm_features.TimmFeatures", "gkd_d2.modeling.backbone.TimmFeatures")
 
 
 class LazySpec(DetectorSpec):
@@ -82,6 +84,10 @@ class LazySpec(DetectorSpec):
         model.roi_heads.batch_size_per_image = number
         return self._with(model)
 
+    def without_backbone_weights(self) -> LazySpec:
+        """See :func:`without_lazy_backbone_weights`."""
+        return self._with(without_lazy_backbone_weights(self.model))
+
     def _with(self, model: DictConfig) -> LazySpec:
         return LazySpec(model, self.file, self.train_sets, self.image_format, self._place)
 
@@ -126,9 +132,32 @@ def plain_model(model: DictConfig) -> DictConfig:
     return model.student if is_called(model, _DISTILLER) else model
 
 
+def without_lazy_backbone_weights(node: DictConfig) -> DictConfig:
+    """A copy whose backbones of timm start with no weights of their own, for detectors that checkpoints set whole.
+
+    Args:
+        node: a LazyConfig, or a part of one.
+    """
+    node = node.copy()
+    _clear_backbone_weights(node)
+    return node
+
+
+def _clear_backbone_weights(node: object) -> None:
+    if not OmegaConf.is_config(node):
+        return
+    if isinstance(node, DictConfig) and any(is_called(node, name) for name in _TIMM_FEATURES):
+        node.pretrained, node.weights = False, ""
+    for key in range(len(node)) if OmegaConf.is_list(node) else list(node):
+        if not OmegaConf.is_interpolation(node, key):
+            _clear_backbone_weights(node[key])
+
+
 def is_called(node: DictConfig, name: str) -> bool:
     """Whether a node of a LazyConfig calls the function or class of a dotted name."""
     target = node.get("_target_")
+    if target is None:
+        return False
     return name == (target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}")
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from gkd_d2.engine.devices import fault_of_device
 from gkd_d2.utils.checkpoint import EMA_STATE, CheckpointError
+from gkd_d2.utils.checkpoint_files import is_plain
 from gkd_d2.utils.finite import is_finite
 from gkd_d2.utils.text import listed
 
@@ -48,22 +50,11 @@ class EMAOptions:
         found = []
         if not 0 <= self.decay < 1:
             found.append(f"MODEL_EMA.DECAY is {self.decay}, but must be at least 0 and below 1, such as 0.999")
-        if fault := self._fault_of_device():
+        if self.device and (fault := fault_of_device(self.device)):
             found.append(
                 f"MODEL_EMA.DEVICE is {self.device!r}, {fault}: set it to '', for the device of the model, or to cpu"
             )
         return found
-
-    def _fault_of_device(self) -> str:
-        if not self.device:
-            return ""
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            return "which torch does not know"
-        if device.type == "cuda" and not torch.cuda.is_available():
-            return f"but torch {torch.__version__} finds no GPU"
-        return ""
 
 
 class ModelEMA:
@@ -140,16 +131,13 @@ class ModelEMA:
 
         Raises:
             CheckpointError: it lacks a tensor of the detector, or has it in another shape, or with infinite or NaN
-                values.
+                values, or something else in its place.
         """
         tensors = _tensors(self._detector)
-        unfit = [n for n, tensor in tensors.items() if n not in state_dict or state_dict[n].shape != tensor.shape]
-        wrong = [n for n in tensors if n not in unfit and not is_finite(state_dict[n])]
-        if unfit or wrong:
-            fault = "of another detector, by" if unfit else "infinite or NaN in"
+        if fault := _fault_of_average(state_dict, tensors):
             raise CheckpointError(
-                f"the averaged weights of the checkpoint ({EMA_STATE}) are {fault} {listed(unfit or wrong, 3)}: to go "
-                "on without them, set MODEL_EMA.ENABLED to False"
+                f"the averaged weights of the checkpoint ({EMA_STATE}) are {fault}: to go on without them, set "
+                "MODEL_EMA.ENABLED to False"
             )
         self._average = {
             name: state_dict[name].to(device=self._device or tensor.device, dtype=tensor.dtype, copy=True)
@@ -163,6 +151,20 @@ class ModelEMA:
 def _tensors(detector: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a detector, without its modules' extra states."""
     return {name: value for name, value in detector.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _fault_of_average(loaded: object, tensors: Mapping[str, Tensor]) -> str:
+    """Why what a file held is no average of some tensors, as the end of a sentence; empty where it is one."""
+    if not isinstance(loaded, Mapping):
+        return f"no tensors by their names, but a {type(loaded).__name__}"
+    found = {name: loaded[name] for name in tensors if name in loaded}
+    if other := [name for name, value in found.items() if not (isinstance(value, Tensor) and is_plain(value))]:
+        return f"no dense tensors of numbers, in {listed(other, 3)}"
+    if unfit := [n for n, tensor in tensors.items() if n not in found or found[n].shape != tensor.shape]:
+        return f"of another detector, by {listed(unfit, 3)}"
+    if wrong := [name for name, value in found.items() if not is_finite(value)]:
+        return f"infinite or NaN in {listed(wrong, 3)}"
+    return ""
 
 
 def loaded_ema(options: EMAOptions, detector: nn.Module, checkpoint: Mapping) -> ModelEMA | None:

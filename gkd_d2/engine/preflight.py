@@ -14,6 +14,7 @@ from gkd_d2.config import YacsSpec, without_backbone_weights
 from gkd_d2.data.build import check_batch
 from gkd_d2.engine import from_scratch
 from gkd_d2.engine.data_checks import dataset_problems, teacher_class_problems
+from gkd_d2.engine.devices import fault_of_device
 from gkd_d2.engine.run import Run
 from gkd_d2.evaluation import evaluator_type
 from gkd_d2.modeling.backbone import build_timm_features
@@ -69,10 +70,10 @@ def _reads_annotations() -> bool:
 
 
 def _device(run: Run) -> list[str]:
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
+    if fault := fault_of_device(run.device):
         return [
-            f"MODEL.DEVICE is {run.device}, but torch {torch.__version__} finds no GPU: to run on "
-            "the CPU, put `MODEL.DEVICE cpu` at the end of the command line, after all options"
+            f"MODEL.DEVICE is {run.device}, {fault}: to run on the CPU, put `MODEL.DEVICE cpu` at the end of the "
+            "command line, after all options"
         ]
     if run.amp_dtype not in ("", "float16", "bfloat16"):
         return [f"SOLVER.AMP.DTYPE is {run.amp_dtype!r}: set it to float16 or bfloat16"]

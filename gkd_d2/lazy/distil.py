@@ -10,11 +10,12 @@ from detectron2.config import LazyCall
 from omegaconf import DictConfig
 from torch import nn
 
-from gkd_d2.config import DetectorSpec, YacsSpec, detector_config
+from gkd_d2.config import DetectorSpec, YacsSpec, detector_config, without_backbone_weights
 from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
 from gkd_d2.losses import LossWeights
 from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing
+from gkd_d2.modeling.backbone import check_timm_images
 from gkd_d2.modeling.build import join
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.pairing import channels_swapped
@@ -120,13 +121,16 @@ def build_distiller(
         left_out: heads that it is built without, "mask" or "keypoint".
 
     Raises:
-        ValueError: teacher and student do not match, or an option is out of range.
+        ValueError: teacher and student do not match, an option is out of range, or the images are not what the weights
+            of a student's backbone of timm were trained with.
         TypeError: an option is not of its type.
         CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
     """
     for name, value in (("init_from_teacher", init_from_teacher), ("one_pass", one_pass)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, but must be True or False")
+    image_format = image_format or _input_format(student)
+    check_timm_images(student, image_format)
     parts = join(
         student,
         lambda: teacher,
@@ -139,9 +143,7 @@ def build_distiller(
         warmup_iters=warmup_iters,
         one_pass=one_pass,
         seed=seed,
-        swap_channels=channels_swapped(
-            image_format or _input_format(student), teacher_image_format or _input_format(teacher)
-        ),
+        swap_channels=channels_swapped(image_format, teacher_image_format or _input_format(teacher)),
         teacher_file=teacher_file,
         weights="the checkpoint that was loaded",
         left_out=left_out,
@@ -154,7 +156,7 @@ def _input_format(model: nn.Module) -> str:
 
 
 def build_from_yaml(config_file: str, opts: Sequence[str] = ()) -> nn.Module:
-    """The detector of a config of yacs, on the CPU, with random weights.
+    """The detector of a config of yacs, on the CPU, with random weights, for its checkpoint to set.
 
     Args:
         config_file: of a plain detector.
@@ -178,7 +180,7 @@ def teacher_of(model: DictConfig) -> DetectorSpec:
 
 def _yacs_spec(config_file: str, opts: Sequence[str]) -> YacsSpec:
     cfg = detector_config(merged_config(config_file, [*map(str, opts), "MODEL.DEVICE", "cpu"], ()))
-    return YacsSpec(cfg, file=config_file)
+    return YacsSpec(without_backbone_weights(cfg), file=config_file)
 
 
 def _teacher(
@@ -194,7 +196,7 @@ def _teacher(
             raise ValueError("teacher_opts are for a teacher's file: change the model that is given itself")
         spec = load_lazy_spec(path, opts) if path else LazySpec(plain_model(teacher))
         unlabelled = spec.heads_beyond(heads)
-        spec = spec.without(unlabelled).with_proposals(proposals)
+        spec = spec.without(unlabelled).with_proposals(proposals).without_backbone_weights()
         return spec.model, spec, unlabelled
     spec = _yacs_spec(path, opts).with_proposals(proposals)
     unlabelled = spec.heads_beyond(heads)

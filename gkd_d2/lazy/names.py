@@ -88,6 +88,7 @@ _OF_METHOD = {f"GKD.{field.name.upper()}" for field in dataclasses.fields(LossOp
 _KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SEED)(?![\w/-]|\.\w)")
 # What is said of a run of yacs, and what instead.
 _PHRASES = {
+    ", as gkd_d2.config.read_config does by itself": "",
     "name that module in GKD.IMPORTS or by --import": "import that module in the config",
     "; tools/suggest_weights.py measures it over many batches": "",
     "DATASETS names ": "dataloader names ",

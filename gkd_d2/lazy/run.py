@@ -7,7 +7,14 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from omegaconf import DictConfig, OmegaConf
 
 from gkd_d2.config import DetectorSpec
-from gkd_d2.config.lazy_spec import LazySpec, dump_lazy, is_called, missing_arguments, plain_model
+from gkd_d2.config.lazy_spec import (
+    LazySpec,
+    dump_lazy,
+    is_called,
+    missing_arguments,
+    plain_model,
+    without_lazy_backbone_weights,
+)
 from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.engine.run import Run, Teacher
 from gkd_d2.lazy.distil import teacher_of
@@ -121,6 +128,10 @@ class LazyRun(Run):
 
     def dump(self) -> str:
         return dump_lazy(self.cfg)
+
+    def identity(self) -> str:
+        # What a backbone once started with is of no matter to a run that is resumed.
+        return dump_lazy(without_lazy_backbone_weights(self.cfg))
 
     def without_output(self) -> DictConfig:
         return OmegaConf.create({"train": {**self.cfg.train, "output_dir": None}})

@@ -29,6 +29,7 @@ from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import draw_seed
 from gkd_d2.engine.writers import build_writers
 from gkd_d2.lazy.run import LazyRun, is_distilled
+from gkd_d2.modeling.backbone import check_timm_images
 from gkd_d2.modeling.distiller import GKDDistiller
 
 
@@ -39,7 +40,8 @@ class LazyTrainer(ExactTrainer):
         cfg: from :func:`gkd_d2.lazy.read.read_lazy`, with a seed: see :func:`settle_lazy_seed`.
 
     Raises:
-        ValueError: the batch can't be shared evenly, no image is left to train on, or teacher and student do not match.
+        ValueError: the batch can't be shared evenly, no image is left to train on, teacher and student do not match, or
+            the images are not what the weights of a backbone of timm were trained with.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -47,6 +49,8 @@ class LazyTrainer(ExactTrainer):
         run = LazyRun(cfg)
         check_batch(run.batch_size, comm.get_world_size(), parts=run.accumulate_steps)
         model = instantiate(cfg.model).to(train.device)
+        if not run.distilled:
+            check_timm_images(model, run.student.image_format)
         logging.getLogger(__name__).info("Model:\n%s", model)
         optimizer = _build_optimizer(cfg, model)
         super().__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.feature_gradients import feature_gradients
@@ -44,10 +44,19 @@ def build_teacher(
     return FrozenTeacher(model, seed, swap_channels=swap_channels)
 
 
-def hold_norms(model: nn.Module) -> None:
-    """Put norms and dropout into evaluation mode, so that running statistics stay and are used."""
-    for module in model.modules():
-        if isinstance(module, (_NormBase, _DropoutNd)):
+def set_as_in_evaluation(split: SplitDetector) -> None:
+    """Have a detector see images as in evaluation, and return its losses: running statistics stay and are used.
+
+    Its heads return losses in training mode only. Within these, norms and layers without weights, such as dropout and
+    stochastic depth of any library, are in evaluation mode, as all of the backbone is.
+    """
+    split.model.eval()
+    heads = split.head_modules()
+    for head in heads:
+        head.train()
+    for module in itertools.chain.from_iterable(head.modules() for head in heads):
+        holds = itertools.chain(module.children(), module.parameters())
+        if isinstance(module, _NormBase) or (next(holds, None) is None and module not in heads):
             module.eval()
 
 
@@ -70,11 +79,8 @@ class FrozenTeacher:
         self._swap_channels = swap_channels
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
-        model.requires_grad_(False).eval()
-        # Heads return losses only in training mode.
-        for head in self.split.head_modules():
-            head.train()
-        hold_norms(model)
+        model.requires_grad_(False)
+        set_as_in_evaluation(self.split)
 
     def to(self, apply) -> None:
         """Apply ``apply`` to every tensor, as :meth:`nn.Module._apply` does for ``.to``, ``.cuda`` and the like."""

@@ -159,7 +159,7 @@ def find_wrong_content(loaded: object) -> str:
     if not _is_state(model):
         held = first_few(map(str, model)) if isinstance(model, dict) else f"a {type(model).__name__}"
         return "is not of Detectron2's form, with the model's tensors by their names under 'model': it holds " + held
-    other = [name for name, values in model.items() if not _is_plain(values)]
+    other = [name for name, values in model.items() if not is_plain(values)]
     if other:
         return f"holds what is no dense tensor of numbers, in {first_few(other)}"
     wrong = [name for name, values in model.items() if not is_finite(torch.as_tensor(values))]
@@ -176,7 +176,7 @@ def _is_state(model: object) -> bool:
     )
 
 
-def _is_plain(values: object) -> bool:
+def is_plain(values: object) -> bool:
     """Whether it is a tensor that holds its numbers one by one, or an array that can be made one."""
     if isinstance(values, Tensor):
         return values.layout is torch.strided and not values.is_quantized and not values.is_meta

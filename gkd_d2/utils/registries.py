@@ -107,12 +107,21 @@ def build_detector(cfg: CfgNode, architecture_key: str = "MODEL.META_ARCHITECTUR
         cfg, architecture_key, place: as for :func:`find_unregistered`.
 
     Raises:
-        ValueError: a name in the config is not registered.
+        ValueError: a name in the config is not registered, or its parts do not fit together.
     """
     problems = find_unregistered(cfg, architecture_key, place)
     if problems:
         raise ValueError("; ".join(problems))
-    return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    name = cfg.MODEL.META_ARCHITECTURE
+    try:
+        return META_ARCH_REGISTRY.get(name)(cfg)
+    # As of a head that takes levels which the backbone does not give.
+    except (AssertionError, KeyError) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        raise ValueError(
+            f"{architecture_key}{place} is {name}, which can't be built from this config ({reason}): name the kind of "
+            "detector that the config is for, whose heads take levels of its backbone (IN_FEATURES)"
+        ) from error
 
 
 def _names(registry: Registry) -> list[str]:

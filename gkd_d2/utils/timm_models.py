@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from types import ModuleType
 
 from detectron2.config import CfgNode, get_cfg
@@ -84,6 +86,14 @@ def config_problems(cfg: CfgNode, place: str = "") -> list[str]:
             f"MODEL.TIMM.PRETRAINED{place} is True and MODEL.TIMM.WEIGHTS is {options.WEIGHTS}: the network can start "
             "with one of them only"
         )
+    features = list(cfg.MODEL.FPN.IN_FEATURES)
+    # What is named otherwise, or missing, is said where it is built.
+    levels = [int(feature[3:]) for feature in features if re.fullmatch("res[1-9]", feature)]
+    if levels and levels != [*range(levels[0], levels[0] + len(levels))]:
+        problems.append(
+            f"MODEL.FPN.IN_FEATURES{place} is {features}, but in a pyramid each stride is twice the one before: name "
+            "neighbours from the finest to the coarsest, such as res3, res4, res5"
+        )
     if options.NORM not in NORMS:
         problems.append(f"MODEL.TIMM.NORM{place} is {options.NORM!r}: set it to {' or '.join(NORMS)}")
     if cfg.INPUT.FORMAT not in COLOUR_FORMATS or len(cfg.MODEL.PIXEL_MEAN) != 3:
@@ -107,10 +117,10 @@ def pixel_norm(name: str, image_format: str) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def has_default_pixel_norm(cfg: CfgNode) -> bool:
+def has_default_pixel_norm(mean: Sequence[float], std: Sequence[float]) -> bool:
     """Whether PIXEL_MEAN and PIXEL_STD are Detectron2's defaults, which fit no model of timm."""
     defaults = get_cfg().MODEL
-    return all(_close(cfg.MODEL[key], defaults[key]) for key in ("PIXEL_MEAN", "PIXEL_STD"))
+    return _close(mean, defaults.PIXEL_MEAN) and _close(std, defaults.PIXEL_STD)
 
 
 def set_pixel_norm(cfg: CfgNode) -> None:
@@ -120,21 +130,29 @@ def set_pixel_norm(cfg: CfgNode) -> None:
         cfg: changed in place, where its backbone is timm's and PIXEL_MEAN and PIXEL_STD are Detectron2's defaults. One
             with :func:`config_problems` is left as it is.
     """
-    if not (has_timm_backbone(cfg) and has_default_pixel_norm(cfg)) or config_problems(cfg):
+    if not has_timm_backbone(cfg) or not has_default_pixel_norm(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD):
+        return
+    if config_problems(cfg):
         return
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = pixel_norm(cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT)
 
 
-def differs_from_pixel_norm(cfg: CfgNode) -> str:
-    """How the config's images are normalised, and how timm does it, where the two differ; else an empty text."""
-    wanted = dict(zip(("PIXEL_MEAN", "PIXEL_STD"), pixel_norm(cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT)))
-    if all(_close(cfg.MODEL[key], values) for key, values in wanted.items()):
+def differs_from_pixel_norm(name: str, image_format: str, mean: Sequence[float], std: Sequence[float]) -> str:
+    """How images are normalised, and how timm does it, where the two differ; else an empty text.
+
+    Args:
+        name, image_format: as for :func:`pixel_norm`.
+        mean: PIXEL_MEAN.
+        std: PIXEL_STD.
+    """
+    wanted = pixel_norm(name, image_format)
+    if _close(mean, wanted[0]) and _close(std, wanted[1]):
         return ""
-    has = " and ".join(f"MODEL.{key} {list(cfg.MODEL[key])}" for key in wanted)
-    needs = " and ".join(str(values) for values in wanted.values())
-    name, image_format = cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT
-    return f"the config has {has}, but timm's weights of {name} were trained with {needs} ({image_format})"
+    return (
+        f"the config has MODEL.PIXEL_MEAN {list(mean)} and MODEL.PIXEL_STD {list(std)}, but timm's weights of {name} "
+        f"were trained with {wanted[0]} and {wanted[1]} ({image_format})"
+    )
 
 
-def _close(one: list[float], other: list[float]) -> bool:
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
     return len(one) == len(other) and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(one, other))

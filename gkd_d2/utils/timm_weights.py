@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -55,4 +56,6 @@ def _load(path: str) -> object:
         from safetensors.torch import load_file
 
         return load_file(path)
+    # Where timm's training script keeps its options: attributes alone, of plain data.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     return torch.load(path, map_location="cpu", weights_only=True)

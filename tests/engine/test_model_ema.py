@@ -126,6 +126,11 @@ def test_it_goes_on_from_a_checkpoint_and_refuses_what_is_no_average_of_the_dete
         other.load_state_dict({**saved, "weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="are infinite or NaN in weight"):
         other.load_state_dict({**saved, "weight": torch.tensor([torch.nan])})
+    for value in (2.0, [2.0], None, torch.tensor([2.0]).to_sparse(), torch.empty(1, device="meta")):
+        with pytest.raises(CheckpointError, match="are no dense tensors of numbers, in weight: to go on without"):
+            other.load_state_dict({**saved, "weight": value})
+    with pytest.raises(CheckpointError, match="are no tensors by their names, but a list"):
+        other.load_state_dict([saved])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,12 @@ def test_it_goes_on_from_a_checkpoint_and_refuses_what_is_no_average_of_the_dete
         (EMAOptions(True, -0.1), True, "MODEL_EMA.DECAY is -0.1, but must"),
         (EMAOptions(True, float("nan")), False, "MODEL_EMA.DECAY is nan, but must"),
         (EMAOptions(True, device="gpu"), False, "MODEL_EMA.DEVICE is 'gpu', which torch does not know"),
+        (
+            EMAOptions(True, device="meta"),
+            False,
+            "MODEL_EMA.DEVICE is 'meta', which is neither a CPU",
+        ),
+        (EMAOptions(True, device="mps"), True, "MODEL_EMA.DEVICE is 'mps', which is neither a CPU"),
         (EMAOptions(alone=True), False, ""),
         (EMAOptions(alone=True), True, "USE_EMA_WEIGHTS_FOR_EVAL_ONLY is True, but MODEL_EMA.ENABLED is False"),
     ],
@@ -151,6 +162,11 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (problem,) = EMAOptions(True, device="cuda:1").problems(eval_only=False)
     assert "MODEL_EMA.DEVICE is 'cuda:1', but torch" in problem
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (problem,) = EMAOptions(True, device="cuda:1").problems(eval_only=False)
+    assert "finds 1 GPU, numbered from 0: set it to ''" in problem
+    assert not EMAOptions(True, device="cuda:0").problems(eval_only=False)
 
 
 # --- in a training

@@ -1,5 +1,6 @@
 """What a run lacks is said before anything is built, all of it at once."""
 
+import re
 import sys
 
 import pytest
@@ -181,6 +182,12 @@ def test_device(ready, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ready.MODEL.DEVICE = "cuda"
     assert "put `MODEL.DEVICE cpu` at the end of the command line, after all options" in problems(ready)
+    ready.MODEL.DEVICE = "meta"
+    assert "- MODEL.DEVICE is meta, which is neither a CPU nor a GPU of CUDA: to run" in problems(ready)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ready.MODEL.DEVICE = "cuda:2"
+    assert re.search("- MODEL.DEVICE is cuda:2, but torch .* finds 2 GPUs, numbered from 0: to run", problems(ready))
     ready.MODEL.DEVICE = "cpu"
     ready.SOLVER.AMP.ENABLED = True
     assert "set SOLVER.AMP.DTYPE to bfloat16" in problems(ready)
@@ -211,23 +218,30 @@ def on_timm(cfg):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("NAME", "mobilenetv2_05", "MODEL.TIMM.NAME is 'mobilenetv2_05': timm"),
-        ("NAME", "vit_tiny_patch16_224", "MODEL.TIMM.NAME is 'vit_tiny_patch16_224', which takes images of 224 x 224"),
-        ("NORM", "LN", "MODEL.TIMM.NORM is 'LN': set it to FrozenBN or BN or SyncBN"),
+        ("TIMM.NAME", "mobilenetv2_05", "MODEL.TIMM.NAME is 'mobilenetv2_05': timm"),
         (
-            "OUT_INDICES",
+            "TIMM.NAME",
+            "vit_tiny_patch16_224",
+            "MODEL.TIMM.NAME is 'vit_tiny_patch16_224', which takes images of",
+        ),
+        ("TIMM.NORM", "LN", "MODEL.TIMM.NORM is 'LN': set it to FrozenBN or BN or SyncBN"),
+        (
+            "TIMM.OUT_INDICES",
             [1, 2, 3],
             "MODEL.TIMM.OUT_INDICES is [1, 2, 3], of strides 4, 8, 16, but MODEL.FPN.IN_FEATURES",
         ),
-        ("FREEZE_AT", 9, "MODEL.TIMM.FREEZE_AT is 9, but"),
-        ("WEIGHTS", "none.pth", "MODEL.TIMM.WEIGHTS is none.pth: there is no such file in the working folder"),
+        ("TIMM.FREEZE_AT", 9, "MODEL.TIMM.FREEZE_AT is 9, but"),
+        ("TIMM.WEIGHTS", "none.pth", "MODEL.TIMM.WEIGHTS is none.pth: there is no such file in the working folder"),
+        ("FPN.IN_FEATURES", ["res3", "res5"], "MODEL.FPN.IN_FEATURES is ['res3', 'res5'], but in a pyramid each"),
+        ("FPN.IN_FEATURES", ["res5", "res4"], "MODEL.FPN.IN_FEATURES is ['res5', 'res4'], but in a pyramid each"),
+        ("FPN.IN_FEATURES", ["res5", "res5"], "MODEL.FPN.IN_FEATURES is ['res5', 'res5'], but in a pyramid each"),
     ],
 )
 def test_a_backbone_of_timm_that_can_not_be_built(ready, key, value, message):
     pytest.importorskip("timm")
     cfg = on_timm(ready)
     check_inputs(YacsRun(cfg), eval_only=False, resume=False)
-    cfg.MODEL.TIMM[key] = value
+    cfg.merge_from_list([f"MODEL.{key}", value])
     found = [line for line in problems(cfg).splitlines() if line.startswith("- ")]
     assert len(found) == 1
     assert found[0].startswith(f"- {message}")

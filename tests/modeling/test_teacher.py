@@ -8,6 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, detector_config, training_batch
+from torchvision.ops import StochasticDepth
 
 from gkd_d2.config import teacher_spec
 from gkd_d2.engine.hooks.pictures import take_picture
@@ -45,11 +46,11 @@ def test_nothing_changes(kind):
 
 def test_norm_and_dropout_of_the_heads_stay_in_evaluation():
     model = build_model(detector_config("retinanet"))
-    model.head.cls_subnet.append(torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.Dropout()))
+    added = torch.nn.BatchNorm2d(16), torch.nn.Dropout(), StochasticDepth(0.5, "row")
+    model.head.cls_subnet.append(torch.nn.Sequential(*added))
     teacher = FrozenTeacher(model, seed=0)
-    norm, dropout = teacher.model.head.cls_subnet[-1]
-    assert teacher.model.head.training
-    assert not (norm.training or dropout.training or teacher.model.backbone.training)
+    assert teacher.model.head.training and teacher.model.head.cls_score.training
+    assert not any(module.training for module in (*added, teacher.model.backbone))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

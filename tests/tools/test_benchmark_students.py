@@ -65,6 +65,9 @@ def test_pytorch_alone(benchmark, tmp_path):
     assert rows(printed)[0] == ["", "parameters (M)", "GFLOPs", "PyTorch (ms)"]
 
 
+PROPOSALS = ("MODEL.META_ARCHITECTURE", "ProposalNetwork")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -75,6 +78,21 @@ def test_pytorch_alone(benchmark, tmp_path):
         (["--student", "one", "r.yaml", "MODEL.DEPTH", "1"], 1, "error: --student one: there is no config key"),
         (["--student", "one", "r.yaml", "MODEL.DEVICE"], 1, "error: --student one: the config key MODEL.DEVICE has no"),
         (["--student", "one", "r.yaml", "MODEL.BACKBONE.NAME", "no"], 1, "error: --student one: .*BACKBONE.NAME"),
+        (
+            ["--student", "one", "r.yaml", *PROPOSALS],
+            1,
+            r"META_ARCHITECTURE is ProposalNetwork, .* \(KeyError 'res4'\): ",
+        ),
+        (
+            ["--student", "one", "r.yaml", *PROPOSALS, "MODEL.RPN.IN_FEATURES", "['p3', 'p4', 'p5', 'p6', 'p7']"],
+            1,
+            "error: --student one: MODEL.META_ARCHITECTURE is ProposalNetwork, which gives proposals, no instances",
+        ),
+        (
+            ["--student", "one", "r.yaml", "MODEL.FPN.IN_FEATURES", "['res3', 'res5']"],
+            1,
+            r"error: --student one: MODEL.META_ARCHITECTURE is RetinaNet, which can't .* \(AssertionError .*: name",
+        ),
         (["--student", "one", "r.yaml", "--size", "8", "64"], 2, "--size is 8 64, but must be at least 32 32"),
         (["--student", "one", "r.yaml", "--repeats", "0"], 2, "--repeats is 0, but must be at least 1"),
         (["--student", "one", "r.yaml", "--threads", "0"], 2, "--threads is 0, but must be at least 1"),

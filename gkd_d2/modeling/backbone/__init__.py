@@ -6,5 +6,12 @@ from gkd_d2.modeling.backbone.timm_fpn import (
     build_timm_features,
     build_timm_fpn_backbone,
 )
+from gkd_d2.modeling.backbone.timm_images import check_timm_images
 
-__all__ = ["TimmFeatures", "build_retinanet_timm_fpn_backbone", "build_timm_features", "build_timm_fpn_backbone"]
+__all__ = [
+    "TimmFeatures",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_features",
+    "build_timm_fpn_backbone",
+    "check_timm_images",
+]

@@ -44,6 +44,8 @@ class TimmFeatures(Backbone):
             were trained.
 
     Attributes:
+        name: of the model.
+        image_format: the order of the channels of the images.
         starts_with_weights: whether it loaded weights of its own.
         unused_parameters: those that make none of the features.
 
@@ -81,7 +83,7 @@ class TimmFeatures(Backbone):
         last_frozen = _last_frozen(name, stages, freeze_at)
         self._indices = sorted({stage.index for stage in (*chosen, *([last_frozen] if last_frozen else []))})
         self._names = {self._indices.index(stage.index): feature for feature, stage in zip(out_features, chosen)}
-        self._flips = image_format == "BGR"
+        self.name, self.image_format = name, image_format
         self._out_features = list(out_features)
         self._out_feature_strides = {feature: stage.stride for feature, stage in zip(out_features, chosen)}
         self._out_feature_channels = {feature: stage.channels for feature, stage in zip(out_features, chosen)}
@@ -101,7 +103,7 @@ class TimmFeatures(Backbone):
         Returns:
             Name -> N,C,H,W.
         """
-        features = self._all_features(x.flip(1) if self._flips else x)
+        features = self._all_features(x.flip(1) if self.image_format == "BGR" else x)
         return {name: features[place] for place, name in self._names.items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -11,7 +9,8 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P
 from torch import nn
 
 from gkd_d2.modeling.backbone.timm_features import TimmFeatures
-from gkd_d2.utils.timm_models import config_problems, differs_from_pixel_norm, has_default_pixel_norm
+from gkd_d2.modeling.backbone.timm_images import check_pixel_norm
+from gkd_d2.utils.timm_models import config_problems
 
 
 @BACKBONE_REGISTRY.register()
@@ -60,23 +59,8 @@ def build_timm_features(cfg: CfgNode) -> TimmFeatures:
         freeze_at=options.FREEZE_AT,
         image_format=cfg.INPUT.FORMAT,
     )
-    if features.starts_with_weights:
-        _check_pixel_norm(cfg)
+    check_pixel_norm(features, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     return features
-
-
-def _check_pixel_norm(cfg: CfgNode) -> None:
-    difference = differs_from_pixel_norm(cfg)
-    if not difference:
-        return
-    if has_default_pixel_norm(cfg):
-        raise ValueError(
-            f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are Detectron2's defaults: {difference}. Set them to these, as "
-            "gkd_d2.config.read_config does by itself"
-        )
-    logging.getLogger(__name__).warning(
-        "The images are not normalised as for the weights that the backbone starts with: %s", difference
-    )
 
 
 def _pyramid(cfg: CfgNode, bottom_up: TimmFeatures, top_block: nn.Module) -> FPN:

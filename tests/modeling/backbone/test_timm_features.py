@@ -1,5 +1,6 @@
 """A model of timm gives a pyramid the features that timm itself computes."""
 
+import argparse
 import itertools
 import math
 import os
@@ -91,7 +92,8 @@ def test_a_model_that_sees_bgr_is_given_rgb(saved):
 @pytest.mark.parametrize(
     "form",
     [
-        lambda state: {"state_dict": state, "epoch": 3},
+        # As timm's own training script has it.
+        lambda state: {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1, img_size=[224, 224])},
         lambda state: {"model": state},
         lambda state: {f"module.{name}": value for name, value in state.items()},
         lambda state: {name: value for name, value in state.items() if not name.startswith("classifier")},
