@@ -9,17 +9,20 @@ from torch import nn
 from gkd_d2.modeling.backbone import TimmFeatures
 
 
-def advice(*, of_timm: bool = False) -> str:
-    """What to set to train from scratch; ``of_timm``: of a detector whose backbone is timm's."""
+def advice(*, of_timm: bool = False, without_weights: bool = True) -> str:
+    """What to set to train from scratch.
+
+    Args:
+        of_timm: whether the detector's backbone is timm's.
+        without_weights: whether MODEL.WEIGHTS is empty already.
+    """
+    start = "to train from scratch, set " + ("" if without_weights else "MODEL.WEIGHTS to '', ")
     if of_timm:
         return (
-            "to train from scratch, set MODEL.WEIGHTS to '', MODEL.TIMM.FREEZE_AT to 0, and MODEL.TIMM.NORM and "
-            "MODEL.FPN.NORM to BN; or start the backbone with weights by MODEL.TIMM.PRETRAINED or MODEL.TIMM.WEIGHTS"
+            f"{start}MODEL.TIMM.FREEZE_AT to 0, and MODEL.TIMM.NORM and MODEL.FPN.NORM to BN; or start the backbone "
+            "with weights by MODEL.TIMM.PRETRAINED or MODEL.TIMM.WEIGHTS"
         )
-    return (
-        "to train from scratch, set MODEL.WEIGHTS to '', MODEL.BACKBONE.FREEZE_AT to 0, and MODEL.RESNETS.NORM and "
-        "MODEL.FPN.NORM to BN"
-    )
+    return f"{start}MODEL.BACKBONE.FREEZE_AT to 0, and MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN"
 
 
 def advice_for(detector: nn.Module) -> str:

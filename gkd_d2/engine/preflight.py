@@ -127,9 +127,17 @@ def _weights(run: Run, eval_only: bool, resume: bool) -> list[str]:
     if reason:
         advice = "Set MODEL.WEIGHTS to a file that holds these weights, fetched on another machine if need be"
         if not eval_only:
-            advice += f"; or, {from_scratch.advice(of_timm=_timm_config(run) is not None)}"
+            advice += f"; or, {_without_weights(run)}"
         return [f"MODEL.WEIGHTS is {run.weights}: {reason}. {advice}"]
     return []
+
+
+def _without_weights(run: Run) -> str:
+    cfg = _timm_config(run)
+    if cfg is not None and (cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS):
+        key = "WEIGHTS" if cfg.MODEL.TIMM.WEIGHTS else "PRETRAINED"
+        return f"to start with the backbone's weights alone, those of MODEL.TIMM.{key}, set MODEL.WEIGHTS to ''"
+    return from_scratch.advice(of_timm=cfg is not None, without_weights=False)
 
 
 def _timm_config(run: Run) -> CfgNode | None:

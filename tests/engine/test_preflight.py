@@ -276,4 +276,9 @@ def test_advice_on_weights_names_the_keys_of_the_backbone(ready):
     cfg = on_timm(ready)
     cfg.MODEL.WEIGHTS = "none.pth"
     text = problems(cfg)
-    assert "MODEL.TIMM.NORM" in text and "MODEL.RESNETS" not in text
+    assert "set MODEL.WEIGHTS to '', MODEL.TIMM.FREEZE_AT to 0" in text and "MODEL.RESNETS" not in text
+    cfg.MODEL.TIMM.WEIGHTS = "none.pth"
+    assert (
+        "to start with the backbone's weights alone, those of MODEL.TIMM.WEIGHTS, set MODEL.WEIGHTS to ''"
+        in problems(cfg)
+    )

@@ -62,5 +62,7 @@ def check_pixel_norm(features: TimmFeatures, mean: Sequence[float], std: Sequenc
             "gkd_d2.config.read_config does by itself"
         )
     logging.getLogger(__name__).warning(
-        "The images are not normalised as for the weights that the backbone starts with: %s", difference
+        "The images are not normalised as for the weights that the backbone starts with: %s. Unless that is meant, set "
+        "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD to these values",
+        difference,
     )
