@@ -22,6 +22,7 @@ from gkd_d2.export.quantize import quantize
 from gkd_d2.export.torchscript import make_script
 from gkd_d2.modeling.student import find_checkpoint, has_ema, load_student
 from gkd_d2.utils.files import fill, making_folder, replacing
+from gkd_d2.utils.last_checkpoint import has_checkpoint
 
 # Form -> name of its file.
 FILES = {
@@ -86,7 +87,7 @@ def export_student(
     Raises:
         FileExistsError: ``output`` holds an export and ``force`` is not set.
         FileNotFoundError: there is no checkpoint.
-        ValueError: ``output`` is the checkpoint's own folder, the checkpoint leaves a part of the student unset or
+        ValueError: ``output`` is the folder of the checkpoint or of another run, the checkpoint leaves a part of the student unset or
             holds no averaged weights that are asked for, or a number is too large for 16 bits.
         OSError: a file can't be written, as where its name is that of a folder; an earlier export stays as it is.
         ExportError: the student can't be made into one of the forms, or one detects differently.
@@ -96,6 +97,8 @@ def export_student(
         raise ValueError(
             f"{output} is the folder of the checkpoint, whose config.yaml must stay: choose another folder"
         )
+    if has_checkpoint(str(output)):
+        raise ValueError(f"{output} is the folder of a run, whose config.yaml must stay: choose another folder")
     present = [output / name for name in (*FILES.values(), EVALUATION) if (output / name).exists()]
     if present and not force:
         raise FileExistsError(

@@ -143,6 +143,17 @@ def test_half_precision_keeps_the_modules_versions(retinanet):
     assert to_half(state)._metadata == state._metadata
 
 
+def test_another_run_is_not_replaced_either(retinanet, tmp_path):
+    cfg, path = retinanet
+    other = tmp_path / "other"
+    (other / "inference").mkdir(parents=True)
+    (other / "model_0000009.pth").write_bytes(path.read_bytes())
+    (other / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(ValueError, match="other is the folder of a run, whose config.yaml must stay"):
+        export_student(cfg, path, other, force=True)
+    assert (other / "inference").is_dir()
+
+
 def test_a_forced_export_leaves_nothing_of_the_one_before(retinanet, tmp_path):
     cfg, path = retinanet
     output = tmp_path / "out"
