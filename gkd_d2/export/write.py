@@ -87,8 +87,8 @@ def export_student(
     Raises:
         FileExistsError: ``output`` holds an export and ``force`` is not set.
         FileNotFoundError: there is no checkpoint.
-        ValueError: ``output`` is the folder of the checkpoint or of another run, the checkpoint leaves a part of the student unset or
-            holds no averaged weights that are asked for, or a number is too large for 16 bits.
+        ValueError: ``output`` is the folder of the checkpoint or of another run, the checkpoint leaves a part of the
+            student unset or holds no averaged weights that are asked for, or a number is too large for 16 bits.
         OSError: a file can't be written, as where its name is that of a folder; an earlier export stays as it is.
         ExportError: the student can't be made into one of the forms, or one detects differently.
     """
