@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -56,6 +58,20 @@ def _load(path: str) -> object:
         from safetensors.torch import load_file
 
         return load_file(path)
-    # Where timm's training script keeps its options: attributes alone, of plain data.
+    with _reading_namespaces():
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _reading_namespaces() -> Iterator[None]:
+    """Where timm's training script keeps its options: attributes alone, of plain data.
+
+    As torch's ``safe_globals``, which came with 2.5.
+    """
+    before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([argparse.Namespace])
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

@@ -105,6 +105,8 @@ def test_forms_of_files(form, saved):
     model, path = saved("mobilenetv2_100", form)
     features = TimmFeatures("mobilenetv2_100", FEATURES, weights=path)
     expected = model.state_dict()
+    # Other files with such objects stay refused.
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
     # All that the network has is in the file; what is not used is the last convolution and the classifier.
     for name, value in features.network.state_dict().items():
         assert torch.equal(value, expected[name]), name
