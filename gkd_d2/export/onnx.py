@@ -229,6 +229,8 @@ class OnnxDetector:
         runtime = import_extra("onnxruntime", "--onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads would go on for a while after each call, at the cost of what is timed next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Warnings of shapes that it can't infer.
         options.log_severity_level = 3
         self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
