@@ -57,12 +57,19 @@ def load_forms(cfg: CfgNode, written: Mapping[str, Path]) -> dict[str, Detect]:
     Returns:
         Form -> a function from an image, C,H,W, to the detections in its size; without the config.
     """
+
+    def checkpoint(path: Path) -> Detect:
+        return functools.partial(detect, load_student(cfg, path))
+
+    def onnx(path: Path) -> Detect:
+        return OnnxDetector(path.read_bytes()).detect
+
     loaders: dict[str, Callable[[Path], Detect]] = {
-        "checkpoint": lambda path: functools.partial(detect, load_student(cfg, path)),
-        "averaged checkpoint": lambda path: functools.partial(detect, load_student(cfg, path)),
+        "checkpoint": checkpoint,
+        "averaged checkpoint": checkpoint,
         "TorchScript": lambda path: functools.partial(detect_by_script, torch.jit.load(path)),
-        "ONNX": lambda path: OnnxDetector(path.read_bytes()).detect,
-        "ONNX int8": lambda path: OnnxDetector(path.read_bytes()).detect,
+        "ONNX": onnx,
+        "ONNX int8": onnx,
     }
     return {form: loaders[form](path) for form, path in written.items() if form in loaders}
 

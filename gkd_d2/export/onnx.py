@@ -79,25 +79,24 @@ def make_onnx(
     if size is not None:
         pictures = [fit(picture, size, cfg.MODEL.PIXEL_MEAN)[0] for picture in pictures]
     exported = trace_onnx(model, cfg, pictures[0], fixed=size is not None)
-    check_runs(exported, pictures, "ONNX file")
     detector = OnnxDetector(exported.SerializeToString())
+    check_runs(detector, pictures, "ONNX file")
     check_equal(model, detector.detect, list(pictures), "ONNX file", SCORE_TOLERANCE)
     return exported
 
 
-def check_runs(exported: ModelProto, pictures: Sequence[Tensor], what: str) -> None:
+def check_runs(detector: OnnxDetector, pictures: Sequence[Tensor], what: str) -> None:
     """Have onnxruntime run a file on pictures, and on an image of one colour, in which there may be nothing to detect.
 
     Args:
-        exported: from :func:`trace_onnx`, or in 8 bits.
+        detector: of the file.
         pictures: C,H,W each.
         what: the file is called, for the error.
 
     Raises:
         ExportError: onnxruntime can't.
     """
-    detector = OnnxDetector(exported.SerializeToString())
-    mean = pictures[0].new_tensor(json.loads(metadata_of(exported)["pixel_mean"]))
+    mean = pictures[0].new_tensor(detector.padding)
     for picture in (*pictures, mean[:, None, None].expand_as(pictures[0])):
         try:
             detector.detect(picture)
@@ -108,11 +107,6 @@ def check_runs(exported: ModelProto, pictures: Sequence[Tensor], what: str) -> N
             raise ExportError(
                 f"onnxruntime can't run the {what} on an image of {height} x {width} pixels: {reason}"
             ) from error
-
-
-def metadata_of(exported: ModelProto) -> dict[str, str]:
-    """What :func:`metadata` has put into a file."""
-    return {entry.key: entry.value for entry in exported.metadata_props}
 
 
 def trace_onnx(model: nn.Module, cfg: CfgNode, picture: Tensor, *, fixed: bool = False) -> ModelProto:
@@ -223,6 +217,9 @@ class OnnxDetector:
 
     Args:
         content: of the file.
+
+    Attributes:
+        padding: ``pixel_mean`` of :func:`metadata`.
     """
 
     def __init__(self, content: bytes):
@@ -236,11 +233,11 @@ class OnnxDetector:
         self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         height, width = self._session.get_inputs()[0].shape[2:]
         self._size = (height, width) if isinstance(height, int) else None
-        self._padding = json.loads(self._session.get_modelmeta().custom_metadata_map["pixel_mean"])
+        self.padding = json.loads(self._session.get_modelmeta().custom_metadata_map["pixel_mean"])
 
     def fit(self, image: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """An image as the file takes it, and factors; see :func:`gkd_d2.export.pictures.fit`."""
-        return (image, (1.0, 1.0)) if self._size is None else fit(image, self._size, self._padding)
+        return (image, (1.0, 1.0)) if self._size is None else fit(image, self._size, self.padding)
 
     def detect(self, image: Tensor) -> Instances:
         """Detections of one image, in its own size.

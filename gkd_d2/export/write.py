@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from gkd_d2.export.checkpoint import stock_config, to_half
-from gkd_d2.export.onnx import check_runs, make_onnx
+from gkd_d2.export.onnx import OnnxDetector, check_runs, make_onnx
 from gkd_d2.export.pictures import read_picture
 from gkd_d2.export.quantize import quantize
 from gkd_d2.export.torchscript import make_script
@@ -132,7 +132,7 @@ def export_student(
         content["ONNX"] = lambda file: file.write(exported.SerializeToString())
         if forms.calibration:
             quantized = quantize(exported, (read_picture(cfg, path) for path in forms.calibration))
-            check_runs(quantized, pictures, "ONNX file in 8 bits")
+            check_runs(OnnxDetector(quantized.SerializeToString()), pictures, "ONNX file in 8 bits")
             content["ONNX int8"] = lambda file: file.write(quantized.SerializeToString())
 
     written = {form: output / FILES[form] for form in content}

@@ -238,4 +238,4 @@ def test_a_file_that_can_not_be_run_is_refused(exported):
     values = onnx.numpy_helper.to_array(weights)[:, :2]
     weights.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), weights.name))
     with pytest.raises(ExportError, match="onnxruntime can't run the ONNX file on an image of 96 x 120 pixels: .*Conv"):
-        check_runs(changed, noise((96, 120)), "ONNX file")
+        check_runs(OnnxDetector(changed.SerializeToString()), noise((96, 120)), "ONNX file")
