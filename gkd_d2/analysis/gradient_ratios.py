@@ -110,6 +110,7 @@ def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed:
         with EventStorage() as storage:
             for batch in batches:
                 seed_everything(mix_seed(seed, storage.iter))
+                measurement.ask(storage.iter)
                 distiller(batch)
                 reports.append(measurement.report)
                 storage.step()

@@ -55,6 +55,20 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
 
+    # How the weights of the losses are given: fixed, by each method's own keys of weights, or calibrate. Then
+    # GKD.RATIOS says how hard each loss pulls, and its weight is measured in the first iterations after
+    # SOLVER.WARMUP_ITERS, once: docs/loss_weights.md.
+    cfg.GKD.BALANCE = "fixed"
+    # Under calibrate: how large the gradient of each loss at the student's features is to be beside that of the
+    # detection losses, by the name of the loss, such as BOX; at 0.0 the loss is off. A loss that is not named has the
+    # ratio that its method gives it.
+    cfg.GKD.RATIOS = CfgNode(new_allowed=True)
+    # Under calibrate: number of iterations that are measured, over which the weights ramp up.
+    cfg.GKD.BALANCE_ITERS = 64
+    # Under calibrate: the most that the ratios of all losses together may be afterwards. Where the watch finds more, it
+    # warns once, and all weights are smaller until it measures again.
+    cfg.GKD.BALANCE_MAX = 5.0
+
     # Of gkd: weights of its losses; at 0.0 a loss is not computed. The defaults come from studies of toy scenes, see
     # docs/results.md; that of the maps was set anew for GKD.MAP_REGION boxes. tools/suggest_weights.py measures each
     # loss's gradient relative to the detection loss with your detector and data.

@@ -7,11 +7,24 @@ from gkd_d2.methods.fgd import FGD
 from gkd_d2.methods.fgfi import FGFI
 from gkd_d2.methods.fitnet import FitNet
 from gkd_d2.methods.gkd import GKD
-from gkd_d2.methods.method import METHOD_REGISTRY, Level, LevelwiseMethod, Method, Term, build_method
+from gkd_d2.methods.loss_weights import weights_as_yaml
+from gkd_d2.methods.method import (
+    BALANCES,
+    CALIBRATE,
+    METHOD_REGISTRY,
+    Level,
+    LevelwiseMethod,
+    Method,
+    Term,
+    build_method,
+    check_balance,
+)
 from gkd_d2.methods.none import Nothing
 from gkd_d2.methods.pkd import PKD
 
 __all__ = [
+    "BALANCES",
+    "CALIBRATE",
     "FGD",
     "FGFI",
     "FitNet",
@@ -24,4 +37,6 @@ __all__ = [
     "PKD",
     "Term",
     "build_method",
+    "check_balance",
+    "weights_as_yaml",
 ]

@@ -14,6 +14,8 @@ from gkd_d2.methods.relation import RelationLoss
 from gkd_d2.utils.text import did_you_mean
 
 RELATION = "loss_bmfi_relation"
+# Default ratios of the four losses.
+_RATIOS = {"gradient": 0.1, "box": 0.3, "attention": 0.0, "image": 0.1}
 
 
 class GKD(Method):
@@ -45,26 +47,34 @@ class GKD(Method):
     ):
         loss_options = _loss_options(options)
         weights = weights if isinstance(weights, LossWeights) else _from_mapping(weights)
-        check_implementation(implementation, loss_options, weights)
         terms = {
-            key: Term(name, getattr(weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}")
+            key: Term(name, getattr(weights, name), f"GKD.LOSS_WEIGHTS.{name.upper()}", ratio=_RATIOS[name])
             for name, key in LOSS_KEYS.items()
         }
-        super().__init__({**terms, RELATION: Term("relation", relation, "GKD.LOSS_WEIGHTS.RELATION")})
-        unused = loss_options.without_effect(weights)
+        super().__init__({**terms, RELATION: Term("relation", relation, "GKD.LOSS_WEIGHTS.RELATION", ratio=0.0)})
+        self.options = loss_options
+        self.relation = RelationLoss({})
+        self.map_options = self.options
+        self._implementation = implementation
+        self._settle_weights()
+
+    def weigh_by_ratio(self, ratios):
+        super().weigh_by_ratio(ratios)
+        self._settle_weights()
+
+    def _settle_weights(self) -> None:
+        """Check the options against the weights of the terms, and find out what these need."""
+        self.weights = LossWeights(**{name: self.terms[key].weight for name, key in LOSS_KEYS.items()})
+        check_implementation(self._implementation, self.options, self.weights)
+        unused = self.options.without_effect(self.weights)
         if unused and self:
             raise ValueError(
                 f"GKD has {', '.join(unused)}, which changes no loss: it weights the cells in the losses of boxes and "
                 "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a weight"
             )
-        self.weights = weights
-        self.options = loss_options
-        self.relation = RelationLoss({})
         self.needs_student_grad = self.options.need_student_grad(self.weights)
         self.needs_teacher_grad = self.options.need_teacher_grad(self.weights)
         self.needs_cell_grads = self.options.need_cell_grads(self.weights)
-        self.map_options = self.options
-        self._implementation = implementation
 
     def describe(self):
         options = self.options

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from gkd_d2.losses.options import LossOptions, check_weight
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.utils.registries import not_registered
+from gkd_d2.utils.text import did_you_mean
+
+# How the weights of the losses are given: by ratios of gradients, or as they are.
+CALIBRATE = "calibrate"
+BALANCES = (CALIBRATE, "fixed")
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = """
@@ -63,18 +68,27 @@ class Term:
         key: of the config, where the weight is set.
         level_assigned: whether an object counts only at the levels it is assigned to, so that the loss is rightly 0 at
             a level to which no object of a batch belongs. Such a loss is judged over all levels together.
+        ratio: under GKD.BALANCE "calibrate", how large its gradient at the student's features is to be beside that of
+            the detection losses, where GKD.RATIOS does not say; at 0 it is left out.
 
     Raises:
-        ValueError: the weight is no number, negative, not finite or more than float32 holds.
+        ValueError: the weight or the ratio is no number, negative, not finite or more than float32 holds.
     """
 
     name: str
     weight: float
     key: str
     level_assigned: bool = False
+    ratio: float = 0.3
 
     def __post_init__(self):
         check_weight(self.key, self.weight)
+        check_weight(self.ratio_key, self.ratio)
+
+    @property
+    def ratio_key(self) -> str:
+        """The key of the config where the ratio is set."""
+        return f"GKD.RATIOS.{self.name.upper()}"
 
 
 class Method(nn.Module):
@@ -90,7 +104,8 @@ class Method(nn.Module):
         terms: key in the model's loss dictionary, which begins with "loss_" -> the loss.
 
     Attributes:
-        terms: the same.
+        terms: the same; :meth:`weigh_by_ratio` changes their weights.
+        by_ratio: whether the weights of the losses are to be calibrated, see :meth:`weigh_by_ratio`.
         needs_student_grad: whether :attr:`Level.student_grad` is asked for.
         needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
         needs_cell_grads: whether the mean over cells of :attr:`Level.student_grad` would not do.
@@ -119,6 +134,31 @@ class Method(nn.Module):
         if len(set(names)) != len(names):
             raise ValueError(f"{type(self).__name__} has two losses of one name: {', '.join(names)}")
         self.terms = terms
+        self.by_ratio = False
+
+    def weigh_by_ratio(self, ratios: Mapping[str, float]) -> None:
+        """Set the weight of each loss of a ratio above 0 to 1 and those of the others to 0, ahead of a calibration.
+
+        The distiller then multiplies the losses by what a calibration finds: :class:`gkd_d2.modeling.balance.Balance`.
+        To be called before :meth:`build_parameters`.
+
+        Args:
+            ratios: name of a loss -> its ratio, where that is not the default, :attr:`Term.ratio`.
+
+        Raises:
+            ValueError: a loss has no such name, or a ratio is no number, negative, not finite or too large.
+        """
+        names = [term.name for term in self.terms.values()]
+        for name in ratios:
+            if name not in names:
+                raise ValueError(
+                    f"GKD.RATIOS.{name.upper()} is set, but {type(self).__name__} has no loss of this name"
+                    f"{did_you_mean(name, names)}; its losses are {', '.join(names) or 'none'}"
+                )
+        self.by_ratio = True
+        for key, term in self.terms.items():
+            ratio = ratios.get(term.name, term.ratio)
+            self.terms[key] = dataclasses.replace(term, weight=1.0 if ratio else 0.0, ratio=ratio)
 
     def __bool__(self) -> bool:
         """Whether any loss has a weight above 0."""
@@ -206,7 +246,24 @@ def build_method(cfg: CfgNode) -> Method:
     method = METHOD_REGISTRY.get(name)(cfg)
     if not isinstance(method, Method):
         raise TypeError(f"what is registered as the method {name} returned {method!r}, but must return a Method")
+    check_balance("GKD.BALANCE", cfg.GKD.BALANCE)
+    if cfg.GKD.BALANCE == CALIBRATE:
+        method.weigh_by_ratio({name.lower(): ratio for name, ratio in cfg.GKD.RATIOS.items()})
     return method
+
+
+def check_balance(key: str, value: str) -> None:
+    """Check how weights are to be given.
+
+    Args:
+        key: that sets it.
+        value: of the key.
+
+    Raises:
+        ValueError: it is none of :data:`BALANCES`.
+    """
+    if value not in BALANCES:
+        raise ValueError(f"{key} is {value!r}, but must be one of {', '.join(BALANCES)}")
 
 
 def widened(level: Level) -> Level:

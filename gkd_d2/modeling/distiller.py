@@ -32,6 +32,12 @@ and GKD.VIS_PERIOD draws nothing. With a DefaultTrainer add, before trainer.trai
     from gkd_d2.engine.hooks import add_distillation_hooks
     add_distillation_hooks(trainer)
 In a loop of your own add listeners by distiller.listen, or set distiller.listeners to [] for none."""
+_NOT_CALIBRATED = """\
+GKD.BALANCE is calibrate, but nothing calibrates the weights of the losses. With a DefaultTrainer add, before
+trainer.train():
+    from gkd_d2.engine.hooks import add_distillation_hooks
+    add_distillation_hooks(trainer)
+In a loop of your own set distiller.factors to a factor for each loss, or GKD.BALANCE to fixed."""
 _NOT_AVERAGED = (
     "MODEL_EMA.ENABLED is True, but only gkd_d2.engine.trainer.Trainer, as in tools/train_net.py, keeps that average "
     "of the weights"
@@ -51,6 +57,8 @@ class GKDDistiller(nn.Module):
         gradient_scale: what the detection losses are multiplied by before their gradients at the features are taken;
             the losses do not depend on it, but in float16 small gradients would underflow without it. A trainer with
             a gradient scaler sets it to the scale.
+        factors: name of a loss -> what it is multiplied by, where the method is weighted by ratios; None: nothing has
+            calibrated it yet, as :class:`gkd_d2.engine.hooks.Calibration` does.
         listeners: what is told of each training batch, added by :meth:`listen`. None: nobody listens, of which the
             first training forward warns; []: nobody is to.
     """
@@ -98,6 +106,7 @@ class GKDDistiller(nn.Module):
         self.teacher_features = teacher_features
         self.warmup_iters = warmup_iters
         self.gradient_scale = 1.0
+        self.factors: dict[str, float] | None = None
         self.listeners: list[Listener] | None = None
         self._trainer_keys = trainer_keys
         self._teacher = teacher
@@ -257,8 +266,27 @@ class GKDDistiller(nn.Module):
             anchors=self._anchors(student) if self.method.needs_anchors else None,
         )
 
-    def distil(self, seen: Observation, features: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+    def distil(self, seen: Observation) -> dict[str, Tensor]:
         """The method's losses of a batch, weighted.
+
+        Args:
+            seen: by :meth:`observe`, with the gradients that the method needs.
+
+        Returns:
+            Key of a loss -> scalar, for the losses of a weight above 0.
+
+        Raises:
+            RuntimeError: the method is weighted by ratios, and nothing calibrates it.
+        """
+        losses = self.method_losses(seen)
+        if not self.method.by_ratio:
+            return losses
+        if self.factors is None:
+            raise RuntimeError(_NOT_CALIBRATED)
+        return {key: self.factors[self.method.terms[key].name] * loss for key, loss in losses.items()}
+
+    def method_losses(self, seen: Observation, features: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """The method's losses of a batch by its own weights, those of its config or, if they are calibrated, 1.
 
         Args:
             seen: by :meth:`observe`, with the gradients that the method needs.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -41,14 +42,55 @@ class TermReport:
         for (term, level), norm in self.norms.items():
             if self.detection[level] > 0:
                 scalars[f"gkd_ratio/{term}/{level}"] = norm / self.detection[level]
-        whole = math.hypot(*self.detection.values())
+        whole = self.detection_norm
         if whole > 0:
             scalars.update({f"gkd_ratio/{term}": self.norm(term) / whole for term, _ in self.norms})
         return scalars
 
+    @property
+    def detection_norm(self) -> float:
+        """2-norm of the gradient of the student's own losses over all levels together."""
+        return math.hypot(*self.detection.values())
+
     def norm(self, term: str) -> float:
         """2-norm of a loss's gradient over all levels together."""
         return math.hypot(*(norm for (name, _), norm in self.norms.items() if name == term))
+
+    def times(self, factors: Mapping[str, float]) -> TermReport:
+        """What would be measured of losses that are multiplied by factors.
+
+        Args:
+            factors: name of a loss -> factor, >= 0.
+        """
+        return dataclasses.replace(
+            self,
+            values={(term, level): factors[term] * value for (term, level), value in self.values.items()},
+            norms={(term, level): factors[term] * norm for (term, level), norm in self.norms.items()},
+        )
+
+
+def pooled(reports: Sequence[TermReport]) -> TermReport:
+    """What would be measured of a batch that was measured in equal parts: mean losses, and the norms of all gradients.
+
+    Args:
+        reports: of the parts, which one process computes one after the other or several at once; at least one.
+    """
+
+    def mean(name: str) -> dict:
+        return {key: sum(getattr(report, name)[key] for report in reports) / len(reports) for key in reports[0].values}
+
+    def whole(name: str) -> dict:
+        # Each part's losses enter the step as their mean does, with a part of the weight.
+        keys = getattr(reports[0], name)
+        return {key: math.hypot(*(getattr(report, name)[key] for report in reports)) / len(reports) for key in keys}
+
+    return TermReport(
+        values=mean("values"),
+        norms=whole("norms"),
+        detection=whole("detection"),
+        boxes=sum(report.boxes for report in reports),
+        factor=reports[0].factor,
+    )
 
 
 def measure_terms(
@@ -94,25 +136,34 @@ def measure_terms(
 
 
 class Measurement(Listener):
-    """Measures each loss of a distiller at each level, in the batches that it is asked to.
+    """Measures each loss of a distiller at each level, in the iterations that it is asked to.
 
-    Attributes:
-        wanted: whether the next batch is measured.
-        report: of the last batch that was, or None.
+    The losses are measured by the method's own weights: see :meth:`gkd_d2.GKDDistiller.method_losses`.
     """
 
     needs_student_grad = True
 
     def __init__(self):
-        self.wanted = True
-        self.report: TermReport | None = None
+        self._iteration = -1
+        self._reports: list[TermReport] = []
+
+    def ask(self, iteration: int) -> None:
+        """Measure the batch of an iteration; to be called before it, by whoever wants to know."""
+        if iteration != self._iteration:
+            self._iteration = iteration
+            self._reports = []
+
+    @property
+    def report(self) -> TermReport | None:
+        """Of the last iteration that was asked for, all its parts together; None where it was not measured."""
+        return pooled(self._reports) if self._reports else None
 
     def due(self) -> bool:
-        return self.wanted
+        return get_event_storage().iter == self._iteration
 
     def __call__(self, distiller: GKDDistiller, seen: Observation) -> None:
-        self.report = measure_terms(
-            lambda level, feature: distiller.distil(seen, {level: feature}),
+        report = measure_terms(
+            lambda level, feature: distiller.method_losses(seen, {level: feature}),
             dict(zip(distiller.student_features, seen.student)),
             seen.student_grad,
             terms=distiller.method.active(),
@@ -120,6 +171,7 @@ class Measurement(Listener):
             boxes=sum(len(boxes) for boxes in seen.boxes),
             factor=distiller.warmup_factor(),
         )
+        self._reports.append(report)
 
 
 def weight_for_ratio(weight: float, ratio: float, wanted: float) -> float:

@@ -73,13 +73,15 @@ class Summary:
         method, name = self.method, self.method_name
         if not method:
             return f"{name}, without a loss of a weight above 0: the student learns from the ground truth alone"
-        weights = ", ".join(f"{term.name} {term.weight:g}" for term in method.terms.values() if term.weight > 0)
+        on = [term for term in method.terms.values() if term.weight > 0]
+        weights = ", ".join(f"{term.name} {term.ratio if method.by_ratio else term.weight:g}" for term in on)
+        kind = "weights calibrated to the ratios" if method.by_ratio else "weights"
         off = ", ".join(term.name for term in method.terms.values() if term.weight == 0)
         ramp = f"; weights ramp up over {counted(self.warmup_iters, 'iteration')}" if self.warmup_iters else ""
         parameters = sum(parameter.numel() for parameter in method.parameters())
         own = f"; trains {counted(parameters, 'parameter')} of its own" if parameters else ""
         options = f"; {text}" if (text := method.describe()) else ""
-        return f"{name}, weights {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
+        return f"{name}, {kind} {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
 
     def _teacher(self) -> str:
         if not self.left_out:

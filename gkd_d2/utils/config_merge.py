@@ -66,10 +66,14 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
     check_no_options(opts)
     keys = config_keys(cfg)
     for key, value in zip(opts[::2], [*opts[1::2], None]):
-        if key not in keys:
+        group = _open_group(cfg, key)
+        if key not in keys and group is None:
             raise ValueError(_unknown(key, keys))
         if value is None or value in keys:
             raise ValueError(f"the config key {key} has no value: give pairs KEY VALUE, such as SOLVER.BASE_LR 0.01")
+        if group is not None:
+            group[key.rpartition(".")[2]] = CfgNode._decode_cfg_value(value)
+            continue
         try:
             cfg.merge_from_list([key, value])
         except ValueError as error:
@@ -182,6 +186,15 @@ def merge_loaded(cfg: CfgNode, loaded: dict, files: dict[str, str], path: str) -
         problems.append(f"{path}: {_fault(error)}")
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+def _open_group(cfg: CfgNode, key: str) -> CfgNode | None:
+    """The node of a key, where it may hold any key, such as GKD.METHOD_OPTIONS; else None."""
+    *path, name = key.split(".")
+    node = cfg
+    for part in path:
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return node if name and isinstance(node, CfgNode) and node.is_new_allowed() else None
 
 
 def _merge(cfg: CfgNode, node: CfgNode) -> tuple[str, str] | None:

@@ -161,8 +161,10 @@ class Study:
         Raises:
             TypeError, ValueError: see :func:`gkd_d2.methods.build_method`.
         """
-        terms = build_method(self.student_config(detector, name)).terms.values()
-        return {term.key: term.weight for term in terms}
+        method = build_method(self.student_config(detector, name))
+        if method.by_ratio:
+            return {term.ratio_key: term.ratio for term in method.terms.values()}
+        return {term.key: term.weight for term in method.terms.values()}
 
     def tuning_jobs(self, detector: str, name: str) -> dict[float, list[Job]]:
         """Scale -> trainings by which a setting's scale is chosen; empty where none is."""

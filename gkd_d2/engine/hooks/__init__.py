@@ -1,5 +1,6 @@
-"""Hooks for Detectron2's trainers: checkpoints, the watch over the distillation losses, pictures, float16's scale."""
+"""Hooks for Detectron2's trainers: checkpoints, weights of losses, the watch over them, pictures, float16's scale."""
 
+from gkd_d2.engine.hooks.calibration import Calibration, CalibrationError
 from gkd_d2.engine.hooks.checkpoints import PeriodicSaver, SaveOnSigterm, release_sigterm
 from gkd_d2.engine.hooks.distillation import HookOptions, add_distillation_hooks
 from gkd_d2.engine.hooks.first_lines import FirstLines
@@ -8,6 +9,8 @@ from gkd_d2.engine.hooks.pictures import PeriodicPicture
 from gkd_d2.engine.hooks.watch import DeadLossError, LossWatch
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "DeadLossError",
     "FirstLines",
     "GradientScale",

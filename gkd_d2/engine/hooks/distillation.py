@@ -9,6 +9,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 
+from gkd_d2.engine.hooks.calibration import Calibration
 from gkd_d2.engine.hooks.checkpoints import EndOfWatch, PeriodicSaver, SaveOnSigterm, saves_in_all_processes
 from gkd_d2.engine.hooks.gradient_scale import GradientScale
 from gkd_d2.engine.hooks.pictures import PeriodicPicture
@@ -25,28 +26,34 @@ class HookOptions:
         watch_period: GKD.WATCH_PERIOD.
         watch_patience: GKD.WATCH_PATIENCE.
         watch_max_ratio: GKD.WATCH_MAX_RATIO.
+        balance_start: the first iteration that is measured under GKD.BALANCE calibrate.
+        balance_iters: GKD.BALANCE_ITERS.
+        balance_max: GKD.BALANCE_MAX.
     """
 
     vis_period: int = 0
     watch_period: int = 20
     watch_patience: int = 20
     watch_max_ratio: float = 10.0
+    balance_start: int = 0
+    balance_iters: int = 64
+    balance_max: float = 5.0
 
 
 def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = None) -> None:
     """Give a trainer what a distillation needs of it and hooks can do, ahead of what saves, evaluates and writes.
 
     These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch`,
-    :class:`PeriodicPicture` and, for Detectron2's AMPTrainer, :class:`GradientScale`. To be called in all processes,
-    before ``train``; a second call adds nothing.
+    :class:`PeriodicPicture`, for Detectron2's AMPTrainer :class:`GradientScale`, and for weights by ratios
+    :class:`Calibration`. To be called in all processes, before ``train``; a second call adds nothing.
 
     Args:
         trainer: Detectron2's DefaultTrainer or a class derived from it, or another ExactTrainer.
         options: by default those of the trainer's config of yacs.
 
     Raises:
-        ValueError: a key of GKD.WATCH_* or GKD.VIS_PERIOD is out of range, or MODEL_EMA.ENABLED is set, which a trainer
-            of Detectron2 ignores.
+        ValueError: a key of GKD.WATCH_*, GKD.BALANCE_* or GKD.VIS_PERIOD is out of range, or MODEL_EMA.ENABLED is set,
+            which a trainer of Detectron2 ignores.
     """
     if any(isinstance(hook, SaveOnSigterm) for hook in trainer._hooks):
         return
@@ -64,7 +71,20 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
             if isinstance(trainer._trainer, AMPTrainer):
                 added.append(GradientScale(distiller))
             added.append(pictures)
-            added.append(LossWatch(distiller, options.watch_period, options.watch_patience, options.watch_max_ratio))
+            watch = LossWatch(distiller, options.watch_period, options.watch_patience, options.watch_max_ratio)
+            added.append(watch)
+            if distiller.method.by_ratio:
+                # After the watch, which judges the iteration by the weights that it had.
+                added.append(
+                    Calibration(
+                        distiller,
+                        watch.measurement,
+                        start=options.balance_start,
+                        iters=options.balance_iters,
+                        limit=options.balance_max,
+                        period=options.watch_period,
+                    )
+                )
     on_sigterm = SaveOnSigterm()
     added.append(on_sigterm)
     trainer.register_hooks(added)
@@ -79,7 +99,15 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
 
 def _options_of(cfg: CfgNode) -> HookOptions:
     keys = cfg.GKD
-    return HookOptions(keys.VIS_PERIOD, keys.WATCH_PERIOD, keys.WATCH_PATIENCE, keys.WATCH_MAX_RATIO)
+    return HookOptions(
+        vis_period=keys.VIS_PERIOD,
+        watch_period=keys.WATCH_PERIOD,
+        watch_patience=keys.WATCH_PATIENCE,
+        watch_max_ratio=keys.WATCH_MAX_RATIO,
+        balance_start=cfg.SOLVER.WARMUP_ITERS,
+        balance_iters=keys.BALANCE_ITERS,
+        balance_max=keys.BALANCE_MAX,
+    )
 
 
 def _asks_for_ema(trainer: TrainerBase) -> bool:

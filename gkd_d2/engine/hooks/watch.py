@@ -38,6 +38,9 @@ class LossWatch(HookBase):
         patience: number of iterations in a row with such a gradient that stop the run.
         max_ratio: norm of a loss's gradient in proportion to that of the detection losses, all levels together.
 
+    Attributes:
+        measurement: by which it measures.
+
     Raises:
         ValueError: ``period`` or ``patience`` is below 1, or ``max_ratio`` is not above 0.
         DeadLossError: in :meth:`after_step`, in all processes. Under gkd_d2's own trainer the state is saved as
@@ -51,7 +54,7 @@ class LossWatch(HookBase):
         if not max_ratio > 0:
             raise ValueError(f"GKD.WATCH_MAX_RATIO is {max_ratio}, but must be > 0")
         self._distiller = distiller
-        self._measurement = Measurement()
+        self.measurement = Measurement()
         self._terms = {term.name: term for term in distiller.method.terms.values() if term.weight > 0}
         self._period = period
         self._patience = patience
@@ -63,29 +66,33 @@ class LossWatch(HookBase):
         self._dead: dict[tuple[str, str | None], int] = {}
 
     def before_train(self) -> None:
-        self._distiller.listen(self._measurement)
+        self._distiller.listen(self.measurement)
 
     def after_train(self) -> None:
-        self._distiller.unlisten(self._measurement)
+        self._distiller.unlisten(self.measurement)
 
     def before_step(self) -> None:
         done = self.trainer.iter + 1
         self._due = self.trainer.iter == self.trainer.start_iter or done % self._period == 0
         self._due |= done == self.trainer.max_iter
-        self._measurement.wanted = self._due or bool(self._dead)
-        self._measurement.report = None
+        self._asked = self._due or bool(self._dead)
+        if self._asked:
+            self.measurement.ask(self.trainer.iter)
 
     def after_step(self) -> None:
-        if not self._measurement.wanted:
+        if not self._asked:
             return
-        reports: list[TermReport] = comm.all_gather(self._measurement.report)
+        reports: list[TermReport] = comm.all_gather(self.measurement.report)
         # Another hook may have set the distiller's listeners anew.
         if None in reports:
             return
-        means = _means(reports)
+        # A loss whose calibration has not begun teaches nothing yet, but is not dead.
+        factors = self._distiller.factors
+        weighted = reports if factors is None else [report.times(factors) for report in reports]
+        means = _means(weighted)
         for name, value in means.items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
-        with_boxes = [report for report in reports if report.boxes]
+        with_boxes = [report for report in weighted if report.boxes]
         if self._due:
             self._log(means, objects=bool(with_boxes))
         self._warn(_means(with_boxes), reports[0].factor)

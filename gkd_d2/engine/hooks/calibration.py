@@ -1,0 +1,191 @@
+"""The calibration of the losses' weights: GKD.BALANCE calibrate."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+from detectron2.engine.hooks import HookBase
+from detectron2.utils import comm
+
+from gkd_d2.engine.hooks.checkpoints import saves_in_all_processes
+from gkd_d2.engine.output import naming_output
+from gkd_d2.methods import weights_as_yaml
+from gkd_d2.modeling.balance import Balance
+from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.measure import Measurement, TermReport, pooled
+from gkd_d2.utils.text import counted, listed
+
+FILE = "calibrated_weights.yaml"
+
+
+class CalibrationError(RuntimeError):
+    """A loss has no gradient by which it could be weighted."""
+
+
+class Calibration(HookBase):
+    """Measures the losses of a method that is weighted by ratios, and sets their weights: see :class:`Balance`.
+
+    From iteration ``start`` on each iteration is measured, until the weights are frozen; they are logged and written to
+    calibrated_weights.yaml in the run's folder. Later the sum of the ratios is looked at every ``period`` iterations.
+    ``gkd_weight/<loss>`` in the EventStorage is what each loss is multiplied by. All processes have one value, that of
+    all their batches together; a step that the gradient scaler leaves out does not count.
+
+    Args:
+        distiller: whose method is weighted by ratios.
+        measurement: that the distiller tells, as of :class:`LossWatch`.
+        start: the first iteration that is measured.
+        iters: number of iterations that are, GKD.BALANCE_ITERS.
+        limit: GKD.BALANCE_MAX.
+        period: in iterations.
+
+    Raises:
+        ValueError: an argument is out of range, see :class:`Balance`.
+        CalibrationError: in :meth:`after_step`, in all processes, where the weights of a loss can't be measured.
+    """
+
+    def __init__(
+        self, distiller: GKDDistiller, measurement: Measurement, *, start: int, iters: int, limit: float, period: int
+    ):
+        self._distiller = distiller
+        self._measurement = measurement
+        self._terms = {term.name: term for term in distiller.method.terms.values() if term.weight > 0}
+        self._balance = Balance({name: term.ratio for name, term in self._terms.items()}, iters, limit)
+        self._start = start
+        self._iters = iters
+        self._limit = limit
+        self._period = period
+        self._warned = False
+
+    def before_train(self) -> None:
+        logger = logging.getLogger(__name__)
+        self._distiller.factors = self._balance.factors()
+        if self._balance.frozen:
+            logger.info("The calibrated weights of the checkpoint are kept: %s", self._listed())
+            return
+        first = max(self._start, self.trainer.start_iter)
+        last = first + self._iters - self._balance.taken
+        logger.info(
+            "The weights of the losses are calibrated in iterations %d to %d, over which they ramp up%s",
+            first,
+            last - 1,
+            "; until then nothing is imitated" if first > self.trainer.start_iter and not self._balance.taken else "",
+        )
+        if last > self.trainer.max_iter:
+            logger.warning(
+                "The run ends at iteration %d, before the weights are calibrated: GKD.BALANCE_ITERS %d iterations from "
+                "%d on are measured for that",
+                self.trainer.max_iter - 1,
+                self._iters,
+                first,
+            )
+
+    def before_step(self) -> None:
+        self._scale = _gradient_scale(self.trainer)
+        if self._calibrates() or self._caps():
+            self._measurement.ask(self.trainer.iter)
+
+    def after_step(self) -> None:
+        if not (self._calibrates() or self._caps()):
+            return
+        reports = comm.all_gather(self._measurement.report)
+        # Another hook may have set the distiller's listeners anew.
+        if None in reports:
+            raise CalibrationError(
+                f"iteration {self.trainer.iter} was not measured, as GKD.BALANCE calibrate requires: another hook has "
+                "changed the distiller's listeners"
+            )
+        if self._caps():
+            self._cap(pooled(reports))
+        elif all(comm.all_gather(_stepped(self.trainer, self._scale))):
+            self._take(pooled(reports))
+        self._distiller.factors = self._balance.factors()
+        for name, factor in self._distiller.factors.items():
+            self.trainer.storage.put_scalar(f"gkd_weight/{name}", factor, smoothing_hint=False)
+
+    def state_dict(self) -> dict:
+        """Of the calibration; part of each checkpoint."""
+        return self._balance.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Go on from a checkpoint's, with the ratios of this run.
+
+        Raises:
+            ValueError: it was calibrated without one of the losses.
+        """
+        self._balance.load_state_dict(state_dict)
+
+    def _calibrates(self) -> bool:
+        return not self._balance.frozen and self.trainer.iter >= self._start
+
+    def _caps(self) -> bool:
+        # Not in the first iteration of a resumed run, which an uninterrupted one does not measure.
+        return self._balance.frozen and (self.trainer.iter + 1) % self._period == 0
+
+    def _take(self, report: TermReport) -> None:
+        self._balance.take(report)
+        if not self._balance.frozen:
+            return
+        if lacking := self._balance.without_sample():
+            self._stop(lacking)
+        if not comm.is_main_process():
+            return
+        path = os.path.join(self.trainer.checkpointer.save_dir, FILE)
+        text = weights_as_yaml(self._distiller.method.terms.values(), self._balance.weights())
+        with naming_output(self.trainer.checkpointer.save_dir, path), open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        logging.getLogger(__name__).info(
+            "The weights of the losses are calibrated and stay: %s. %s holds them for GKD.BALANCE fixed",
+            self._listed(),
+            path,
+        )
+
+    def _cap(self, report: TermReport) -> None:
+        # Without objects the gradients of the detection losses are next to nothing.
+        if not report.boxes:
+            return
+        total = self._balance.cap(report)
+        if total is not None and not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                "At iteration %d the losses' gradients at the student's features have %.3g times the norm of those of "
+                "the detection losses, more than GKD.BALANCE_MAX %g. Their weights are smaller, for it to be that, "
+                "until it is measured again, each %s; of later times nothing is said",
+                self.trainer.iter,
+                total,
+                self._limit,
+                counted(self._period, "iteration"),
+            )
+
+    def _stop(self, names: list[str]) -> None:
+        if saves_in_all_processes(self.trainer):
+            self.trainer.save("model_stopped", resumable=False)
+        keys = [self._terms[name].ratio_key for name in names]
+        raise CalibrationError(
+            f"in the {counted(self._iters, 'iteration')} up to {self.trainer.iter} the {listed(names)} loss had no "
+            "gradient at the student's features, or one that is not finite, so that it has no weight: look at the "
+            f"data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are rare"
+        )
+
+    def _listed(self) -> str:
+        weights, spread = self._balance.weights(), self._balance.spread()
+        return ", ".join(
+            f"{name} {weights[name]:.3g} for the ratio {self._terms[name].ratio:g} (at this weight, {low:.2g} to "
+            f"{high:.2g} in 80 % of the batches)"
+            for name, (low, high) in ((n, [weights[n] * b for b in bounds]) for n, bounds in spread.items())
+        )
+
+
+def _gradient_scale(trainer) -> float:
+    """That of Detectron2's AMPTrainer; 1 elsewhere."""
+    scaler = getattr(trainer._trainer, "grad_scaler", None)
+    return scaler.get_scale() if scaler is not None else 1.0
+
+
+def _stepped(trainer, scale_before: float) -> bool:
+    """Whether the last iteration took the optimizer's step, which a gradient scaler may leave out."""
+    if saves_in_all_processes(trainer):
+        return trainer._trainer.stepped
+    # The scaler tells of a step that it left out by its scale alone.
+    return _gradient_scale(trainer) >= scale_before
