@@ -56,8 +56,8 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
 
     # How the weights of the losses are given: fixed, by each method's own keys of weights, or calibrate. Then
-    # GKD.RATIOS says how hard each loss pulls, and its weight is measured in the first iterations after
-    # SOLVER.WARMUP_ITERS, once: docs/loss_weights.md.
+    # GKD.RATIOS says how hard each loss pulls, and its weight is measured once, in the first iterations with
+    # GKD.STUDENT.INIT_FROM_TEACHER, and in the first after SOLVER.WARMUP_ITERS without: docs/loss_weights.md.
     cfg.GKD.BALANCE = "fixed"
     # Under calibrate: how large the gradient of each loss at the student's features is to be beside that of the
     # detection losses, by the name of the loss, such as BOX; at 0.0 the loss is off. A loss that is not named has the

@@ -104,7 +104,8 @@ def _options_of(cfg: CfgNode) -> HookOptions:
         watch_period=keys.WATCH_PERIOD,
         watch_patience=keys.WATCH_PATIENCE,
         watch_max_ratio=keys.WATCH_MAX_RATIO,
-        balance_start=cfg.SOLVER.WARMUP_ITERS,
+        # Heads of its own know nothing before, and what they ask of the features is not what it will be.
+        balance_start=0 if keys.STUDENT.INIT_FROM_TEACHER else cfg.SOLVER.WARMUP_ITERS,
         balance_iters=keys.BALANCE_ITERS,
         balance_max=keys.BALANCE_MAX,
     )
