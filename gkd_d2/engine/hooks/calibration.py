@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
@@ -39,6 +39,7 @@ class Calibration(HookBase):
         iters: number of iterations that are, GKD.BALANCE_ITERS.
         limit: GKD.BALANCE_MAX.
         period: in iterations.
+        place: what a key of yacs is called in the run's config.
 
     Raises:
         ValueError: an argument is out of range, see :class:`Balance`.
@@ -46,7 +47,15 @@ class Calibration(HookBase):
     """
 
     def __init__(
-        self, distiller: GKDDistiller, measurement: Measurement, *, start: int, iters: int, limit: float, period: int
+        self,
+        distiller: GKDDistiller,
+        measurement: Measurement,
+        *,
+        start: int,
+        iters: int,
+        limit: float,
+        period: int,
+        place: Callable[[str], str] = str,
     ):
         self._distiller = distiller
         self._measurement = measurement
@@ -56,6 +65,7 @@ class Calibration(HookBase):
         self._iters = iters
         self._limit = limit
         self._period = period
+        self._place = place
         self._warned = False
 
     def before_train(self) -> None:
@@ -132,7 +142,7 @@ class Calibration(HookBase):
         if not comm.is_main_process():
             return
         path = os.path.join(self.trainer.checkpointer.save_dir, FILE)
-        text = weights_as_yaml(self._distiller.method.terms.values(), self._balance.weights())
+        text = weights_as_yaml(self._distiller.method.terms.values(), self._balance.weights(), self._place)
         with naming_output(self.trainer.checkpointer.save_dir, path), open(path, "w", encoding="utf-8") as file:
             file.write(text)
         logging.getLogger(__name__).info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer
@@ -29,6 +30,7 @@ class HookOptions:
         balance_start: the first iteration that is measured under GKD.BALANCE calibrate.
         balance_iters: GKD.BALANCE_ITERS.
         balance_max: GKD.BALANCE_MAX.
+        place: what a key of yacs is called in the run's config.
     """
 
     vis_period: int = 0
@@ -38,6 +40,7 @@ class HookOptions:
     balance_start: int = 0
     balance_iters: int = 64
     balance_max: float = 5.0
+    place: Callable[[str], str] = str
 
 
 def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = None) -> None:
@@ -83,6 +86,7 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
                         iters=options.balance_iters,
                         limit=options.balance_max,
                         period=options.watch_period,
+                        place=options.place,
                     )
                 )
     on_sigterm = SaveOnSigterm()
