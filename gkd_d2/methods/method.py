@@ -171,6 +171,10 @@ class Method(nn.Module):
             term = dataclasses.replace(term, ratio=given.get(term.name.lower(), term.ratio))
             self.terms[key] = dataclasses.replace(term, weight=1.0 if term.ratio else 0.0)
 
+    def setting(self, term: Term) -> tuple[str, float]:
+        """The key of the config that says how hard a loss pulls, its ratio's or its weight's, and the value there."""
+        return (term.ratio_key, term.ratio) if self.by_ratio else (term.key, term.weight)
+
     def __bool__(self) -> bool:
         """Whether any loss has a weight above 0."""
         return any(term.weight > 0 for term in self.terms.values())

@@ -186,4 +186,4 @@ def test_the_trials_leave_no_trace(distiller_config):
         assert dict(storage.latest()) == scalars
     assert model.student.loss_normalizer == average
     assert torch.equal(torch.get_rng_state(), stream)
-    assert model.listeners == [measurement] and measurement.report is report
+    assert model.listeners == [measurement] and measurement.report == report
