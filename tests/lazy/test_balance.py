@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.solver import WarmupParamScheduler
+from documents import fenced_blocks
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from lazy_configs import write_distilled
 from omegaconf import OmegaConf
@@ -55,7 +56,7 @@ def test_ratios_reach_the_method(read, config):
     assert not fixed.by_ratio and fixed.weights.box == 1e-2
 
 
-def test_a_run_calibrates_after_the_warm_up_and_its_weights_can_be_fixed(train, read, config, caplog):
+def test_a_run_calibrates_after_the_warm_up_and_its_weights_can_be_fixed(train, read, config, project, caplog):
     caplog.set_level(logging.INFO, logger="gkd_d2")
     folder = train("calibrated", "train.balance.iters=2", "model.method.weights.box=0.5")
     rows = metrics(folder)
@@ -78,8 +79,12 @@ def test_a_run_calibrates_after_the_warm_up_and_its_weights_can_be_fixed(train, 
     assert weights["image"] == weights["relation"] == weights["attention"] == 0
     for name in ("gradient", "box"):
         assert weights[name] == pytest.approx(final[f"gkd_weight/{name}"], rel=1e-3) and weights[name] > 0
-    # In a file, as docs/lazy.md has it.
-    assert OmegaConf.merge(read(config).model, found.model) == fixed.model
+    # As docs/lazy.md has it.
+    again = config.with_name("again.py")
+    lines = fenced_blocks(project / "docs" / "lazy.md")[2].text.replace("output/my_distilled", str(folder))
+    again.write_text(f"{config.read_text()}\n{lines}")
+    method = instantiate(read(again).model).method
+    assert not method.by_ratio and {term.name: term.weight for term in method.terms.values()} == weights
 
 
 @pytest.mark.parametrize(
