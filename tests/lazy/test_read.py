@@ -51,7 +51,7 @@ def test_auto_is_the_device_that_is_there(plain):
         (["train.balance.iters=0"], "train.balance.iters is 0, but must be at least 1"),
         (["train.balance.iters=64.0"], "train.balance.iters is 64.0, but must be of the type int"),
         (["train.balance.max=0"], "train.balance.max is 0, but must be > 0"),
-        (["train.balance.max=.nan"], "train.balance.max is nan, but must be > 0"),
+        (["train.balance.max=nan"], "train.balance.max is nan, but must be > 0"),
         (["train.max_iter=[1"], r"the override 'train.max_iter=\[1' can't be applied"),
     ],
 )
@@ -61,7 +61,7 @@ def test_overrides_that_mean_nothing(overrides, message, plain):
 
 
 def test_no_cap_is_infinite(plain):
-    assert read_lazy(plain, ["train.balance.max=.inf"], eval_only=False).train.balance.max == float("inf")
+    assert read_lazy(plain, ["train.balance.max=inf"], eval_only=False).train.balance.max == float("inf")
 
 
 def test_arguments_that_a_config_leaves_out_can_be_set(plain):
