@@ -75,7 +75,7 @@ class LazyRun(Run):
         method = instantiate(self.cfg.model.method)
         if not isinstance(method, Method):
             raise TypeError(f"model.method makes {method!r}, but must make a Method")
-        settle_weights(method, self.cfg.model.get("balance", "fixed"), self.cfg.model.get("ratios") or {})
+        settle_weights(method, self.cfg.model.get("balance", "fixed"), self.cfg.model.get("ratios", {}))
         return method
 
     def problems(self) -> list[str]:

@@ -278,6 +278,8 @@ def settle_weights(method: Method, balance: str, ratios: Mapping[str, float]) ->
     """
     if balance not in BALANCES:
         raise ValueError(f"GKD.BALANCE is {balance!r}, but must be one of {', '.join(BALANCES)}")
+    if not isinstance(ratios, Mapping):
+        raise ValueError(f"GKD.RATIOS is {ratios!r}, but must be a group of ratios, each under the name of a loss")
     if balance == CALIBRATE:
         method.weigh_by_ratio(ratios)
 

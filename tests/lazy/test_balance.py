@@ -116,6 +116,8 @@ def test_the_start_without_a_warm_up(read, config):
         ),
         (["model.ratios.box=-1"], "model.ratios.box is -1, but must be a finite number >= 0"),
         (["model.ratios.box=high"], "model.ratios.box is 'high', but must be a finite number >= 0"),
+        (["model.ratios=null"], "model.ratios is None, but must be a group of ratios"),
+        (["model.ratios=3"], "model.ratios is 3, but must be a group of ratios"),
         (["model.ratios.BOX=1"], "model.ratios has BOX twice, in capitals and in small letters"),
     ],
 )
