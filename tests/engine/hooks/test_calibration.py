@@ -358,11 +358,14 @@ def overflow(trainer, parameter, iteration):
     parameter.register_hook(lambda gradient: gradient * (math.inf if trainer.iter == iteration else 1))
 
 
-@pytest.mark.parametrize("method", ["gkd", "fgd"])
-def test_float16_samples_are_those_of_float32(method, calibrating):
-    """At weight 1 a relation loss's gradient would overflow; the gradient's scale is no part of a sample."""
-    cfg = calibrating("faster", iterations=1, iters=1)
-    cfg.GKD.METHOD, cfg.GKD.RATIOS.RELATION = method, 0.3
+@pytest.mark.parametrize("method", ["gkd", "fgd", 1e-9, 1e6])
+def test_float16_samples_are_those_of_float32(method, calibrating, registered):
+    """The scale is no part of them, and at weight 1 neither do small gradients vanish nor large ones overflow."""
+    cfg = calibrating("faster", iterations=1, iters=1, channels=8)
+    if isinstance(method, float):
+        registered(cfg, lambda cfg: Sums(lambda iteration: method))
+    else:
+        cfg.GKD.METHOD, cfg.GKD.RATIOS.RELATION = method, 0.3
     samples = []
     for scale in (None, 2.0**8, 2.0**12):
         if scale:
