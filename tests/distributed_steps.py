@@ -16,6 +16,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gkd_d2  # noqa: F401  registers the distiller in a spawned process
 from gkd_d2.engine.model_ema import ModelEMA
+from gkd_d2.engine.trainer import Trainer
+
+
+def comparable(cfg: CfgNode) -> None:
+    """Take from the detectors what makes half batches differ, so that what remains must agree.
+
+    Batch statistics, random samples of anchors and proposals, and the number of proposals, by which Faster R-CNN
+    divides its losses: without suppression every image of these has as many.
+    """
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 100_000
+    cfg.MODEL.RPN.POSITIVE_FRACTION = cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
+    cfg.MODEL.RPN.NMS_THRESH = 1.0
 
 
 def gradients(model: torch.nn.Module, batch: list[dict], terms: str, *, steps: int) -> dict[str, Tensor]:
@@ -81,3 +94,10 @@ def average_of_steps(rank: int, processes: int, folder: Path) -> None:
     comm.synchronize()
     if processes > 1:
         distributed.destroy_process_group()
+
+
+def calibrated_run(cfg: CfgNode) -> None:
+    """A whole training, from weights that all processes share."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    Trainer(cfg).train()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.engine.hooks import CallbackHook
 
 from gkd_d2.engine.trainer import Trainer
 
@@ -15,6 +19,20 @@ def train(cfg: CfgNode) -> Trainer:
     trainer = Trainer(cfg)
     trainer.train()
     return trainer
+
+
+def killed(cfg: CfgNode, iteration: int) -> None:
+    """A training that is killed at the end of an iteration; for a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    trainer = Trainer(cfg)
+
+    def kill(trainer):
+        if trainer.iter == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.register_hooks([CallbackHook(after_step=kill)])
+    trainer.train()
 
 
 def metrics(folder: str | Path) -> dict[int, dict[str, float]]:

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch.nn import functional as F
 
 from gkd_d2 import GKDDistiller, SplitDetector, add_gkd_config
@@ -112,9 +112,23 @@ def train(
     return history
 
 
-def watched(distiller: GKDDistiller) -> Measurement:
+class EveryBatch(Measurement):
+    """Measures every training batch by itself, as long as it is ``wanted``, unasked."""
+
+    wanted = True
+
+    def due(self):
+        self.ask(get_event_storage().iter)
+        return self.wanted
+
+    def __call__(self, distiller, seen):
+        self._reports.clear()
+        super().__call__(distiller, seen)
+
+
+def watched(distiller: GKDDistiller) -> EveryBatch:
     """Has every training batch measured from now on; the last report is in what is returned."""
-    measurement = Measurement()
+    measurement = EveryBatch()
     distiller.listen(measurement)
     return measurement
 

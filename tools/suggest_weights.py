@@ -2,11 +2,12 @@
 """Measure each distillation loss's gradient against the detection loss's, and propose weights.
 
 A run of batches goes through teacher and student without any update. The gradients are those of the losses of
-GKD.METHOD at the student's features; a ratio of 0.5 means that a loss pulls half as hard there as the detection losses
-do. What is right depends on data and schedule: start with 0.1 to 1 a loss, and watch gkd_ratio/* of the run. A loss of
-weight 0 is off and left out unless --term names it.
+GKD.METHOD at the student's features; a ratio of 0.5 means that a loss's is half as large there as that of the detection
+losses. The weights are those that GKD.BALANCE calibrate finds over these batches, for the ratios of GKD.RATIOS and the
+method, or of --ratio and --term. What is right depends on data and schedule: watch gkd_ratio/* of the run. A loss that
+is off, of weight 0 or under calibrate of ratio 0, is left out unless --term names it.
 MODEL.WEIGHTS names the student's checkpoint, KEY VALUE pairs at the end override the config. Examples:
-    python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml --batches 200 --ratio 0.5
+    python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml --batches 200
     python tools/suggest_weights.py --config-file configs/toy/gkd_frcnn.yaml --batches 20 \\
         --ratio 0.3 --term gradient=1.0 --term attention=0.1
     python tools/suggest_weights.py --config-file configs/gkd_frcnn_kitti.yaml GKD.METHOD fgd
@@ -16,19 +17,12 @@ import argparse
 import itertools
 import sys
 
-from gkd_d2.analysis.gradient_ratios import (
-    measure_ratios,
-    ratio_table,
-    suggest_weights,
-    unit_weights,
-    wanted_ratios,
-    weights_as_yaml,
-)
+from gkd_d2.analysis.gradient_ratios import measure_weights, ratio_table, ratios_as_yaml, to_measure, wanted_ratios
 from gkd_d2.config import read_distiller_config, without_backbone_weights
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.trainer import Trainer
-from gkd_d2.methods import build_method
+from gkd_d2.methods import build_method, weights_as_yaml
 from gkd_d2.utils.checkpoint import StudentCheckpointer
 from gkd_d2.utils.command_line import check_at_least, parse_options_first
 from gkd_d2.utils.progress import track
@@ -43,7 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="of a distiller")
     parser.add_argument("--batches", type=int, default=200, metavar="N", help="to measure with (default: 200)")
-    parser.add_argument("--ratio", type=ratio, default=0.5, metavar="R", help="wanted for every loss (default: 0.5)")
+    parser.add_argument(
+        "--ratio", type=ratio, metavar="R", help="wanted for every loss (default: each one's own, see GKD.RATIOS)"
+    )
     parser.add_argument(
         "--term",
         type=term_ratio,
@@ -87,25 +83,27 @@ def main() -> None:
         cfg.freeze()
         if cfg.MODEL.WEIGHTS:
             cfg = without_backbone_weights(cfg)
-        terms = list(build_method(cfg).terms.values())
-        wanted = wanted_ratios(cfg.GKD.METHOD, terms, args.ratio, dict(args.term))
-        off = [term for term in terms if term.name not in wanted]
-        terms = [term for term in terms if term.name in wanted]
-        unit = unit_weights(cfg, wanted)
+        method = build_method(cfg)
+        wanted = wanted_ratios(cfg, args.ratio, dict(args.term))
         check_inputs(YacsRun(cfg), eval_only=False, resume=False)
         seed_everything(cfg.SEED)
-        distiller = build_model(unit)
+        distiller = build_model(to_measure(cfg, wanted))
         StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
         batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
-        ratios = measure_ratios(distiller, track(batches, total=args.batches, title="batches"), cfg.SEED)
+        found = measure_weights(distiller, track(batches, total=args.batches, title="batches"), cfg.SEED)
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
-    weights = suggest_weights(ratios, wanted)
-    print(f"\n{ratio_table(terms, ratios, weights)}\n")
-    for term in off:
-        print(f"Left out: {term.name}, whose weight {term.key} is 0. Measure it by --term {term.name}={args.ratio:g}\n")
-    print(f"For {', '.join(f'{t} {r:g}' for t, r in wanted.items())}:\n")
-    print(weights_as_yaml(terms, weights), end="")
+    print(f"\n{ratio_table(method, wanted, found)}\n")
+    terms = method.terms.values()
+    for term in terms:
+        if term.name not in found and term.name not in dict(args.term):
+            key, value = method.setting(term)
+            # On by its weight, and of no ratio.
+            key = key if value == 0 else term.ratio_key
+            print(f"Left out: {term.name}, since {key} is 0. Measure it by --term {term.name}=0.3\n")
+    print("Weights for these ratios:\n")
+    print(f"# Or, for each training to find its own:  {ratios_as_yaml(terms, wanted)}")
+    print(weights_as_yaml(terms, {name: loss.weight for name, loss in found.items()}), end="")
 
 
 if __name__ == "__main__":

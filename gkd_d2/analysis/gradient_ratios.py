@@ -3,83 +3,84 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from gkd_d2.methods import Term, build_method
+from gkd_d2.methods import CALIBRATE, Method, Term, build_method
+from gkd_d2.modeling.balance import Balance
 from gkd_d2.modeling.distiller import GKDDistiller
-from gkd_d2.modeling.measure import Measurement, TermReport, weight_for_ratio
+from gkd_d2.modeling.measure import Measurement
 from gkd_d2.utils.random_streams import mix_seed, seed_everything
 from gkd_d2.utils.text import counted
 
-# What a ratio is measured with: its gradient is proportional to a loss's weight.
-UNIT = 1.0
-
 
 @dataclasses.dataclass(frozen=True)
-class Ratio:
-    """The gradient of one loss of weight 1 in proportion to the detection loss's, at the student's features.
+class Found:
+    """What batches say of one loss.
 
     Attributes:
-        median: over the batches, all levels together.
-        low: the tenth percentile.
-        high: the ninetieth percentile.
-        levels: level name -> median at this level.
+        weight: at which it has its ratio, as a calibration over these batches finds it.
+        low: the tenth percentile of the batches' ratios at weight 1, all levels together.
+        high: the ninetieth.
+        levels: level name -> the median of the batches' ratios at this level and weight 1.
     """
 
-    median: float
+    weight: float
     low: float
     high: float
     levels: dict[str, float]
 
 
-def wanted_ratios(method: str, terms: Sequence[Term], ratio: float, given: Mapping[str, float]) -> dict[str, float]:
-    """The ratios that are asked for, of the losses that are on or named.
+def wanted_ratios(cfg: CfgNode, ratio: float | None, given: Mapping[str, float]) -> dict[str, float]:
+    """The ratios that are asked for.
 
     Args:
-        method: GKD.METHOD, for errors.
-        terms: its losses.
-        ratio: for every loss.
-        given: name of a loss -> ratio instead.
+        cfg: of a distiller.
+        ratio: for every loss that is on: of a weight above 0 or, under GKD.BALANCE calibrate, of a ratio above 0. None:
+            each one's own, from its method and GKD.RATIOS.
+        given: name of a loss -> ratio instead, also of one that is off.
 
     Returns:
-        Name of a loss -> ratio.
+        Name of a loss -> ratio, of all losses of the method; 0 of those that are left out.
 
     Raises:
-        ValueError: ``given`` names a loss that is not among ``terms``, or no loss is left.
+        ValueError: ``given`` names no loss of the method, or no loss is left.
+        TypeError: see :func:`gkd_d2.methods.build_method`.
     """
+    method, terms = build_method(cfg), build_method(to_measure(cfg, cfg.GKD.RATIOS)).terms
     if not terms:
-        raise ValueError(f"GKD.METHOD is {method}, which has no loss to weigh")
-    names = [term.name for term in terms]
+        raise ValueError(f"GKD.METHOD is {cfg.GKD.METHOD}, which has no loss to weigh")
+    names = [term.name for term in terms.values()]
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"--term names {', '.join(unknown)}, but the method's losses are {', '.join(names)}")
-    wanted = {term.name: given.get(term.name, ratio) for term in terms if term.weight > 0 or term.name in given}
-    if not wanted:
-        raise ValueError(f"all weights of GKD.METHOD {method} are 0: name losses by --term {names[0]}=0.5")
+    wanted = {}
+    for key, term in terms.items():
+        own = term.ratio if ratio is None else ratio
+        wanted[term.name] = given.get(term.name, own if key in method.active() else 0.0)
+    if not any(wanted.values()):
+        raise ValueError(
+            f"all losses of GKD.METHOD {cfg.GKD.METHOD} are off, or their ratios 0: name some by --term {names[0]}=0.3"
+        )
     return wanted
 
 
-def unit_weights(cfg: CfgNode, names: Collection[str]) -> CfgNode:
-    """A copy of a distiller's config with some losses at weight 1, from the first iteration on, and the others at 0.
+def to_measure(cfg: CfgNode, ratios: Mapping[str, float]) -> CfgNode:
+    """A copy of a distiller's config whose losses have ratios, from the first iteration on.
 
     Args:
         cfg: of the distiller.
-        names: of the losses to measure.
+        ratios: name of a loss -> ratio; at 0 it is left out.
     """
-    method = build_method(cfg)
     cfg = cfg.clone()
     cfg.defrost()
-    for term in method.terms.values():
-        *path, name = term.key.split(".")
-        functools.reduce(operator.getitem, path, cfg)[name] = UNIT if term.name in names else 0.0
+    cfg.GKD.BALANCE = CALIBRATE
+    cfg.GKD.RATIOS = CfgNode({name.upper(): ratio for name, ratio in ratios.items()}, new_allowed=True)
     cfg.GKD.WARMUP_ITERS = 0
     # Batches are measured whole.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
@@ -87,104 +88,100 @@ def unit_weights(cfg: CfgNode, names: Collection[str]) -> CfgNode:
     return cfg
 
 
-def measure_ratios(distiller: GKDDistiller, batches: Iterable[list[dict]], seed: int) -> dict[str, Ratio]:
-    """Run a distiller on batches without training it, and measure its losses' gradients.
+def measure_weights(distiller: GKDDistiller, batches: Iterable[list[dict]], seed: int) -> dict[str, Found]:
+    """Run a distiller on batches without training it, and find the weights that a calibration would over them.
 
     Args:
-        distiller: built from :func:`unit_weights`; left in training mode. Its weights stay, its BatchNorm statistics
-            move as in training.
+        distiller: built from :func:`to_measure`; left in training mode. Its weights stay, its BatchNorm statistics move
+            as in training.
         batches: with ground truth.
         seed: of the random draws.
 
     Returns:
-        Name of a loss -> its ratio.
+        Name of a loss -> what was found, of those of a ratio above 0.
 
     Raises:
-        ValueError: there is no batch, or a loss has no gradient or none that is finite.
+        ValueError: there is no batch, a loss has no gradient or none that is finite, or a network holds values that are
+            not finite.
     """
-    reports: list[TermReport] = []
+    method = distiller.method
+    terms = [method.terms[key] for key in method.active()]
+    # Frozen by no number of batches.
+    balance = Balance({term.name: term.ratio for term in terms}, sys.maxsize)
+    rows: list[dict[str, float]] = []
+    distiller.check_finite()
     distiller.train()
     measurement = Measurement()
-    distiller.listen(measurement)
-    try:
-        with EventStorage() as storage:
-            for batch in batches:
-                seed_everything(mix_seed(seed, storage.iter))
-                measurement.ask(storage.iter)
-                distiller(batch)
-                reports.append(measurement.report)
-                storage.step()
-    finally:
-        distiller.unlisten(measurement)
-    if not reports:
-        raise ValueError("there is no batch to measure the losses with")
-    rows = [report.scalars() for report in reports]
-    ratios = {}
-    for term in distiller.method.active().values():
-        whole = _values(rows, f"gkd_ratio/{term}")
-        if not (len(whole) and np.isfinite(whole).all() and np.median(whole) > 0):
-            raise ValueError(
-                f"in {counted(len(rows), 'batch', 'batches')} the {term} loss had no gradient at the student's "
-                "features, or one that is not finite, so that no weight can be proposed: look at the data, the teacher "
-                "and the student's weights"
+    with EventStorage() as storage:
+        for batch in batches:
+            # As the first process of a training does.
+            seed_everything(mix_seed(seed, storage.iter, 0))
+            measurement.ask(storage.iter)
+            measurement(
+                distiller,
+                distiller.observe(batch, student_grad=True, teacher_grad=method.needs_teacher_grad).detached(),
             )
-        levels = {level: _values(rows, f"gkd_ratio/{term}/{level}") for level in distiller.student_features}
-        ratios[term] = Ratio(
-            median=float(np.median(whole)),
-            low=float(np.percentile(whole, 10)),
-            high=float(np.percentile(whole, 90)),
-            levels={level: float(np.median(values)) for level, values in levels.items() if len(values)},
+            balance.take(measurement.report)
+            rows.append(measurement.report.scalars())
+            storage.step()
+    if not rows:
+        raise ValueError("there is no batch to measure the losses with")
+    if lacking := balance.without_sample():
+        raise ValueError(
+            f"in {counted(len(rows), 'batch', 'batches')} the {lacking[0]} loss had no gradient at the student's "
+            "features, or one that is not finite, so that no weight can be proposed: look at the data, the teacher "
+            "and the student's weights"
         )
-    return ratios
+    weights, spread = balance.weights(), balance.spread()
+    return {
+        term.name: Found(weights[term.name], *spread[term.name], _medians(rows, term.name, distiller.student_features))
+        for term in terms
+    }
 
 
-def suggest_weights(ratios: dict[str, Ratio], wanted: dict[str, float]) -> dict[str, float]:
-    """The weights at which the losses' gradients have wanted ratios to the detection loss's.
+def ratio_table(method: Method, wanted: Mapping[str, float], found: Mapping[str, Found]) -> str:
+    """What was measured, as a Markdown table.
 
-    Args:
-        ratios: from :func:`measure_ratios`.
-        wanted: name of a loss -> ratio, >= 0.
-
-    Returns:
-        Name of a loss -> weight, to two digits.
-    """
-    return {term: weight_for_ratio(UNIT, ratio.median, wanted[term]) for term, ratio in ratios.items()}
-
-
-def ratio_table(terms: Iterable[Term], ratios: Mapping[str, Ratio], weights: Mapping[str, float]) -> str:
-    """What was measured, at today's weights, and the weights that are proposed, as a Markdown table.
+    Ratios are those at the weights of the config or, where it has none because they are calibrated, at the weights that
+    were found.
 
     Args:
-        terms: a row each.
-        ratios: from :func:`measure_ratios`.
-        weights: from :func:`suggest_weights`.
+        method: of the config.
+        wanted: name of a loss -> ratio.
+        found: from :func:`measure_weights`; a row each.
     """
     rows = []
-    for term in terms:
-        now, found = term.weight, ratios[term.name]
-        levels = " ".join(f"{level} {now * value:.2g}" for level, value in found.levels.items())
-        spread = f"{now * found.low:.2g} to {now * found.high:.2g}"
-        rows.append([term.name, now, f"{now * found.median:.3g}", spread, levels, weights[term.name]])
-    headers = ["loss", "weight", "ratio: median", "10 % to 90 % of the batches", "median by level", "proposed weight"]
+    for term in method.terms.values():
+        if term.name not in found:
+            continue
+        loss, ratio = found[term.name], wanted[term.name]
+        now = loss.weight if method.by_ratio else term.weight
+        levels = " ".join(f"{level} {now * value:.2g}" for level, value in loss.levels.items())
+        present = [] if method.by_ratio else [f"{now:g}", f"{now * ratio / loss.weight:.3g}"]
+        spread = f"{now * loss.low:.2g} to {now * loss.high:.2g}"
+        rows.append([term.name, *present, spread, levels, f"{ratio:g}", f"{loss.weight:.4g}"])
+    present = [] if method.by_ratio else ["weight", "ratio: median"]
+    headers = ["loss", *present, "ratio: 10 % to 90 % of the batches", "median by level", "wanted ratio", "its weight"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def weights_as_yaml(terms: Iterable[Term], weights: Mapping[str, float]) -> str:
-    """The weights as they stand in a config file.
+def ratios_as_yaml(terms: Iterable[Term], ratios: Mapping[str, float]) -> str:
+    """The YAML, in one line, of a config that has each training calibrate its weights.
 
     Args:
-        terms: of the weights.
-        weights: from :func:`suggest_weights`.
+        terms: all losses of the method.
+        ratios: name of a loss -> ratio; one that is not named is off.
     """
-    nested: dict = {}
-    for term in terms:
-        *path, key = term.key.split(".")
-        node = nested
-        for name in path:
-            node = node.setdefault(name, {})
-        node[key] = weights[term.name]
-    return yaml.safe_dump(nested, sort_keys=False)
+    keys = ", ".join(f"{term.name.upper()}: {ratios.get(term.name, 0.0):g}" for term in terms)
+    return f"GKD: {{BALANCE: {CALIBRATE}, RATIOS: {{{keys}}}}}"
 
 
-def _values(rows: list[dict[str, float]], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows if name in row])
+def _medians(rows: list[dict[str, float]], name: str, levels: Iterable[str]) -> dict[str, float]:
+    """Level name -> median over the batches in which the level has a ratio that is finite."""
+    found = {}
+    for level in levels:
+        key = f"gkd_ratio/{name}/{level}"
+        values = np.array([row[key] for row in rows if key in row])
+        if np.isfinite(values).any():
+            found[level] = float(np.median(values[np.isfinite(values)]))
+    return found

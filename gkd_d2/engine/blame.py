@@ -164,16 +164,20 @@ class Blame:
         found = f"Last seen: {'; '.join(fact for fact in facts if fact)}. "
         if losses and terms.keys() >= set(losses):
             # The student's own losses are finite, so that these are too large by themselves.
-            return f"{found}Lower {' and '.join(_weight(terms[key]) for key in losses)}"
+            return f"{found}Lower {' and '.join(self._setting(terms[key]) for key in losses)}"
         found += "Lower SOLVER.BASE_LR, or clip the gradients by SOLVER.CLIP_GRADIENTS"
         heaviest = max(terms.values(), key=lambda term: ratios.get(term.name, 0.0), default=None)
         if heaviest and ratios.get(heaviest.name, 0.0) > 1:
-            found += f", or lower {_weight(heaviest)}"
+            found += f", or lower {self._setting(heaviest)}"
         student = self._module.student if isinstance(self._module, GKDDistiller) else self._module
         if self._from_scratch and from_scratch.has_frozen_random_weights(student):
             advice = from_scratch.advice_for(student)
             found += f". MODEL.WEIGHTS is empty, so that frozen layers keep their random values: {advice}"
         return found
+
+    def _setting(self, term: Term) -> str:
+        key, value = self._module.method.setting(term)
+        return f"{key}, which is {value:g}"
 
     @contextlib.contextmanager
     def _trials(self):
@@ -224,10 +228,6 @@ def _sizes(latest: dict[str, tuple[float, int]]) -> list[str]:
 def _ratios(latest: dict[str, tuple[float, int]], names: list[str]) -> dict[str, float]:
     """The gkd_ratio of each loss, by its name, as far as they were measured."""
     return {name: latest[f"gkd_ratio/{name}"][0] for name in names if f"gkd_ratio/{name}" in latest}
-
-
-def _weight(term: Term) -> str:
-    return f"{term.key}, which is {term.weight:g}"
 
 
 def _copy_state(module: nn.Module) -> dict[str, Tensor]:

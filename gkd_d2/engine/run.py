@@ -21,6 +21,7 @@ from gkd_d2.config import (
 )
 from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.methods import Method, build_method
+from gkd_d2.modeling.balance import Balance
 from gkd_d2.utils.registries import architecture_class
 
 
@@ -149,6 +150,18 @@ class YacsRun(Run):
         return build_method(self.cfg)
 
     def problems(self):
+        return [*self._calibration_problems(), *self._augmentation_problems()]
+
+    def _calibration_problems(self) -> list[str]:
+        if not self.distilled:
+            return []
+        try:
+            Balance({}, self.cfg.GKD.BALANCE_ITERS, self.cfg.GKD.BALANCE_MAX)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def _augmentation_problems(self) -> list[str]:
         cfg, architecture = self.cfg, detector_architecture(self.cfg)
         if not (cfg.TEST.AUG.ENABLED and architecture in META_ARCH_REGISTRY):
             return []

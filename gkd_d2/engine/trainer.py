@@ -54,9 +54,9 @@ class Trainer(ExactTrainer, DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """Detectron2's; it also scales GKD.WARMUP_ITERS, GKD.WATCH_PERIOD and GKD.VIS_PERIOD as it does its own counts.
+        """Detectron2's; it also scales the counts of GKD as it does its own.
 
-        A period above 0 stays at 1 or more.
+        These are WARMUP_ITERS, BALANCE_ITERS, WATCH_PERIOD and VIS_PERIOD, of which the last three stay at 1 or more.
         """
         reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
@@ -65,7 +65,7 @@ class Trainer(ExactTrainer, DefaultTrainer):
         scale = num_workers / reference
         frozen = scaled.is_frozen()
         scaled.defrost()
-        for key, least in (("WARMUP_ITERS", 0), ("WATCH_PERIOD", 1), ("VIS_PERIOD", 1)):
+        for key, least in (("WARMUP_ITERS", 0), ("BALANCE_ITERS", 1), ("WATCH_PERIOD", 1), ("VIS_PERIOD", 1)):
             if cfg.GKD[key] > 0:
                 scaled.GKD[key] = max(least, round(cfg.GKD[key] / scale))
         if frozen:

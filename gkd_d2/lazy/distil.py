@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from detectron2.config import LazyCall
 from omegaconf import DictConfig
@@ -14,7 +15,7 @@ from gkd_d2.config import DetectorSpec, YacsSpec, detector_config, without_backb
 from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
 from gkd_d2.losses import LossWeights
-from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing
+from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing, keys_without_effect, settle_weights
 from gkd_d2.modeling.backbone import check_timm_images
 from gkd_d2.modeling.build import join
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -31,6 +32,8 @@ def distil(
     teacher_weights: str,
     teacher_opts: Sequence[str] = (),
     method: DictConfig | str = "gkd",
+    balance: str = "fixed",
+    ratios: Mapping[str, float] = MappingProxyType({}),
     features: Sequence[str] = (),
     teacher_features: Sequence[str] = (),
     init_from_teacher: bool = False,
@@ -51,6 +54,8 @@ def distil(
         teacher_weights: its checkpoint.
         teacher_opts: changes to a teacher's file: "key=value" for a ``.py``, KEY, VALUE for a ``.yaml``.
         method: LazyCall of a :class:`gkd_d2.Method`, or the name of one of this project's.
+        balance: GKD.BALANCE.
+        ratios: GKD.RATIOS, by names of losses such as "box".
         features: GKD.FEATURES.
         teacher_features: GKD.TEACHER.FEATURES.
         init_from_teacher: GKD.STUDENT.INIT_FROM_TEACHER.
@@ -73,6 +78,8 @@ def distil(
         teacher=node,
         teacher_weights=teacher_weights,
         method=_method(method),
+        balance=balance,
+        ratios=dict(ratios),
         features=list(features),
         teacher_features=list(teacher_features),
         init_from_teacher=init_from_teacher,
@@ -93,6 +100,8 @@ def build_distiller(
     teacher: nn.Module,
     teacher_weights: str,
     method: Method,
+    balance: str = "fixed",
+    ratios: Mapping[str, float] = MappingProxyType({}),
     features: Sequence[str] = (),
     teacher_features: Sequence[str] = (),
     init_from_teacher: bool = False,
@@ -110,8 +119,8 @@ def build_distiller(
     Args:
         student: a detector.
         teacher: another, with random weights.
-        teacher_weights, method, features, teacher_features, init_from_teacher, warmup_iters, one_pass: see
-            :func:`distil`.
+        teacher_weights, method, balance, ratios, features, teacher_features, init_from_teacher, warmup_iters, one_pass:
+            see :func:`distil`. The weights of the method are changed as ``balance`` says.
         seed: of all random streams beside the student's, >= 0.
         image_format: order of the channels of the images in a batch, such as "BGR"; default: the student's
             ``input_format``.
@@ -121,14 +130,16 @@ def build_distiller(
         left_out: heads that it is built without, "mask" or "keypoint".
 
     Raises:
-        ValueError: teacher and student do not match, an option is out of range, or the images are not what the weights
-            of a student's backbone of timm were trained with.
+        ValueError: teacher and student do not match, an option is out of range, a ratio names no loss, or the images
+            are not what the weights of a student's backbone of timm were trained with.
         TypeError: an option is not of its type.
         CheckpointError: the teacher's checkpoint can't be read, or leaves a parameter unset.
     """
     for name, value in (("init_from_teacher", init_from_teacher), ("one_pass", one_pass)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, but must be True or False")
+    weights = {term.key: term.weight for term in method.terms.values()}
+    settle_weights(method, balance, ratios)
     image_format = image_format or _input_format(student)
     check_timm_images(student, image_format)
     parts = join(
@@ -147,6 +158,7 @@ def build_distiller(
         teacher_file=teacher_file,
         weights="the checkpoint that was loaded",
         left_out=left_out,
+        unused=keys_without_effect(method, weights, ratios),
     )
     return GKDDistiller(**parts)
 

@@ -18,6 +18,9 @@ _NAMES = {
     "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
     "DATASETS.TEST": "dataloader.test.dataset.names",
     "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "GKD.BALANCE": "model.balance",
+    "GKD.BALANCE_ITERS": "train.balance.iters",
+    "GKD.BALANCE_MAX": "train.balance.max",
     "GKD.FEATURES": "model.features",
     "GKD.FGD.ATTENTION_WEIGHT": "model.method.attention",
     "GKD.FGD.BACKGROUND_WEIGHT": "model.method.background",
@@ -36,6 +39,7 @@ _NAMES = {
     "GKD.METHOD": "model.method",
     "GKD.ONE_PASS": "model.one_pass",
     "GKD.PKD.WEIGHT": "model.method.weight",
+    "GKD.RATIOS": "model.ratios",
     "GKD.STUDENT.INIT_FROM_TEACHER": "model.init_from_teacher",
     "GKD.TEACHER.CONFIG_FILE": "model.teacher",
     "GKD.TEACHER.OPTS": "teacher_opts of distil",
@@ -85,7 +89,7 @@ _NAMES = {
 # Options of the method, such as GKD.MAP_REGION.
 _OF_METHOD = {f"GKD.{field.name.upper()}" for field in dataclasses.fields(LossOptions)} | {"GKD.IMPLEMENTATION"}
 # Not within a path.
-_KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z_]*)+|OUTPUT_DIR|SEED)(?![\w/-]|\.\w)")
+_KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z0-9_]*)+|OUTPUT_DIR|SEED)(?![\w/-]|\.\w)")
 # What is said of a run of yacs, and what instead.
 _PHRASES = {
     ", as gkd_d2.config.read_config does by itself": "",
@@ -109,6 +113,8 @@ def lazy_name(key: str) -> str:
     """The name of a key of yacs in a LazyConfig; the key itself where it has no counterpart."""
     if key in _OF_METHOD:
         return f"model.method.{key.removeprefix('GKD.').lower()}"
+    if key.startswith("GKD.RATIOS."):
+        return f"model.ratios.{key.removeprefix('GKD.RATIOS.').lower()}"
     return _NAMES.get(key, key)
 
 

@@ -35,6 +35,8 @@ _TRAIN = {
     "clip_gradients": {"enabled": False, "clip_type": "value", "clip_value": 1.0, "norm_type": 2.0},  # SOLVER
     "vis_period": 0,  # GKD.VIS_PERIOD
     "watch": {"period": 20, "patience": 20, "max_ratio": 10.0},  # GKD.WATCH_*
+    # GKD.BALANCE_*; the first iteration that is measured, -1: the one after the warm-up of the learning rate.
+    "balance": {"start": -1, "iters": 64, "max": 5.0},
 }
 _LEAST = {
     "max_iter": 1,
@@ -46,7 +48,10 @@ _LEAST = {
     "vis_period": 0,
     "watch.period": 1,
     "watch.patience": 1,
+    "balance.start": -1,
+    "balance.iters": 1,
 }
+_ABOVE_0 = ("clip_gradients.clip_value", "clip_gradients.norm_type", "balance.max")
 # What build_detection_train_loader takes, of which all has its effect here.
 _TRAIN_LOADER = (
     "_target_",
@@ -92,7 +97,7 @@ def read_lazy(config_file: str, overrides: Sequence[str], *, eval_only: bool) ->
             "configs/common has ready parts"
         )
     cfg.train = OmegaConf.merge(_TRAIN, cfg.get("train") or {})
-    override_lazy(cfg, [f"+{text}" if _sets_ddp(text) else text for text in overrides])
+    override_lazy(cfg, [f"+{text}" if _sets_ddp(text) or _sets_ratio(text) else text for text in overrides])
     _check_train(cfg.train)
     if cfg.train.device == "auto":
         cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +116,11 @@ def _sets_ddp(override: str) -> bool:
     return start == "train.ddp" and name in inspect.signature(DistributedDataParallel).parameters
 
 
+def _sets_ratio(override: str) -> bool:
+    """Whether an override sets the ratio of a loss, whose names a config need not list."""
+    return override.partition("=")[0].rpartition(".")[0] == "model.ratios"
+
+
 def _check_train(train: DictConfig) -> None:
     """Check the values of ``train`` that are known: each is of the type of its default, and not out of range."""
     for key, default in flattened(_TRAIN):
@@ -122,12 +132,11 @@ def _check_train(train: DictConfig) -> None:
             )
         if value < _LEAST.get(key, value):
             raise ValueError(f"train.{key} is {value}, but must be at least {_LEAST[key]}")
-    clipping = train.clip_gradients
-    if clipping.clip_type not in ("value", "norm"):
-        raise ValueError(f"train.clip_gradients.clip_type is {clipping.clip_type!r}, but must be 'value' or 'norm'")
-    for key in ("clip_value", "norm_type"):
-        if clipping[key] <= 0:
-            raise ValueError(f"train.clip_gradients.{key} is {clipping[key]}, but must be > 0")
+        if key in _ABOVE_0 and not value > 0:
+            raise ValueError(f"train.{key} is {value}, but must be > 0")
+    clip_type = train.clip_gradients.clip_type
+    if clip_type not in ("value", "norm"):
+        raise ValueError(f"train.clip_gradients.clip_type is {clip_type!r}, but must be 'value' or 'norm'")
 
 
 def keys_without_effect(cfg: DictConfig) -> list[str]:

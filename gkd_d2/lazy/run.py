@@ -18,7 +18,7 @@ from gkd_d2.config.lazy_spec import (
 from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.engine.run import Run, Teacher
 from gkd_d2.lazy.distil import teacher_of
-from gkd_d2.methods import Method
+from gkd_d2.methods import Method, settle_weights
 
 _COCO_EVALUATOR = "detectron2.evaluation.coco_evaluation.COCOEvaluator"
 _TRAIN_LOADER = f"{build_detection_train_loader.__module__}.{build_detection_train_loader.__qualname__}"
@@ -75,6 +75,7 @@ class LazyRun(Run):
         method = instantiate(self.cfg.model.method)
         if not isinstance(method, Method):
             raise TypeError(f"model.method makes {method!r}, but must make a Method")
+        settle_weights(method, self.cfg.model.get("balance", "fixed"), self.cfg.model.get("ratios", {}))
         return method
 
     def problems(self) -> list[str]:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import samplers
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
-from detectron2.solver import LRMultiplier
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from gkd_d2.config.lazy_spec import called_with
+from gkd_d2.config.lazy_spec import called_with, is_called
 from gkd_d2.data.build import check_batch, seeded_loader
 from gkd_d2.data.mapper import FileNamingMapper
 from gkd_d2.engine.exact_trainer import ExactTrainer
@@ -28,9 +28,12 @@ from gkd_d2.engine.model_ema import ModelEMA, named_ema
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import draw_seed
 from gkd_d2.engine.writers import build_writers
+from gkd_d2.lazy.names import lazy_name
 from gkd_d2.lazy.run import LazyRun, is_distilled
 from gkd_d2.modeling.backbone import check_timm_images
 from gkd_d2.modeling.distiller import GKDDistiller
+
+_WARMUP = f"{WarmupParamScheduler.__module__}.{WarmupParamScheduler.__qualname__}"
 
 
 class LazyTrainer(ExactTrainer):
@@ -74,8 +77,17 @@ class LazyTrainer(ExactTrainer):
             writers = build_writers(train.output_dir, train.max_iter)
             built.append(hooks.PeriodicWriter(writers, period=train.log_period))
         self.register_hooks([*built, FirstLines()])
-        watch = train.watch
-        add_distillation_hooks(self, HookOptions(train.vis_period, watch.period, watch.patience, watch.max_ratio))
+        options = HookOptions(
+            vis_period=train.vis_period,
+            watch_period=train.watch.period,
+            watch_patience=train.watch.patience,
+            watch_max_ratio=train.watch.max_ratio,
+            balance_start=_balance_start(cfg),
+            balance_iters=train.balance.iters,
+            balance_max=train.balance.max,
+            place=lazy_name,
+        )
+        add_distillation_hooks(self, options)
 
 
 def settle_lazy_seed(cfg: DictConfig, *, resume: bool) -> None:
@@ -146,6 +158,16 @@ def _move_to_ema(node: DictConfig | ListConfig, output_dir: str) -> None:
                 node[key] = f"{os.path.normpath(value)}_EMA"
             else:
                 node[key] = os.path.join(output_dir, f"{first}_EMA", *others)
+
+
+def _balance_start(cfg: DictConfig) -> int:
+    """The first iteration that is measured for the weights of the losses, by default when the warm-up is over."""
+    if cfg.train.balance.start >= 0:
+        return cfg.train.balance.start
+    schedule = cfg.lr_multiplier
+    if not (isinstance(schedule, DictConfig) and is_called(schedule, _WARMUP)):
+        return 0
+    return round(schedule.warmup_length * cfg.train.max_iter)
 
 
 def _build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:

@@ -174,7 +174,8 @@ def check_weight(name: str, value: float) -> None:
     Raises:
         ValueError: it is no number, negative, not finite or more than float32 holds.
     """
-    if not (isinstance(value, numbers.Real) and 0 <= value <= LARGEST_WEIGHT):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and 0 <= value <= LARGEST_WEIGHT):
         raise ValueError(f"{name} is {value!r}, but must be a finite number >= 0 that float32 holds")
 
 

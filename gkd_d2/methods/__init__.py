@@ -7,7 +7,7 @@ from gkd_d2.methods.fgd import FGD
 from gkd_d2.methods.fgfi import FGFI
 from gkd_d2.methods.fitnet import FitNet
 from gkd_d2.methods.gkd import GKD
-from gkd_d2.methods.loss_weights import weights_as_yaml
+from gkd_d2.methods.loss_weights import keys_without_effect, weights_as_yaml
 from gkd_d2.methods.method import (
     BALANCES,
     CALIBRATE,
@@ -17,7 +17,7 @@ from gkd_d2.methods.method import (
     Method,
     Term,
     build_method,
-    check_balance,
+    settle_weights,
 )
 from gkd_d2.methods.none import Nothing
 from gkd_d2.methods.pkd import PKD
@@ -37,6 +37,7 @@ __all__ = [
     "PKD",
     "Term",
     "build_method",
-    "check_balance",
+    "keys_without_effect",
+    "settle_weights",
     "weights_as_yaml",
 ]

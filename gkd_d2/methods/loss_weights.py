@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import yaml
+from detectron2.config import get_cfg
 
-from gkd_d2.methods.method import Term
+from gkd_d2.config.differences import flattened
+from gkd_d2.config.keys import add_gkd_config
+from gkd_d2.methods.method import Method, Term
 
 
 def weights_as_yaml(
@@ -29,3 +32,44 @@ def weights_as_yaml(
             node = node.setdefault(name, {})
         node[last] = value
     return yaml.safe_dump(nested, sort_keys=False)
+
+
+def keys_without_effect(method: Method, weights: Mapping[str, float], ratios: Mapping[str, float]) -> list[str]:
+    """A sentence for each weight that is set where ratios count, or for each ratio where weights do.
+
+    Args:
+        method: whose losses have weights or, after :meth:`Method.weigh_by_ratio`, ratios.
+        weights: key -> its value in the config, of weights at least. A key without a default is not looked at.
+        ratios: GKD.RATIOS.
+    """
+    if method.by_ratio:
+        return _weights_without_effect(method, weights)
+    terms = {term.name.lower(): term for term in method.terms.values()}
+    sentences = []
+    for name, ratio in ratios.items():
+        term = terms.get(str(name).lower())
+        instead = f"set {term.key}, which is {term.weight:g}, instead, or " if term else "set "
+        sentences.append(
+            f"GKD.RATIOS.{str(name).upper()} is {ratio}, which has no effect under GKD.BALANCE fixed: {instead}"
+            "GKD.BALANCE to calibrate"
+        )
+    return sentences
+
+
+def _weights_without_effect(method: Method, weights: Mapping[str, float]) -> list[str]:
+    cfg = get_cfg()
+    add_gkd_config(cfg)
+    defaults = dict(flattened(cfg))
+    sentences = []
+    for term in method.terms.values():
+        # Those of a method of one's own have none.
+        if term.key not in defaults:
+            continue
+        value = weights[term.key]
+        # Where both are 0 the loss is off either way.
+        if value != defaults[term.key] and (value or term.ratio):
+            sentences.append(
+                f"{term.key} is {value:g}, which has no effect under GKD.BALANCE calibrate: set {term.ratio_key}, "
+                f"which is {term.ratio:g}, instead"
+            )
+    return sentences

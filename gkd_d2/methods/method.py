@@ -131,7 +131,8 @@ class Method(nn.Module):
         if wrong:
             raise ValueError(f"{type(self).__name__} calls a loss {wrong[0]!r}, but its key must begin with 'loss_'")
         names = [term.name for term in terms.values()]
-        if len(set(names)) != len(names):
+        # GKD.RATIOS does not tell them apart otherwise.
+        if len({name.lower() for name in names}) != len(names):
             raise ValueError(f"{type(self).__name__} has two losses of one name: {', '.join(names)}")
         self.terms = terms
         self.by_ratio = False
@@ -143,22 +144,36 @@ class Method(nn.Module):
         To be called before :meth:`build_parameters`.
 
         Args:
-            ratios: name of a loss -> its ratio, where that is not the default, :attr:`Term.ratio`.
+            ratios: name of a loss, in capitals or not -> its ratio, where that is not the default, :attr:`Term.ratio`.
 
         Raises:
-            ValueError: a loss has no such name, or a ratio is no number, negative, not finite or too large.
+            ValueError: a loss has no such name, or a ratio is given twice, no number, negative, not finite or too
+                large.
         """
-        names = [term.name for term in self.terms.values()]
-        for name in ratios:
-            if name not in names:
+        names = [term.name.lower() for term in self.terms.values()]
+        given: dict[str, float] = {}
+        for written, ratio in ratios.items():
+            name = str(written).lower()
+            # A method without a loss trains the student alone, which any config may be asked for.
+            if names and name not in names:
                 raise ValueError(
-                    f"GKD.RATIOS.{name.upper()} is set, but {type(self).__name__} has no loss of this name"
-                    f"{did_you_mean(name, names)}; its losses are {', '.join(names) or 'none'}"
+                    f"GKD.RATIOS.{name.upper()} is set, but {type(self).__name__} has no loss of this name: its losses "
+                    f"are {', '.join(names)}{did_you_mean(name, names)}"
                 )
+            if name in given:
+                raise ValueError(
+                    f"GKD.RATIOS has {name.upper()} twice, in capitals and in small letters: keep the capitals"
+                )
+            given[name] = ratio
         self.by_ratio = True
         for key, term in self.terms.items():
-            ratio = ratios.get(term.name, term.ratio)
-            self.terms[key] = dataclasses.replace(term, weight=1.0 if ratio else 0.0, ratio=ratio)
+            # Checked before it is asked whether it is 0.
+            term = dataclasses.replace(term, ratio=given.get(term.name.lower(), term.ratio))
+            self.terms[key] = dataclasses.replace(term, weight=1.0 if term.ratio else 0.0)
+
+    def setting(self, term: Term) -> tuple[str, float]:
+        """The key of the config that says how hard a loss pulls, its ratio's or its weight's, and the value there."""
+        return (term.ratio_key, term.ratio) if self.by_ratio else (term.key, term.weight)
 
     def __bool__(self) -> bool:
         """Whether any loss has a weight above 0."""
@@ -246,24 +261,27 @@ def build_method(cfg: CfgNode) -> Method:
     method = METHOD_REGISTRY.get(name)(cfg)
     if not isinstance(method, Method):
         raise TypeError(f"what is registered as the method {name} returned {method!r}, but must return a Method")
-    check_balance("GKD.BALANCE", cfg.GKD.BALANCE)
-    if cfg.GKD.BALANCE == CALIBRATE:
-        method.weigh_by_ratio({name.lower(): ratio for name, ratio in cfg.GKD.RATIOS.items()})
+    settle_weights(method, cfg.GKD.BALANCE, cfg.GKD.RATIOS)
     return method
 
 
-def check_balance(key: str, value: str) -> None:
-    """Check how weights are to be given.
+def settle_weights(method: Method, balance: str, ratios: Mapping[str, float]) -> None:
+    """Have a method that was built with its own weights be weighted as a config says.
 
     Args:
-        key: that sets it.
-        value: of the key.
+        method: changed in place.
+        balance: GKD.BALANCE.
+        ratios: GKD.RATIOS, which count under "calibrate"; see :meth:`Method.weigh_by_ratio`.
 
     Raises:
-        ValueError: it is none of :data:`BALANCES`.
+        ValueError: ``balance`` is none of :data:`BALANCES`, or a ratio is wrong.
     """
-    if value not in BALANCES:
-        raise ValueError(f"{key} is {value!r}, but must be one of {', '.join(BALANCES)}")
+    if balance not in BALANCES:
+        raise ValueError(f"GKD.BALANCE is {balance!r}, but must be one of {', '.join(BALANCES)}")
+    if not isinstance(ratios, Mapping):
+        raise ValueError(f"GKD.RATIOS is {ratios!r}, but must be a group of ratios, each under the name of a loss")
+    if balance == CALIBRATE:
+        method.weigh_by_ratio(ratios)
 
 
 def widened(level: Level) -> Level:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gkd_d2.modeling.measure import TermReport
+from gkd_d2.utils.text import listed
 
 
 class Balance:
@@ -94,6 +95,8 @@ class Balance:
     def cap(self, report: TermReport) -> float | None:
         """Keep the ratios of all losses together at the limit or below, until the next call.
 
+        A batch whose gradients are not finite, or that has none of the detection loss, changes nothing.
+
         Args:
             report: of a batch, measured with all losses at weight 1, after the weights are frozen.
 
@@ -101,11 +104,11 @@ class Balance:
             The sum of the ratios by the final weights, where it is above the limit; else None.
         """
         weighted = report.times(self.weights())
-        if not weighted.detection_norm > 0:
+        detection, norms = weighted.detection_norm, sum(weighted.norm(name) for name in self._ratios)
+        if not (detection > 0 and math.isfinite(detection) and math.isfinite(norms)):
             return None
-        total = sum(weighted.norm(name) for name in self._ratios) / weighted.detection_norm
-        # What is not finite is judged by the watch.
-        above = self._limit < total < math.inf
+        total = norms / detection
+        above = total > self._limit
         self._scale = self._limit / total if above else 1.0
         return total if above else None
 
@@ -122,13 +125,16 @@ class Balance:
         """Go on with the samples of a checkpoint, which the ratios of this object are applied to.
 
         Raises:
-            ValueError: it was calibrated without one of the losses.
+            ValueError: it was calibrated, at least in part, without one of the losses.
         """
+        if not state_dict["taken"]:
+            return
         samples = state_dict["samples"]
         if lacking := [name for name in self._ratios if name not in samples]:
             raise ValueError(
-                f"the checkpoint was calibrated without the {', '.join(lacking)} loss, whose weight is not known: set "
-                f"GKD.RATIOS.{lacking[0].upper()} to 0, or start anew from its weights"
+                f"the weights of the losses were calibrated without the {listed(lacking)} loss: set "
+                f"{listed([f'GKD.RATIOS.{name.upper()}' for name in lacking])} to 0, or start anew from the weights of "
+                "the checkpoint, by MODEL.WEIGHTS, without --resume and in another OUTPUT_DIR"
             )
         self._samples = {name: list(samples[name]) for name in self._ratios}
         self.taken, self.frozen, self._scale = (state_dict[key] for key in ("taken", "frozen", "scale"))

@@ -8,8 +8,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from gkd_d2.config import YacsSpec, architecture_key, detector_config, teacher_spec
+from gkd_d2.config.differences import flattened
 from gkd_d2.config.spec import EXTRA_HEADS
-from gkd_d2.methods import Method, build_method
+from gkd_d2.methods import Method, build_method, keys_without_effect
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
 from gkd_d2.modeling.split import split_detector
@@ -56,6 +57,7 @@ def build_parts(cfg: CfgNode) -> dict:
         teacher_file=cfg.GKD.TEACHER.CONFIG_FILE,
         weights=f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}",
         left_out=unlabelled,
+        unused=keys_without_effect(method, dict(flattened(cfg)), cfg.GKD.RATIOS),
     )
     check_classes(split_detector(student), ours, theirs, cfg.DATASETS.TEST)
     return {**parts, "trainer_keys": TrainerKeys.from_config(cfg)}
@@ -78,6 +80,7 @@ def join(
     teacher_file: str,
     weights: str,
     left_out: Sequence[str],
+    unused: Sequence[str],
 ) -> dict:
     """Build a student's teacher, load it, and check that the two belong together.
 
@@ -97,6 +100,7 @@ def join(
         teacher_file: what describes the teacher; empty where there is no such file.
         weights: what the student's training starts from, for the log.
         left_out: those of EXTRA_HEADS that the teacher is made without.
+        unused: see :class:`Summary`.
 
     Returns:
         The arguments of :class:`gkd_d2.GKDDistiller`.
@@ -134,5 +138,6 @@ def join(
             weights=weights,
             inherited=inherited,
             left_out=[EXTRA_HEADS[head] for head in left_out],
+            unused=list(unused),
         ),
     }

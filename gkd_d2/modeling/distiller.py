@@ -34,7 +34,7 @@ and GKD.VIS_PERIOD draws nothing. With a DefaultTrainer add, before trainer.trai
 In a loop of your own add listeners by distiller.listen, or set distiller.listeners to [] for none."""
 _NOT_CALIBRATED = """\
 GKD.BALANCE is calibrate, but nothing calibrates the weights of the losses. With a DefaultTrainer add, before
-trainer.train():
+trainer.resume_or_load():
     from gkd_d2.engine.hooks import add_distillation_hooks
     add_distillation_hooks(trainer)
 In a loop of your own set distiller.factors to a factor for each loss, or GKD.BALANCE to fixed."""

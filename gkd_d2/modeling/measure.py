@@ -105,23 +105,26 @@ def measure_terms(
 ) -> TermReport:
     """Measure each loss at each level by itself, outside the graph of the step.
 
+    The losses are given features of float32 at least: at a weight of 1, or at a gradient scaler's scale, a gradient may
+    be too large for half precision.
+
     Args:
         losses: number and feature N,C,H,W of a level -> the weighted losses of this level.
         features: level name -> N,C,H,W of the student.
         detection_grad: of its own losses with respect to them, times ``scale``.
         terms: key of a loss -> its name in the report.
-        scale: of the gradients while they are computed; the report holds them without it.
+        scale: of ``detection_grad``; the report holds its norms without it.
         boxes: as in the report.
         factor: as in the report.
     """
     values, norms = {}, {}
     for index, (level, feature) in enumerate(features.items()):
-        leaf = feature.detach().requires_grad_()
+        leaf = feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
         level_losses = losses(index, leaf)
         for key, term in terms.items():
-            (gradient,) = torch.autograd.grad(scale * level_losses[key], leaf, retain_graph=True)
+            (gradient,) = torch.autograd.grad(level_losses[key], leaf, retain_graph=True)
             values[term, level] = level_losses[key].detach()
-            norms[term, level] = _norm(gradient) / scale
+            norms[term, level] = _norm(gradient)
     detection = {level: _norm(gradient) / scale for level, gradient in zip(features, detection_grad)}
     # One wait for the device, not one for every number.
     numbers = torch.stack([*values.values(), *norms.values(), *detection.values()]).tolist()
@@ -162,15 +165,16 @@ class Measurement(Listener):
         return get_event_storage().iter == self._iteration
 
     def __call__(self, distiller: GKDDistiller, seen: Observation) -> None:
-        report = measure_terms(
-            lambda level, feature: distiller.method_losses(seen, {level: feature}),
-            dict(zip(distiller.student_features, seen.student)),
-            seen.student_grad,
-            terms=distiller.method.active(),
-            scale=seen.scale,
-            boxes=sum(len(boxes) for boxes in seen.boxes),
-            factor=distiller.warmup_factor(),
-        )
+        with torch.autocast(distiller.device.type, enabled=False):
+            report = measure_terms(
+                lambda level, feature: distiller.method_losses(seen, {level: feature}),
+                dict(zip(distiller.student_features, seen.student)),
+                seen.student_grad,
+                terms=distiller.method.active(),
+                scale=seen.scale,
+                boxes=sum(len(boxes) for boxes in seen.boxes),
+                factor=distiller.warmup_factor(),
+            )
         self._reports.append(report)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from gkd_d2.methods import Method
@@ -19,6 +20,8 @@ _logger = logging.getLogger(__name__)
 class Summary:
     """Logs, when it is called, a heading and five lines: method, levels, implementation of the losses, heads, teacher.
 
+    Then it warns of what has no effect.
+
     To be called at the first training step, when weights are loaded, within an EventStorage.
 
     Attributes:
@@ -32,6 +35,7 @@ class Summary:
         weights: what the student's training starts from, such as "MODEL.WEIGHTS R-50.pkl".
         inherited: the heads that it was given when it was built.
         left_out: what the teacher was trained to detect and is not asked for, such as "masks".
+        unused: a sentence for each key that is set and has no effect, see :func:`gkd_d2.methods.keys_without_effect`.
 
     Raises:
         RuntimeError: at the call: the implementation that the config asks for is not available.
@@ -47,6 +51,7 @@ class Summary:
     weights: str
     inherited: list[str]
     left_out: list[str]
+    unused: list[str]
 
     def __call__(self) -> None:
         started = get_event_storage().iter == 0
@@ -68,6 +73,9 @@ class Summary:
                 self.weights,
                 ", ".join(replaced),
             )
+        if comm.is_main_process():
+            for sentence in self.unused:
+                _logger.warning("%s", sentence)
 
     def _method(self) -> str:
         method, name = self.method, self.method_name

@@ -64,15 +64,16 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
         ValueError: an option is among them, a key does not exist or has no value, or a value does not fit its key.
     """
     check_no_options(opts)
-    keys = config_keys(cfg)
     for key, value in zip(opts[::2], [*opts[1::2], None]):
+        # A pair may add some.
+        keys = config_keys(cfg)
         group = _open_group(cfg, key)
         if key not in keys and group is None:
             raise ValueError(_unknown(key, keys))
-        if value is None or value in keys:
+        if value is None or value in keys or _open_group(cfg, value) is not None:
             raise ValueError(f"the config key {key} has no value: give pairs KEY VALUE, such as SOLVER.BASE_LR 0.01")
         if group is not None:
-            group[key.rpartition(".")[2]] = CfgNode._decode_cfg_value(value)
+            _set_any(group, key, value)
             continue
         try:
             cfg.merge_from_list([key, value])
@@ -195,6 +196,17 @@ def _open_group(cfg: CfgNode, key: str) -> CfgNode | None:
     for part in path:
         node = node.get(part) if isinstance(node, CfgNode) else None
     return node if name and isinstance(node, CfgNode) and node.is_new_allowed() else None
+
+
+def _set_any(group: CfgNode, key: str, value: str) -> None:
+    """Set a key of a group that may hold any; no default says of which type its value must be."""
+    name = key.rpartition(".")[2]
+    try:
+        group[name] = CfgNode({name: CfgNode._decode_cfg_value(value)})[name]
+    except AssertionError as error:
+        raise ValueError(
+            f"{key} is {value!r}, but must be a number, a text, True, False, None, or a list or group of these"
+        ) from error
 
 
 def _merge(cfg: CfgNode, node: CfgNode) -> tuple[str, str] | None:

@@ -11,13 +11,14 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from documents import fenced_blocks
 from levels import random_level
-from tiny import ARCHITECTURES, train, training_batch, watched
+from tiny import ARCHITECTURES, train, training_batch
 
-from gkd_d2.analysis.gradient_ratios import unit_weights
+from gkd_d2.analysis.gradient_ratios import to_measure
 from gkd_d2.analysis.runs import Run
 from gkd_d2.config import read_config
 from gkd_d2.losses import box_context_mask
 from gkd_d2.methods import METHOD_REGISTRY, build_method
+from gkd_d2.modeling.measure import Measurement
 
 MODULE = "cosine_method"
 OTHER = "regression_method"
@@ -67,13 +68,14 @@ def test_its_losses_equal_an_independent_computation(student):
 def test_it_trains(kind, student):
     cfg = read_config(student(kind), ["SOLVER.BASE_LR", "0.02"])
     distiller = build_model(cfg).train()
-    measurement = watched(distiller)
+    measurement = Measurement()
+    distiller.listen(measurement)
+    measurement.ask(0)
     optimizer = build_optimizer(cfg, distiller)
     batch = training_batch(((90, 120), (96, 100), (64, 64)))
     history = []
     with EventStorage() as storage:
         for _ in range(20):
-            measurement.wanted = not history
             losses = distiller(batch)
             optimizer.zero_grad()
             imitation = {key: losses[key] for key in ("loss_cosine", "loss_cosine_objects")}
@@ -110,7 +112,8 @@ def test_tools_read_its_config(student, tmp_path):
     assert build_method(cfg).terms["loss_cosine"].weight == 0.25
     assert Run("run", tmp_path).config.GKD.METHOD_OPTIONS == {"WEIGHT": 2.0, "OBJECT_WEIGHT": 0.5}
     cfg.GKD.METHOD_OPTIONS.pop("WEIGHT")
-    assert unit_weights(cfg, {"cosine", "cosine_objects"}).GKD.METHOD_OPTIONS == {"WEIGHT": 1.0, "OBJECT_WEIGHT": 1.0}
+    method = build_method(to_measure(cfg, {"cosine": 0.5, "cosine_objects": 0.0}))
+    assert [(term.weight, term.ratio) for term in method.terms.values()] == [(1.0, 0.5), (0.0, 0.0)]
 
 
 def test_without_boxes_its_loss_of_objects_is_0(student):

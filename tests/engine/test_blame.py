@@ -56,6 +56,14 @@ def test_a_training_that_diverges_blames_no_image(kind, options, said, training)
     assert ("gkd_ratio/image" in text) == ("GKD.METHOD" not in options)
 
 
+def test_a_ratio_is_named_where_weights_are_calibrated(training):
+    cfg = training(iterations=20)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.WARMUP_ITERS, cfg.GKD.WATCH_PERIOD = 2, 0, 1
+    cfg.GKD.BALANCE, cfg.GKD.RATIOS.IMAGE = "calibrate", 1e8
+    _, text = failed_training(cfg)
+    assert f"{RATE}, or lower GKD.RATIOS.IMAGE, which is 1e+08" in text and "GKD.LOSS_WEIGHTS" not in text
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_a_weight_that_overflows_at_once_is_named(implementation, training):
     cfg = training(iterations=2)
@@ -186,4 +194,4 @@ def test_the_trials_leave_no_trace(distiller_config):
         assert dict(storage.latest()) == scalars
     assert model.student.loss_normalizer == average
     assert torch.equal(torch.get_rng_state(), stream)
-    assert model.listeners == [measurement] and measurement.report is report
+    assert model.listeners == [measurement] and measurement.report == report

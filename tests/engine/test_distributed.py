@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from detectron2.modeling.proposal_generator import proposal_utils
-from distributed_steps import build, gradients, half_a_batch, nms
+from distributed_steps import build, comparable, gradients, half_a_batch, nms
 from tiny import ARCHITECTURES, training_batch
 from torch import multiprocessing
 
@@ -29,18 +29,6 @@ CASES = [
     for kind in ARCHITECTURES
     for channels, weights in (*itertools.product((16, 8), WEIGHTS), (8, "relation_only"), (16, "all_and_relation"))
 ] + [f"retinanet-8-{weights}" for weights in TIMM]
-
-
-def comparable(cfg):
-    """Take from the detectors what makes half batches differ, so that what remains must agree.
-
-    Batch statistics, random samples of anchors and proposals, and the number of proposals, by which Faster R-CNN
-    divides its losses: without suppression every image of these has as many.
-    """
-    cfg.MODEL.RESNETS.NORM = "FrozenBN"
-    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 100_000
-    cfg.MODEL.RPN.POSITIVE_FRACTION = cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
-    cfg.MODEL.RPN.NMS_THRESH = 1.0
 
 
 def on_timm(cfg):

@@ -152,6 +152,37 @@ def test_unknown_method(ready, distiller_config):
     assert "\n- GKD.METHOD is 'fkd', which is not registered: did you mean " in problems(cfg)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("BALANCE", "calibrat", "GKD.BALANCE is 'calibrat', but must be one of calibrate, fixed"),
+        ("BALANCE_ITERS", 0, "GKD.BALANCE_ITERS is 0, but must be >= 1"),
+        ("BALANCE_MAX", 0.0, "GKD.BALANCE_MAX is 0.0, but must be > 0"),
+        ("BALANCE_MAX", float("nan"), "GKD.BALANCE_MAX is nan, but must be > 0"),
+        ("RATIOS.BOX", -0.1, "GKD.RATIOS.BOX is -0.1, but must be a finite number >= 0"),
+        ("RATIOS.BOX", float("inf"), "GKD.RATIOS.BOX is inf, but must be a finite number >= 0"),
+        ("RATIOS.box", "much", "GKD.RATIOS.BOX is 'much', but must be a finite number >= 0"),
+        ("RATIOS.BOX", True, "GKD.RATIOS.BOX is True, but must be a finite number >= 0"),
+        ("RATIOS.BOX", None, "GKD.RATIOS.BOX is None, but must be a finite number >= 0"),
+        ("RATIOS.BOY", 0.1, "GKD.RATIOS.BOY is set, but GKD has no loss of this name"),
+    ],
+)
+def test_options_of_the_calibration(key, value, message, ready, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ready.DATASETS.TRAIN, ready.DATASETS.TEST
+    cfg.GKD.BALANCE = "calibrate"
+    node, _, name = key.rpartition(".")
+    (cfg.GKD[node] if node else cfg.GKD)[name] = value
+    assert f"\n- {message}" in problems(cfg)
+
+
+def test_calibrated_weights_without_a_cap(ready, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ready.DATASETS.TRAIN, ready.DATASETS.TEST
+    cfg.GKD.BALANCE, cfg.GKD.BALANCE_MAX = "calibrate", float("inf")
+    check_inputs(YacsRun(cfg), eval_only=False, resume=False)
+
+
 def test_an_unknown_evaluator(ready):
     DatasetCatalog.register("preflight_lvis", list)
     MetadataCatalog.get("preflight_lvis").evaluator_type = "lvis"

@@ -384,15 +384,18 @@ def test_a_checkpoint_holds_the_config_as_text(training):
 
 
 @pytest.mark.parametrize(
-    ("processes", "expected"), [(8, (12, 5, 1)), (2, (50, 20, 2)), (1, (100, 40, 4)), (64, (2, 1, 1))]
+    ("processes", "expected"),
+    [(8, (12, 5, 1, 8)), (2, (50, 20, 2, 30)), (1, (100, 40, 4, 60)), (64, (2, 1, 1, 1))],
 )
 def test_the_counts_of_gkd_are_scaled_with_the_processes(processes, expected, training):
     cfg = training(iterations=100)
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH = 2, 2
     cfg.SOLVER.WARMUP_ITERS, cfg.GKD.WARMUP_ITERS, cfg.GKD.WATCH_PERIOD, cfg.GKD.VIS_PERIOD = 50, 50, 20, 2
+    cfg.GKD.BALANCE_ITERS = 30
     cfg.freeze()
     scaled = Trainer.auto_scale_workers(cfg, processes)
-    assert (scaled.GKD.WARMUP_ITERS, scaled.GKD.WATCH_PERIOD, scaled.GKD.VIS_PERIOD) == expected
+    keys = ("WARMUP_ITERS", "WATCH_PERIOD", "VIS_PERIOD", "BALANCE_ITERS")
+    assert tuple(scaled.GKD[key] for key in keys) == expected
     assert scaled.SOLVER.WARMUP_ITERS == scaled.GKD.WARMUP_ITERS
     assert scaled.is_frozen() and cfg.GKD.WARMUP_ITERS == 50
     cfg.defrost()

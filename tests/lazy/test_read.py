@@ -23,6 +23,7 @@ def test_what_is_left_out_has_its_default(plain):
     # Those of yacs.
     yacs = get_cfg()
     add_gkd_config(yacs)
+    assert dict(cfg.train.balance) == {"start": -1, "iters": yacs.GKD.BALANCE_ITERS, "max": yacs.GKD.BALANCE_MAX}
     assert dict(cfg.train.model_ema) == {key.lower(): value for key, value in yacs.MODEL_EMA.items()}
 
 
@@ -46,12 +47,21 @@ def test_auto_is_the_device_that_is_there(plain):
         (["train.eval_period=True"], "train.eval_period is True, but must be of the type int"),
         (["train.clip_gradients.clip_type=foo"], "clip_type is 'foo', but must be 'value' or 'norm'"),
         (["train.clip_gradients.clip_value=0"], "clip_value is 0, but must be > 0"),
+        (["train.balance.start=-2"], "train.balance.start is -2, but must be at least -1"),
+        (["train.balance.iters=0"], "train.balance.iters is 0, but must be at least 1"),
+        (["train.balance.iters=64.0"], "train.balance.iters is 64.0, but must be of the type int"),
+        (["train.balance.max=0"], "train.balance.max is 0, but must be > 0"),
+        (["train.balance.max=nan"], "train.balance.max is nan, but must be > 0"),
         (["train.max_iter=[1"], r"the override 'train.max_iter=\[1' can't be applied"),
     ],
 )
 def test_overrides_that_mean_nothing(overrides, message, plain):
     with pytest.raises(ValueError, match=message):
         read_lazy(plain, overrides, eval_only=False)
+
+
+def test_no_cap_is_infinite(plain):
+    assert read_lazy(plain, ["train.balance.max=inf"], eval_only=False).train.balance.max == float("inf")
 
 
 def test_arguments_that_a_config_leaves_out_can_be_set(plain):

@@ -81,6 +81,58 @@ def test_other_choices(options, line, text, distiller_config, caplog):
     assert text in summary(cfg, caplog)[line]
 
 
+def warnings(cfg, caplog):
+    """What a training warns of at its beginning, beside that nothing watches it."""
+    distiller = build_model(cfg).train()
+    distiller.listeners = []
+    distiller.factors = dict.fromkeys(distiller.method.active().values(), 1.0)
+    with EventStorage(), caplog.at_level(logging.WARNING, logger="gkd_d2"):
+        for _ in range(2):
+            distiller(training_batch())
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_weights_that_have_no_effect_are_named_once(distiller_config, caplog):
+    cfg = distiller_config()
+    cfg.GKD.BALANCE = "calibrate"
+    cfg.GKD.RATIOS.IMAGE = 0
+    # As by default; off either way; and on by a weight alone.
+    weights = cfg.GKD.LOSS_WEIGHTS
+    weights.GRADIENT, weights.BOX, weights.IMAGE, weights.ATTENTION = 2e-3, 0.02, 0.0, 1e-4
+    cfg.GKD.METHOD_OPTIONS.WEIGHT = 3
+    ending = "which has no effect under GKD.BALANCE calibrate: set GKD.RATIOS."
+    assert warnings(cfg, caplog) == [
+        f"GKD.LOSS_WEIGHTS.BOX is 0.02, {ending}BOX, which is 0.3, instead",
+        f"GKD.LOSS_WEIGHTS.ATTENTION is 0.0001, {ending}ATTENTION, which is 0, instead",
+    ]
+
+
+def test_ratios_that_have_no_effect_are_named_once(distiller_config, caplog):
+    cfg = distiller_config()
+    cfg.GKD.RATIOS.box, cfg.GKD.RATIOS.BOY = 0.5, "much"
+    ending = "which has no effect under GKD.BALANCE fixed: set"
+    assert warnings(cfg, caplog) == [
+        f"GKD.RATIOS.BOX is 0.5, {ending} GKD.LOSS_WEIGHTS.BOX, which is 0.001, instead, or GKD.BALANCE to calibrate",
+        f"GKD.RATIOS.BOY is much, {ending} GKD.BALANCE to calibrate",
+    ]
+
+
+@pytest.mark.parametrize("method", ["gkd", "fgd", "none"])
+def test_defaults_are_not_named(method, distiller_config, caplog):
+    cfg = distiller_config()
+    cfg.GKD.METHOD, cfg.GKD.BALANCE = method, "calibrate"
+    weights = cfg.GKD.LOSS_WEIGHTS
+    weights.GRADIENT, weights.BOX, weights.IMAGE, weights.ATTENTION = 2e-3, 1e-2, 1e-3, 0.0
+    assert warnings(cfg, caplog) == []
+
+
+def test_only_the_main_process_warns(distiller_config, caplog, monkeypatch):
+    monkeypatch.setattr("gkd_d2.modeling.summary.comm.is_main_process", lambda: False)
+    cfg = distiller_config()
+    cfg.GKD.RATIOS.BOX = 0.5
+    assert warnings(cfg, caplog) == []
+
+
 def test_missing_extension_is_the_reason(distiller_config, caplog, monkeypatch):
     monkeypatch.setattr(fused, "_load_error", "the extension gkd_d2._C is not built: build it")
     assert summary(distiller_config(), caplog)[3].endswith(

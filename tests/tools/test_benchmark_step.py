@@ -64,6 +64,16 @@ def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path):
         assert picture.size[0] > 500
 
 
+def test_a_step_of_calibrated_weights(benchmark, distiller_config, tmp_path):
+    """Its losses take part in it, measured or not."""
+    cfg = distiller_config("retinanet", channels=8)
+    cfg.GKD.BALANCE, cfg.GKD.RATIOS.ATTENTION = "calibrate", 0.2
+    status, printed = benchmark(cfg, "--setting", "default")
+    assert status == 0, printed
+    result = json.loads((tmp_path / "step.json").read_text())["settings"]["default"]
+    assert set(result["phases_ms"]["distilled"]) == PHASES
+
+
 @pytest.mark.parametrize(
     ("status", "arguments", "message"),
     [

@@ -40,6 +40,59 @@ def test_pairs(project):
     assert (cfg.MODEL.WEIGHTS, cfg.SEED, cfg.SOLVER.STEPS) == ("", -1, (3, 4))
 
 
+# GKD.RATIOS and GKD.METHOD_OPTIONS may hold any key.
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (["GKD.RATIOS.BOX", "0.3"], {"BOX": 0.3}),
+        (["GKD.RATIOS.box", "1", "GKD.RATIOS.IMAGE", "1e-2"], {"box": 1, "IMAGE": 0.01}),
+        # No default has a type: what was an integer may become another number.
+        (["GKD.RATIOS.BOX", "1", "GKD.RATIOS.BOX", "0.3"], {"BOX": 0.3}),
+        (["GKD.RATIOS.BOX", "0.3", "GKD.RATIOS.BOX", "1"], {"BOX": 1}),
+        (["GKD.RATIOS.BOX", "{'A': [1, 'x']}", "GKD.RATIOS.BOX.A", "[2]"], {"BOX": {"A": [2]}}),
+        # No YAML or Python, and so text.
+        (["GKD.RATIOS.BOX", "[1"], {"BOX": "[1"}),
+    ],
+)
+def test_keys_of_open_groups(opts, expected, project, tmp_path):
+    for group in ("RATIOS", "METHOD_OPTIONS"):
+        cfg = read(project / "configs/toy/gkd_frcnn.yaml", *(text.replace("RATIOS", group) for text in opts))
+        assert cfg.GKD[group] == expected
+        # As a run writes it.
+        assert read(write(tmp_path / "dumped.yaml", cfg.dump())).GKD[group] == expected
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["GKD.RATIOS.BOX"], "the config key GKD.RATIOS.BOX has no value"),
+        (["GKD.RATIOS.BOX", "GKD.RATIOS.IMAGE", "1"], "the config key GKD.RATIOS.BOX has no value"),
+        (["GKD.RATIOS.BOX", "SEED", "1"], "the config key GKD.RATIOS.BOX has no value"),
+        (["GKD.RATIOS.BOX=1", "SEED", "1"], "the config key GKD.RATIOS.BOX=1 has no value"),
+        (["SEED", "GKD.RATIOS.BOX", "1"], "the config key SEED has no value"),
+        (["GKD.RATIOS", "1"], "GKD.RATIOS is '1', but must be a group of keys"),
+        (["GKD.RATIOS.BOX.X", "1"], "there is no config key 'GKD.RATIOS.BOX.X'"),
+        (["GKD.RATIOS.", "1"], "there is no config key 'GKD.RATIOS.', did you mean GKD.RATIOS?"),
+        (["GKD.RATIO.BOX", "1"], "there is no config key 'GKD.RATIO.BOX'"),
+        (["GKD.RATIOS.BOX", "1j"], "GKD.RATIOS.BOX is '1j', but must be a number, a text, True"),
+        (["GKD.RATIOS.BOX", "{1, 2}"], "GKD.RATIOS.BOX is '{1, 2}', but must be a number, a text, True"),
+        (["GKD.RATIOS.BOX", "{'A': b'x'}"], "GKD.RATIOS.BOX is \"{'A': b'x'}\", but must be"),
+        (["GKD.RATIOS.BOX", "..."], "GKD.RATIOS.BOX is '...', but must be"),
+    ],
+)
+def test_mistakes_in_open_groups(opts, message, project):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(project / "configs" / "toy" / "gkd_frcnn.yaml", *opts)
+
+
+def test_open_groups_in_files(tmp_path):
+    write(tmp_path / "base.yaml", "GKD: {RATIOS: {BOX: 1, IMAGE: 0.5}}")
+    above = write(tmp_path / "above.yaml", "_BASE_: base.yaml\nGKD: {RATIOS: {BOX: 0.3, gradient: 2}}")
+    assert read(above, "GKD.RATIOS.IMAGE", "0").GKD.RATIOS == {"BOX": 0.3, "gradient": 2, "IMAGE": 0}
+    with pytest.raises(ValueError, match="mine.yaml: GKD.RATIOS is 3, but must be a group of keys"):
+        read(write(tmp_path / "mine.yaml", "GKD: {RATIOS: 3}"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

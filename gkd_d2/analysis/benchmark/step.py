@@ -208,6 +208,8 @@ def build_random_distiller(cfg: CfgNode) -> GKDDistiller:
         del teacher
         distiller = build_model(without_backbone_weights(cfg)).train()
     distiller.listeners = []
+    # Where weights are calibrated, a step of any factors costs as much.
+    distiller.factors = dict.fromkeys(distiller.method.active().values(), 1.0)
     _calm(distiller.student)
     return distiller
 

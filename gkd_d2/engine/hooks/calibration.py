@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
 
-from gkd_d2.engine.hooks.checkpoints import saves_in_all_processes
+from gkd_d2.engine.hooks.checkpoints import save_stopped, saves_in_all_processes
 from gkd_d2.engine.output import naming_output
+from gkd_d2.engine.resume import ResumeError
 from gkd_d2.methods import weights_as_yaml
 from gkd_d2.modeling.balance import Balance
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -39,14 +40,24 @@ class Calibration(HookBase):
         iters: number of iterations that are, GKD.BALANCE_ITERS.
         limit: GKD.BALANCE_MAX.
         period: in iterations.
+        place: what a key of yacs is called in the run's config.
 
     Raises:
         ValueError: an argument is out of range, see :class:`Balance`.
-        CalibrationError: in :meth:`after_step`, in all processes, where the weights of a loss can't be measured.
+        CalibrationError: in :meth:`after_step`, in all processes, where the weight of a loss can't be measured. Under
+            gkd_d2's own trainer the state is saved as model_stopped.pth.
     """
 
     def __init__(
-        self, distiller: GKDDistiller, measurement: Measurement, *, start: int, iters: int, limit: float, period: int
+        self,
+        distiller: GKDDistiller,
+        measurement: Measurement,
+        *,
+        start: int,
+        iters: int,
+        limit: float,
+        period: int,
+        place: Callable[[str], str] = str,
     ):
         self._distiller = distiller
         self._measurement = measurement
@@ -56,23 +67,30 @@ class Calibration(HookBase):
         self._iters = iters
         self._limit = limit
         self._period = period
+        self._place = place
         self._warned = False
 
     def before_train(self) -> None:
         logger = logging.getLogger(__name__)
         self._distiller.factors = self._balance.factors()
         if self._balance.frozen:
-            logger.info("The calibrated weights of the checkpoint are kept: %s", self._listed())
+            # The ratios may be others than when they were written.
+            logger.info(
+                "The calibration of the checkpoint is kept: %s. %s holds the weights for GKD.BALANCE fixed",
+                self._listed(),
+                self._write(),
+            )
             return
         first = max(self._start, self.trainer.start_iter)
-        last = first + self._iters - self._balance.taken
+        # At least one, where GKD.BALANCE_ITERS is less than it was.
+        last = first + max(1, self._iters - self._balance.taken) - 1
         logger.info(
             "The weights of the losses are calibrated in iterations %d to %d, over which they ramp up%s",
             first,
-            last - 1,
+            last,
             "; until then nothing is imitated" if first > self.trainer.start_iter and not self._balance.taken else "",
         )
-        if last > self.trainer.max_iter:
+        if last >= self.trainer.max_iter:
             logger.warning(
                 "The run ends at iteration %d, before the weights are calibrated: GKD.BALANCE_ITERS %d iterations from "
                 "%d on are measured for that",
@@ -112,9 +130,12 @@ class Calibration(HookBase):
         """Go on from a checkpoint's, with the ratios of this run.
 
         Raises:
-            ValueError: it was calibrated without one of the losses.
+            ResumeError: it was calibrated without one of the losses.
         """
-        self._balance.load_state_dict(state_dict)
+        try:
+            self._balance.load_state_dict(state_dict)
+        except ValueError as error:
+            raise ResumeError(f"The checkpoint can't be resumed: {error}") from error
 
     def _calibrates(self) -> bool:
         return not self._balance.frozen and self.trainer.iter >= self._start
@@ -129,17 +150,21 @@ class Calibration(HookBase):
             return
         if lacking := self._balance.without_sample():
             self._stop(lacking)
-        if not comm.is_main_process():
-            return
-        path = os.path.join(self.trainer.checkpointer.save_dir, FILE)
-        text = weights_as_yaml(self._distiller.method.terms.values(), self._balance.weights())
-        with naming_output(self.trainer.checkpointer.save_dir, path), open(path, "w", encoding="utf-8") as file:
-            file.write(text)
         logging.getLogger(__name__).info(
             "The weights of the losses are calibrated and stay: %s. %s holds them for GKD.BALANCE fixed",
             self._listed(),
-            path,
+            self._write(),
         )
+
+    def _write(self) -> str:
+        """Write the final weights, in the main process; returns the path of the file."""
+        folder = self.trainer.checkpointer.save_dir
+        path = os.path.join(folder, FILE)
+        if comm.is_main_process():
+            text = weights_as_yaml(self._distiller.method.terms.values(), self._balance.weights(), self._place)
+            with naming_output(folder, path), open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return path
 
     def _cap(self, report: TermReport) -> None:
         # Without objects the gradients of the detection losses are next to nothing.
@@ -159,13 +184,13 @@ class Calibration(HookBase):
             )
 
     def _stop(self, names: list[str]) -> None:
-        if saves_in_all_processes(self.trainer):
-            self.trainer.save("model_stopped", resumable=False)
+        saved = save_stopped(self.trainer)
         keys = [self._terms[name].ratio_key for name in names]
         raise CalibrationError(
-            f"in the {counted(self._iters, 'iteration')} up to {self.trainer.iter} the {listed(names)} loss had no "
-            "gradient at the student's features, or one that is not finite, so that it has no weight: look at the "
-            f"data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are rare"
+            f"the weight of the {listed(names)} loss can't be calibrated: in all {counted(self._iters, 'iteration')} "
+            f"up to {self.trainer.iter} its gradient at the student's features, or that of the detection losses, was "
+            f"0 or not finite. Look at the data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are "
+            f"rare. {saved}"
         )
 
     def _listed(self) -> str:

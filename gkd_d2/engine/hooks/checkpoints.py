@@ -118,6 +118,18 @@ def release_sigterm(trainer: TrainerBase) -> None:
             hook.watch.release()
 
 
+def save_stopped(trainer: TrainerBase) -> str:
+    """Save the state of a run that a hook is about to stop, where that works; to be called in all processes.
+
+    Returns:
+        What to say of it at the end of the error's message.
+    """
+    if not saves_in_all_processes(trainer):
+        return "A resumed run continues from the last checkpoint"
+    trainer.save("model_stopped", resumable=False)
+    return "The state is saved as model_stopped.pth; --resume continues from the checkpoint before it"
+
+
 def saves_in_all_processes(trainer: TrainerBase) -> bool:
     """Whether it is gkd_d2's own trainer, which saves in all processes; Detectron2's saves in the main one alone."""
     return isinstance(trainer._trainer, TrainStep)

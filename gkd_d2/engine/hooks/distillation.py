@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer
@@ -29,6 +30,7 @@ class HookOptions:
         balance_start: the first iteration that is measured under GKD.BALANCE calibrate.
         balance_iters: GKD.BALANCE_ITERS.
         balance_max: GKD.BALANCE_MAX.
+        place: what a key of yacs is called in the run's config.
     """
 
     vis_period: int = 0
@@ -38,6 +40,7 @@ class HookOptions:
     balance_start: int = 0
     balance_iters: int = 64
     balance_max: float = 5.0
+    place: Callable[[str], str] = str
 
 
 def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = None) -> None:
@@ -45,15 +48,16 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
 
     These are :class:`SaveOnSigterm` and, where the model is a GKDDistiller with a loss, :class:`LossWatch`,
     :class:`PeriodicPicture`, for Detectron2's AMPTrainer :class:`GradientScale`, and for weights by ratios
-    :class:`Calibration`. To be called in all processes, before ``train``; a second call adds nothing.
+    :class:`Calibration`. To be called in all processes, before ``resume_or_load`` and ``train``; a second call adds
+    nothing.
 
     Args:
         trainer: Detectron2's DefaultTrainer or a class derived from it, or another ExactTrainer.
         options: by default those of the trainer's config of yacs.
 
     Raises:
-        ValueError: a key of GKD.WATCH_*, GKD.BALANCE_* or GKD.VIS_PERIOD is out of range, or MODEL_EMA.ENABLED is set,
-            which a trainer of Detectron2 ignores.
+        ValueError: a key of GKD.WATCH_*, GKD.BALANCE_* or GKD.VIS_PERIOD is out of range; MODEL_EMA.ENABLED is set,
+            which a trainer of Detectron2 ignores; or weights are to be calibrated, and the trainer has been resumed.
     """
     if any(isinstance(hook, SaveOnSigterm) for hook in trainer._hooks):
         return
@@ -74,6 +78,11 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
             watch = LossWatch(distiller, options.watch_period, options.watch_patience, options.watch_max_ratio)
             added.append(watch)
             if distiller.method.by_ratio:
+                if trainer.start_iter > 0:
+                    raise ValueError(
+                        "GKD.BALANCE is calibrate, but the trainer has loaded its checkpoint already, and the state of "
+                        "the calibration is lost: call add_distillation_hooks before resume_or_load"
+                    )
                 # After the watch, which judges the iteration by the weights that it had.
                 added.append(
                     Calibration(
@@ -83,6 +92,7 @@ def add_distillation_hooks(trainer: TrainerBase, options: HookOptions | None = N
                         iters=options.balance_iters,
                         limit=options.balance_max,
                         period=options.watch_period,
+                        place=options.place,
                     )
                 )
     on_sigterm = SaveOnSigterm()

@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
 
-from gkd_d2.engine.hooks.checkpoints import saves_in_all_processes
+from gkd_d2.engine.hooks.checkpoints import save_stopped
 from gkd_d2.methods import Term
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.measure import Measurement, TermReport, weight_for_ratio
@@ -125,19 +125,25 @@ class LossWatch(HookBase):
             if comm.is_main_process():
                 logging.getLogger(__name__).warning(
                     "The %s loss swamps the detection losses: at iteration %d its gradient at the student's features "
-                    "has %.3g times the norm of theirs, more than GKD.WATCH_MAX_RATIO %g. %s is %g%s; %g would give a "
-                    "ratio of %g. A run that is resumed takes the new weight; tools/suggest_weights.py measures it over"
-                    " many batches",
+                    "has %.3g times the norm of theirs, more than GKD.WATCH_MAX_RATIO %g. %s",
                     name,
                     self.trainer.iter,
                     ratio,
                     self._max_ratio,
-                    term.key,
-                    term.weight,
-                    f" (of which the warm-up applies {factor:.2g})" if factor < 1 else "",
-                    weight_for_ratio(factor * term.weight, ratio, MODERATE_RATIO),
-                    MODERATE_RATIO,
+                    self._advice(term, ratio, factor),
                 )
+
+    def _advice(self, term: Term, ratio: float, factor: float) -> str:
+        """What to do about a loss of too large a ratio."""
+        key, value = self._distiller.method.setting(term)
+        if self._distiller.method.by_ratio:
+            return f"Lower {key}, which is {value:g}: a run that is resumed takes the new ratio"
+        warmup = f" (of which the warm-up applies {factor:.2g})" if factor < 1 else ""
+        weight = weight_for_ratio(factor * value, ratio, MODERATE_RATIO)
+        return (
+            f"{key} is {value:g}{warmup}; {weight:g} would give a ratio of {MODERATE_RATIO:g}. A run that is resumed "
+            "takes the new weight; tools/suggest_weights.py measures it over many batches"
+        )
 
     def _judge(self, reports: list[TermReport], *, objects: bool) -> None:
         """Count the iterations in a row in which a loss is dead, and stop the run where they are too many."""
@@ -154,20 +160,17 @@ class LossWatch(HookBase):
                     self._stop(*key, finite)
 
     def _stop(self, name: str, level: str | None, finite: bool) -> None:
-        if saves_in_all_processes(self.trainer):
-            self.trainer.save("model_stopped", resumable=False)
-            saved = "The state is saved as model_stopped.pth; --resume continues from the checkpoint before it"
-        else:
-            saved = "A resumed run continues from the last checkpoint"
+        saved = save_stopped(self.trainer)
+        key, _ = self._distiller.method.setting(self._terms[name])
         others = [other for other in self._distiller.student_features if other != level]
         remedy = f"Set GKD.FEATURES to {others}, without {level}, or set" if level and others else "Set"
         where = f"at the student's {level}" if level else "at all levels of the student"
         last = f"{counted(self._patience, 'iteration')}{' with objects' if finite else ''}"
         raise DeadLossError(
-            f"the gradient of the {name} loss ({self._terms[name].key}) {where} was "
+            f"the gradient of the {name} loss ({key}) {where} was "
             f"{'exactly 0' if finite else 'not finite'} in the last {last}, up to iteration {self.trainer.iter}: it "
-            f"teaches nothing there. {remedy} the weight to "
-            f"0.0. Where the data make it so for a while, raise GKD.WATCH_PATIENCE, which is {self._patience}, for "
+            f"teaches nothing there. {remedy} {key} to 0. "
+            f"Where the data make it so for a while, raise GKD.WATCH_PATIENCE, which is {self._patience}, for "
             f"instance by `GKD.WATCH_PATIENCE {10 * self._patience}` on the command line. {saved}"
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gkd_d2.config import config_differences, read_config
+from gkd_d2.methods import build_method
 
 # Of each method, what a scale multiplies.
 LOSSES = [f"GKD.LOSS_WEIGHTS.{name}" for name in ("GRADIENT", "BOX", "ATTENTION", "IMAGE")]
@@ -36,6 +37,29 @@ def test_a_scale_multiplies_the_weights_of_the_method_and_changes_nothing_else(m
     expected = {key: (5 * value(unscaled, key), value(unscaled, key)) for key in WEIGHTS[method]}
     assert config_differences(job.config, unscaled, PLACE) == expected
     assert all(there > 0 for _, there in expected.values())
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_under_calibrate_a_scale_multiplies_the_ratios(method, make_study, small_study):
+    options = {"GKD.METHOD": method, "GKD.BALANCE": "calibrate"}
+    if method == "gkd":
+        options |= {"GKD.RATIOS.BOX": 0.5, "GKD.RATIOS.IMAGE": 0}
+    study = make_study(beside={"other": {"options": options, "tune": True}})
+    before = build_method(study.student_config("retinanet", "other")).terms
+    jobs = {scale: jobs[0] for scale, jobs in study.tuning_jobs("retinanet", "other").items()}
+    assert list(jobs) == [0.2, 1, 5]
+    for scale, job in jobs.items():
+        after = build_method(job.config).terms
+        assert {key: term.ratio for key, term in after.items()} == {
+            key: pytest.approx(scale * term.ratio) for key, term in before.items()
+        }
+        unscaled = study.student_config("retinanet", "other")
+        changed = config_differences(job.config, unscaled, PLACE)
+        # At 1 the config is the one that is written.
+        assert set(changed) <= {term.ratio_key for term in before.values()} and bool(changed) == (scale != 1)
+    if method == "gkd":
+        assert build_method(jobs[5].config).terms["loss_bmfi_box"].ratio == 2.5
+        assert build_method(jobs[5].config).terms["loss_bmfi_image"].ratio == 0
 
 
 def test_a_weight_of_0_stays_0(make_study):

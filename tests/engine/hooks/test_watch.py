@@ -172,7 +172,7 @@ def test_a_dead_level_stops_the_run_and_keeps_its_checkpoints(training, tmp_path
         "the gradient of the gradient loss (GKD.LOSS_WEIGHTS.GRADIENT) at the student's p7 was exactly 0 in the last 3 "
         "iterations with objects, up to iteration 2: "
     )
-    assert "Set GKD.FEATURES to ['p4'], without p7, or set the weight to 0.0" in text
+    assert "Set GKD.FEATURES to ['p4'], without p7, or set GKD.LOSS_WEIGHTS.GRADIENT to 0. " in text
     assert "raise GKD.WATCH_PATIENCE, which is 3, for instance by `GKD.WATCH_PATIENCE 30" in text
     # Every scalar is written before the end.
     assert metrics(tmp_path / "output")[2]["gkd_ratio/gradient/p7"] == 0
