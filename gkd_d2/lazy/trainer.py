@@ -161,9 +161,11 @@ def _move_to_ema(node: DictConfig | ListConfig, output_dir: str) -> None:
 
 
 def _balance_start(cfg: DictConfig) -> int:
-    """The first iteration that is measured for the weights of the losses, by default when the warm-up is over."""
+    """The first iteration that is measured for the weights of the losses: see train.balance.start."""
     if cfg.train.balance.start >= 0:
         return cfg.train.balance.start
+    if cfg.model.get("init_from_teacher"):
+        return 0
     schedule = cfg.lr_multiplier
     if not (isinstance(schedule, DictConfig) and is_called(schedule, _WARMUP)):
         return 0
