@@ -89,7 +89,14 @@ def test_a_run_calibrates_after_the_warm_up_and_its_weights_can_be_fixed(train, 
 
 @pytest.mark.parametrize(
     ("overrides", "start"),
-    [((), 3), (("train.balance.start=1",), 1), (("train.balance.start=0",), 0), (("train.max_iter=11",), 6)],
+    [
+        ((), 3),
+        (("train.balance.start=1",), 1),
+        (("train.balance.start=0",), 0),
+        (("train.max_iter=11",), 6),
+        (("model.init_from_teacher=True",), 0),
+        (("model.init_from_teacher=True", "train.balance.start=1"), 1),
+    ],
 )
 def test_the_start_follows_the_warm_up(overrides, start, read, config):
     assert _balance_start(read(config, *overrides)) == start
