@@ -13,6 +13,8 @@ from gkd_d2.methods.method import METHOD_REGISTRY, LevelwiseMethod, Term
 from gkd_d2.methods.relation import RelationLoss
 
 RELATION = "loss_fgd_relation"
+# Of each of the four losses by default.
+_RATIO = 0.1
 
 
 class FGD(LevelwiseMethod):
@@ -62,10 +64,10 @@ class FGD(LevelwiseMethod):
             raise ValueError(f"GKD.FGD.TEMPERATURE is {temperature}, but must be a finite number > 0")
         super().__init__(
             {
-                "loss_fgd_foreground": Term("foreground", foreground, "GKD.FGD.FOREGROUND_WEIGHT"),
-                "loss_fgd_background": Term("background", background, "GKD.FGD.BACKGROUND_WEIGHT"),
-                "loss_fgd_attention": Term("attention", attention, "GKD.FGD.ATTENTION_WEIGHT"),
-                RELATION: Term("relation", relation, "GKD.FGD.RELATION_WEIGHT"),
+                "loss_fgd_foreground": Term("foreground", foreground, "GKD.FGD.FOREGROUND_WEIGHT", ratio=_RATIO),
+                "loss_fgd_background": Term("background", background, "GKD.FGD.BACKGROUND_WEIGHT", ratio=_RATIO),
+                "loss_fgd_attention": Term("attention", attention, "GKD.FGD.ATTENTION_WEIGHT", ratio=_RATIO),
+                RELATION: Term("relation", relation, "GKD.FGD.RELATION_WEIGHT", ratio=_RATIO),
             }
         )
         self.temperature = temperature

@@ -63,7 +63,7 @@ def test_proposed_weights_give_the_wanted_ratios(kind, distiller_config):
 
 def test_the_ratios_that_are_asked_for(distiller_config):
     cfg = distiller_config("retinanet")
-    own = {"gradient": 0.1, "box": 0.3, "attention": 0.0, "image": 0.1, "relation": 0.0}
+    own = {"gradient": 0.3, "box": 1.0, "attention": 0.0, "image": 0.3, "relation": 0.0}
     assert {term.name: term.ratio for term in build_method(cfg).terms.values()} == own
     # On by its weight, and of ratio 0; relation is off.
     assert cfg.GKD.LOSS_WEIGHTS.ATTENTION > 0

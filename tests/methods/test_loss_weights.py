@@ -52,10 +52,10 @@ def test_ratios_of_a_config():
     method = build_method(cfg)
     assert isinstance(method, GKD)
     assert ratios(method) == {
-        "gradient": (0.1, 1.0),
+        "gradient": (0.3, 1.0),
         "box": (0, 0.0),
         "attention": (0.25, 1.0),
-        "image": (0.1, 1.0),
+        "image": (0.3, 1.0),
         "relation": (0.0, 0.0),
     }
     assert (method.weights.box, method.weights.attention) == (0, 1)

@@ -102,7 +102,7 @@ def test_weights_that_have_no_effect_are_named_once(distiller_config, caplog):
     cfg.GKD.METHOD_OPTIONS.WEIGHT = 3
     ending = "which has no effect under GKD.BALANCE calibrate: set GKD.RATIOS."
     assert warnings(cfg, caplog) == [
-        f"GKD.LOSS_WEIGHTS.BOX is 0.02, {ending}BOX, which is 0.3, instead",
+        f"GKD.LOSS_WEIGHTS.BOX is 0.02, {ending}BOX, which is 1, instead",
         f"GKD.LOSS_WEIGHTS.ATTENTION is 0.0001, {ending}ATTENTION, which is 0, instead",
     ]
 

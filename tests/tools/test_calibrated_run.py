@@ -32,7 +32,7 @@ def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
 
     options = ["GKD.BALANCE", "calibrate", "GKD.RATIOS.BOX", "0.6", "GKD.RATIOS.relation", "0.2"]
     printed = tool("train_net.py", "--config-file", write_config, *options)
-    assert "gkd, weights calibrated to the ratios gradient 0.1, box 0.6, image 0.1, relation 0.2" in printed
+    assert "gkd, weights calibrated to the ratios gradient 0.3, box 0.6, image 0.3, relation 0.2" in printed
     run = tmp_path / "run"
     # What it found are the weights of a config without calibration.
     fixed = tmp_path / "fixed.yaml"
@@ -52,7 +52,7 @@ def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
     tool("visualize_gkd.py", "--config-file", config, *report, *weights)
     assert (tmp_path / "pictures" / "index.html").exists() and (tmp_path / "importance" / "importance.md").exists()
     measured = tool("suggest_weights.py", "--config-file", config, "--batches", 1, *weights)
-    assert "RATIOS: {GRADIENT: 0.1, BOX: 0.6, ATTENTION: 0, IMAGE: 0.1, RELATION: 0.2}" in measured
+    assert "RATIOS: {GRADIENT: 0.3, BOX: 0.6, ATTENTION: 0, IMAGE: 0.3, RELATION: 0.2}" in measured
     options = ("--input-size", 64, 96, "--repeats", 1, "--images", 1, "--device", "cpu")
     assert "| run " in tool("compare_runs.py", run, "--output", "compared", *options)
     tool("export_student.py", "--weights", run, "--output", "exported")

@@ -84,7 +84,7 @@ def test_the_weights_are_those_that_a_training_calibrates(suggest, tmp_path):
     # The table has no weights of today.
     rows = table(output)
     assert list(rows) == ["gradient", "box", "attention", "image"] and len(rows["box"]) == 4
-    assert [row[2] for row in rows.values()] == ["0.7", "0.3", "0.2", "0.1"]
+    assert [row[2] for row in rows.values()] == ["0.7", "1", "0.2", "0.3"]
     assert "Left out: relation, since GKD.RATIOS.RELATION is 0." in output
     assert "has no effect" not in output
 
@@ -94,7 +94,7 @@ def test_each_method_has_its_own_losses(suggest):
     weights = proposed(output, "FGD")
     assert list(weights) == ["FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "RELATION_WEIGHT"]
     assert all(value > 0 for value in weights.values())
-    assert [row[-2] for row in table(output).values()] == ["0.3", "1", "0.3", "0.3"]
+    assert [row[-2] for row in table(output).values()] == ["0.1", "1", "0.1", "0.1"]
 
 
 def test_a_loss_that_is_off_is_left_out(suggest):

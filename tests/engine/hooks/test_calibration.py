@@ -287,7 +287,7 @@ def test_a_resumed_run_applies_another_ratio_to_the_same_samples(calibrating, ca
     before, samples = train(cfg).model.factors, final(cfg)[1]["samples"]
     weights = weights_in(cfg)
     assert weights["attention"] == 0
-    cfg.GKD.RATIOS.BOX, cfg.GKD.RATIOS.IMAGE = 0.6, 0.0
+    cfg.GKD.RATIOS.BOX, cfg.GKD.RATIOS.IMAGE = 2.0, 0.0
     caplog.set_level(logging.INFO, logger="gkd_d2.engine.hooks")
     again = resume(cfg, "model_0000003.pth")
     again.train()
