@@ -32,7 +32,7 @@ def benchmark(run_here, monkeypatch, tmp_path):
 
 def test_phases_ratio_and_memory(benchmark, distiller_config, tmp_path):
     cfg = distiller_config("faster", channels=8)
-    names = ["default", "two passes", "half the proposals", "channels_last", "bfloat16"]
+    names = ["default", "measured", "two passes", "half the proposals", "channels_last", "bfloat16"]
     status, printed = benchmark(cfg, *(argument for name in names for argument in ("--setting", name)))
     assert status == 0, printed
     result = json.loads((tmp_path / "step.json").read_text())
@@ -80,7 +80,7 @@ def test_a_step_of_calibrated_weights(benchmark, distiller_config, tmp_path):
         (
             1,
             ["--setting", "half the proposals"],
-            "--setting half the proposals is none of this config's: default, two passes",
+            "--setting half the proposals is none of this config's: default, measured, two passes",
         ),
         (1, ["MODEL.META_ARCHITECTURE", "RetinaNet"], "distiller.yaml is no config of a GKDDistiller"),
         (2, ["--rounds", "0"], "--rounds is 0, but must be at least 1"),

@@ -8,8 +8,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from detectron2.utils.events import get_event_storage
 
 from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.measure import Measurement
 
 _FEWER_PROPOSALS = {"half the proposals": 2, "an eighth of the proposals": 8}
 
@@ -27,6 +29,14 @@ class Setting:
     dtype: torch.dtype | None = None
 
 
+class _EveryBatch(Measurement):
+    """Measures the losses in each forward."""
+
+    def due(self) -> bool:
+        self.ask(get_event_storage().iter)
+        return super().due()
+
+
 def make_settings(distiller: GKDDistiller, device: str) -> dict[str, Setting]:
     """All settings of a distiller by name: "default", then those with one thing changed.
 
@@ -38,6 +48,8 @@ def make_settings(distiller: GKDDistiller, device: str) -> dict[str, Setting]:
     compiled = torch.compile(teacher.backbone)
     settings = {
         "default": Setting(),
+        # As in the iterations that calibrate weights, and in those of the watch.
+        "measured": Setting(lambda: _replaced(distiller, "listeners", [_EveryBatch()])),
         "two passes": Setting(lambda: _replaced(distiller, "one_pass", False)),
         "channels_last": Setting(lambda: _channels_last(distiller)),
         "compiled teacher": Setting(lambda: _replaced(teacher, "backbone", compiled)),
