@@ -67,6 +67,7 @@ def test_configs_with_the_settings_of_the_authors(project, name, data, gradient)
         "IMAGE": 0.0,
         "RELATION": relation,
     }
+    assert (ours.GKD.BALANCE, theirs.GKD.BALANCE) == ("calibrate", "fixed")
     assert theirs.GKD.STUDENT.INIT_FROM_TEACHER
     assert (theirs.GKD.WEIGHTING, theirs.GKD.MAP_REGION) == ("attention_gradient", "boxes")
     # With relu a level whose sums are all negative would have no map.
@@ -85,6 +86,7 @@ def test_configs_with_the_settings_of_the_authors(project, name, data, gradient)
     changed = {".".join(key.split(".")[:2]) for key in config_differences(ours, theirs)}
     assert changed <= {
         "OUTPUT_DIR",
+        "GKD.BALANCE",
         "GKD.LOSS_WEIGHTS",
         "GKD.WEIGHTING",
         "GKD.RECTIFIER",
