@@ -49,7 +49,7 @@ class FGFI(Method):
         if levels not in LEVELS:
             raise ValueError(f"GKD.FGFI.LEVELS is {levels!r}, but must be one of {', '.join(LEVELS)}")
         together = levels == "together"
-        super().__init__({"loss_fgfi": Term("fgfi", weight, "GKD.FGFI.WEIGHT", level_assigned=together)})
+        super().__init__({"loss_fgfi": Term("fgfi", weight, "GKD.FGFI.WEIGHT", level_assigned=together, ratio=1.0)})
         self.threshold = threshold
         self.together = together
 

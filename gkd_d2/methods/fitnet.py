@@ -25,7 +25,7 @@ class FitNet(LevelwiseMethod):
     """
 
     def __init__(self, weight: float = 1.0):
-        super().__init__({"loss_fitnet": Term("fitnet", weight, "GKD.FITNET.WEIGHT")})
+        super().__init__({"loss_fitnet": Term("fitnet", weight, "GKD.FITNET.WEIGHT", ratio=1.0)})
 
     def level_losses(self, level):
         return {"loss_fitnet": F.mse_loss(level.student, level.teacher) / 2}

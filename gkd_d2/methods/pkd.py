@@ -34,7 +34,7 @@ class PKD(LevelwiseMethod):
     """
 
     def __init__(self, weight: float = 6.0):
-        super().__init__({"loss_pkd": Term("pkd", weight, "GKD.PKD.WEIGHT")})
+        super().__init__({"loss_pkd": Term("pkd", weight, "GKD.PKD.WEIGHT", ratio=1.0)})
 
     def level_losses(self, level):
         return {"loss_pkd": F.mse_loss(_standardized(level.student), _standardized(level.teacher)) / 2}
