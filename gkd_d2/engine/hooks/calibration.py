@@ -189,8 +189,8 @@ class Calibration(HookBase):
         raise CalibrationError(
             f"the weight of the {listed(names)} loss can't be calibrated: in all "
             f"{counted(self._balance.taken, 'iteration')} up to {self.trainer.iter} there was no object, or its "
-            "gradient at the student's features, or that of the detection losses, was 0 or not finite. Look at the data, set "
-            f"{listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are rare. {saved}"
+            "gradient at the student's features, or that of the detection losses, was 0 or not finite. Look at the "
+            f"data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are rare. {saved}"
         )
 
     def _listed(self) -> str:
