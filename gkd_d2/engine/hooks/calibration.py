@@ -73,6 +73,14 @@ class Calibration(HookBase):
     def before_train(self) -> None:
         logger = logging.getLogger(__name__)
         self._distiller.factors = self._balance.factors()
+        wanted = sum(term.ratio for term in self._terms.values())
+        if wanted > self._limit:
+            logger.warning(
+                "GKD.RATIOS add up to %.3g, more than GKD.BALANCE_MAX %g, which will hold the losses below their "
+                "ratios: raise it, or lower them",
+                wanted,
+                self._limit,
+            )
         if self._balance.frozen:
             # The ratios may be others than when they were written.
             logger.info(

@@ -517,6 +517,20 @@ def test_the_cap_holds_the_ratios_and_lets_go(calibrating, registered, caplog):
     )
 
 
+def test_ratios_that_the_cap_will_not_allow_are_named(calibrating, caplog):
+    cfg = calibrating(iterations=1)
+    cfg.GKD.BALANCE_MAX, cfg.GKD.RATIOS.BOX = 5.0, 6.0
+    train(cfg)
+    told = (
+        "GKD.RATIOS add up to 6.2, more than GKD.BALANCE_MAX 5, which will hold the losses below their ratios: raise it"
+    )
+    assert told in caplog.text
+    cfg.GKD.RATIOS.BOX = 0.3
+    caplog.clear()
+    train(cfg)
+    assert "add up to" not in caplog.text
+
+
 class Patchy(LevelwiseMethod):
     """Imitation of all cells alike, without a gradient in some iterations."""
 
