@@ -121,16 +121,18 @@ def measure_weights(distiller: GKDDistiller, batches: Iterable[list[dict]], seed
                 distiller,
                 distiller.observe(batch, student_grad=True, teacher_grad=method.needs_teacher_grad).detached(),
             )
-            balance.take(measurement.report)
-            rows.append(measurement.report.scalars())
+            report = measurement.report
+            balance.take(report)
+            # As in the weights, a batch without objects does not count.
+            rows.append(report.scalars() if report.boxes else {})
             storage.step()
     if not rows:
         raise ValueError("there is no batch to measure the losses with")
     if lacking := balance.without_sample():
         raise ValueError(
             f"in {counted(len(rows), 'batch', 'batches')} the {lacking[0]} loss had no gradient at the student's "
-            "features, or one that is not finite, so that no weight can be proposed: look at the data, the teacher "
-            "and the student's weights"
+            "features, or one that is not finite, or there was no object, so that no weight can be proposed: look at "
+            "the data, the teacher and the student's weights"
         )
     weights, spread = balance.weights(), balance.spread()
     return {

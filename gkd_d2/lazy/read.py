@@ -35,8 +35,8 @@ _TRAIN = {
     "clip_gradients": {"enabled": False, "clip_type": "value", "clip_value": 1.0, "norm_type": 2.0},  # SOLVER
     "vis_period": 0,  # GKD.VIS_PERIOD
     "watch": {"period": 20, "patience": 20, "max_ratio": 10.0},  # GKD.WATCH_*
-    # GKD.BALANCE_*. start is the first iteration that is measured; -1: the first of the training with init_from_teacher,
-    # else the one after the warm-up of the learning rate.
+    # GKD.BALANCE_*. start is the first iteration that is measured; -1: the first of the training with
+    # init_from_teacher, else the one after the warm-up of the learning rate.
     "balance": {"start": -1, "iters": 64, "max": 5.0},
 }
 _LEAST = {

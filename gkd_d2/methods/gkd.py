@@ -62,16 +62,23 @@ class GKD(Method):
         super().weigh_by_ratio(ratios)
         self._settle_weights()
 
-    def _settle_weights(self) -> None:
-        """Check the options against the weights of the terms, and find out what these need."""
-        self.weights = LossWeights(**{name: self.terms[key].weight for name, key in LOSS_KEYS.items()})
-        check_implementation(self._implementation, self.options, self.weights)
+    def check_options(self):
+        try:
+            check_implementation(self._implementation, self.options, self.weights)
+        except ValueError as error:
+            # Its message begins with the name.
+            raise ValueError(f"GKD.{str(error).replace('implementation', 'IMPLEMENTATION', 1)}") from error
         unused = self.options.without_effect(self.weights)
         if unused and self:
             raise ValueError(
                 f"GKD has {', '.join(unused)}, which changes no loss: it weights the cells in the losses of boxes and "
-                "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a weight"
+                "image, with GKD.WEIGHTING gradient or attention_gradient. Leave it out, or give these losses a "
+                f"{'ratio' if self.by_ratio else 'weight'}"
             )
+
+    def _settle_weights(self) -> None:
+        """Find out what the weights of the terms need."""
+        self.weights = LossWeights(**{name: self.terms[key].weight for name, key in LOSS_KEYS.items()})
         self.needs_student_grad = self.options.need_student_grad(self.weights)
         self.needs_teacher_grad = self.options.need_teacher_grad(self.weights)
         self.needs_cell_grads = self.options.need_cell_grads(self.weights)
@@ -141,7 +148,7 @@ def gkd(cfg: CfgNode) -> GKD:
     """The options stand in GKD itself.
 
     Raises:
-        ValueError: an option is unknown, out of range or without effect.
+        ValueError: an option is unknown or out of range.
     """
     weights = {key.lower(): value for key, value in cfg.GKD.LOSS_WEIGHTS.items()}
     relation = weights.pop("relation")
@@ -151,7 +158,7 @@ def gkd(cfg: CfgNode) -> GKD:
     except ValueError as error:
         # A message about an option begins with its name.
         name, _, rest = str(error).partition(" ")
-        if name in (*options, "implementation"):
+        if name in options:
             raise ValueError(f"GKD.{name.upper()} {rest}") from error
         raise
     return method

@@ -21,9 +21,21 @@ def weights_as_yaml(
         terms: all losses of the method.
         weights: name of a loss -> weight, which is written to four digits; a loss that is not named is off.
         place: what a key of yacs is called in the config.
+
+    Returns:
+        The YAML. Where losses share a key, which can't give them different weights, a comment has these instead.
     """
+    by_key: dict[str, dict[str, float]] = {}
+    for term in terms:
+        by_key.setdefault(term.key, {})[term.name] = float(f"{weights.get(term.name, 0.0):.3e}")
     values: dict[str, object] = {"GKD.BALANCE": "fixed"}
-    values |= {term.key: float(f"{weights.get(term.name, 0.0):.3e}") for term in terms}
+    comments = []
+    for key, named in by_key.items():
+        if len({*named.values()}) == 1:
+            values[key] = next(iter(named.values()))
+            continue
+        listed = ", ".join(f"{name} {weight:g}" for name, weight in named.items())
+        comments.append(f"# {place(key)} is the key of several losses, and can't give each its weight: {listed}\n")
     nested: dict = {}
     for key, value in values.items():
         *path, last = place(key).split(".")
@@ -31,7 +43,7 @@ def weights_as_yaml(
         for name in path:
             node = node.setdefault(name, {})
         node[last] = value
-    return yaml.safe_dump(nested, sort_keys=False)
+    return "".join(comments) + yaml.safe_dump(nested, sort_keys=False)
 
 
 def keys_without_effect(method: Method, weights: Mapping[str, float], ratios: Mapping[str, float]) -> list[str]:

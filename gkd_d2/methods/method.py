@@ -175,6 +175,13 @@ class Method(nn.Module):
         """The key of the config that says how hard a loss pulls, its ratio's or its weight's, and the value there."""
         return (term.ratio_key, term.ratio) if self.by_ratio else (term.key, term.weight)
 
+    def check_options(self) -> None:
+        """Check the options against the weights, once these are settled: see :func:`settle_weights`.
+
+        Raises:
+            ValueError: an option does not go with the losses that are on.
+        """
+
     def __bool__(self) -> bool:
         """Whether any loss has a weight above 0."""
         return any(term.weight > 0 for term in self.terms.values())
@@ -274,7 +281,7 @@ def settle_weights(method: Method, balance: str, ratios: Mapping[str, float]) ->
         ratios: GKD.RATIOS, which count under "calibrate"; see :meth:`Method.weigh_by_ratio`.
 
     Raises:
-        ValueError: ``balance`` is none of :data:`BALANCES`, or a ratio is wrong.
+        ValueError: ``balance`` is none of :data:`BALANCES`, a ratio is wrong, or see :meth:`Method.check_options`.
     """
     if balance not in BALANCES:
         raise ValueError(f"GKD.BALANCE is {balance!r}, but must be one of {', '.join(BALANCES)}")
@@ -282,6 +289,7 @@ def settle_weights(method: Method, balance: str, ratios: Mapping[str, float]) ->
         raise ValueError(f"GKD.RATIOS is {ratios!r}, but must be a group of ratios, each under the name of a loss")
     if balance == CALIBRATE:
         method.weigh_by_ratio(ratios)
+    method.check_options()
 
 
 def widened(level: Level) -> Level:

@@ -20,7 +20,8 @@ class Balance:
         weight_k = ratio_k * exp(median over samples of log(A / B_k)).
 
     A sample is one batch of the training, that of all processes and parts together. It counts for a loss where A and
-    B_k are finite and above 0, so that a batch without boxes does not count for a loss of boxes.
+    B_k are finite and above 0. One without boxes counts for none, since the detection loss may have next to no gradient
+    there.
 
     The weights are found once and then stay: a weight that followed the ratio would make a squared distance an absolute
     one, whose gradient never fades, and would have no bound.
@@ -55,7 +56,7 @@ class Balance:
 
     def take(self, report: TermReport) -> None:
         """Take a batch, measured with all losses at weight 1; the last one freezes the weights."""
-        detection = report.detection_norm
+        detection = report.detection_norm if report.boxes else 0.0
         for name, samples in self._samples.items():
             # A warm-up of the weights is no part of the loss at weight 1.
             norm = report.norm(name) / report.factor

@@ -122,9 +122,8 @@ def measure_terms(
         leaf = feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
         level_losses = losses(index, leaf)
         for key, term in terms.items():
-            (gradient,) = torch.autograd.grad(level_losses[key], leaf, retain_graph=True)
             values[term, level] = level_losses[key].detach()
-            norms[term, level] = _norm(gradient)
+            norms[term, level] = _norm(_gradient(level_losses[key], leaf))
     detection = {level: _norm(gradient) / scale for level, gradient in zip(features, detection_grad)}
     # One wait for the device, not one for every number.
     numbers = torch.stack([*values.values(), *norms.values(), *detection.values()]).tolist()
@@ -187,6 +186,14 @@ def weight_for_ratio(weight: float, ratio: float, wanted: float) -> float:
         wanted: the ratio to have instead, >= 0.
     """
     return float(f"{weight * wanted / ratio:.1e}")
+
+
+def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
+    """That of a loss, which may be a constant, as one of objects in a batch without any."""
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 def _norm(gradient: Tensor) -> Tensor:

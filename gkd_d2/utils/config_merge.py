@@ -78,7 +78,9 @@ def merge_pairs(cfg: CfgNode, opts: Sequence[str]) -> None:
         try:
             cfg.merge_from_list([key, value])
         except ValueError as error:
-            raise ValueError(f"{key} is {value!r}, but {_wanted(cfg, key)}") from error
+            is_group = isinstance(_value(cfg, key), CfgNode)
+            singly = f": set each by itself, as in {key}.NAME VALUE" if is_group else ""
+            raise ValueError(f"{key} is {value!r}, but {_wanted(cfg, key)}{singly}") from error
 
 
 def read_yaml(path: str | os.PathLike) -> object:

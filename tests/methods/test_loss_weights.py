@@ -102,6 +102,17 @@ def test_weights_in_a_file():
     assert placed == {"a": {"balance": "fixed", **{key.lower(): value for key, value in expected.items()}}}
 
 
+def test_a_key_of_several_losses_is_given_where_it_can_be():
+    terms = [Term(name, 1.0, "GKD.METHOD_OPTIONS.WEIGHT") for name in ("near", "far")]
+    both = {"GKD": {"BALANCE": "fixed", "METHOD_OPTIONS": {"WEIGHT": 0.5}}}
+    assert yaml.safe_load(weights_as_yaml(terms, {"near": 0.5, "far": 0.5})) == both
+    text = weights_as_yaml(terms, {"near": 0.5, "far": 0.25}, str.lower)
+    assert yaml.safe_load(text) == {"gkd": {"balance": "fixed"}}
+    assert text.startswith(
+        "# gkd.method_options.weight is the key of several losses, and can't give each its weight: near 0.5, far 0.25\n"
+    )
+
+
 def test_keys_without_effect():
     method = Mixed()
     given = {"GKD.METHOD_OPTIONS.WEIGHT": 2.0, "GKD.FITNET.WEIGHT": 2.0}

@@ -297,6 +297,18 @@ def test_bad_options_of_gkd_are_named_by_their_key(cfg, options, message):
         build_method(cfg)
 
 
+def test_options_of_gkd_are_judged_by_the_losses_that_are_on(cfg):
+    """Under calibrate these are those of a ratio, whatever the weights."""
+    cfg.merge_from_list(["GKD.IMPORTANCE_FLOOR", 0.5, "GKD.LOSS_WEIGHTS.BOX", 0.0, "GKD.LOSS_WEIGHTS.IMAGE", 0.0])
+    with pytest.raises(ValueError, match="importance_floor 0.5, which changes no loss.*or give these losses a weight$"):
+        build_method(cfg)
+    cfg.GKD.BALANCE = "calibrate"
+    assert build_method(cfg).needs_teacher_grad
+    cfg.GKD.RATIOS.BOX, cfg.GKD.RATIOS.IMAGE, cfg.GKD.LOSS_WEIGHTS.BOX = 0.0, 0.0, 0.5
+    with pytest.raises(ValueError, match="importance_floor 0.5, which changes no loss.*or give these losses a ratio$"):
+        build_method(cfg)
+
+
 def test_other_options_come_from_the_config(cfg):
     cfg.merge_from_list(["GKD.METHOD", "fgfi", "GKD.FGFI.THRESHOLD", 0.25])
     assert build_method(cfg).threshold == 0.25

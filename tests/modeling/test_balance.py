@@ -42,18 +42,20 @@ def test_the_weight_is_the_ratio_times_the_median(detections, median):
 
 
 def test_each_loss_has_samples_of_its_own():
-    """A batch without objects counts for the others; what is 0 or not finite counts for none."""
+    """What is 0 or not finite counts for none, and of a batch without objects nothing does."""
     bad = [report(a, box=1.0, image=1.0) for a in (0.0, math.inf, math.nan)]
     batches = [
         report(2.0, box=1.0, image=4.0),
         report(1.0, boxes=0, box=0.0, image=100.0),
+        report(1.0, box=0.0, image=2.0),
         report(6.0, box=math.nan, image=math.inf),
         *bad,
         report(8.0, box=1.0, image=2.0),
     ]
     balance = taken(Balance({"box": 1.0, "image": 1.0}, len(batches)), *batches)
     assert balance.weights() == {"box": pytest.approx(4.0), "image": pytest.approx(0.5)}
-    assert balance.taken == 7 and balance.frozen
+    assert balance.taken == 8 and balance.frozen
+    assert [len(samples) for samples in balance.state_dict()["samples"].values()] == [2, 3]
 
 
 def test_levels_and_parts_are_one_gradient():

@@ -7,7 +7,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, training_batch, watched
 
-from gkd_d2.modeling.measure import TermReport
+from gkd_d2.modeling.measure import TermReport, measure_terms
 from gkd_d2.modeling.split import split_detector
 
 TERMS = {
@@ -47,6 +47,21 @@ def test_ratios_to_no_detection_gradient_are_left_out():
     }
     none = TermReport(values=values, norms=norms, detection={"p3": 0.0, "p4": 0.0}, **batch).scalars()
     assert list(none) == ["gkd_value/box/p3", "gkd_value/box/p4"]
+
+
+def test_a_loss_that_is_constant_has_no_gradient():
+    """As one of objects in a batch without any, or of one level alone; another may depend on parameters instead."""
+    parameter = torch.ones((), requires_grad=True)
+
+    def losses(index, feature):
+        return {"loss_a": feature.new_zeros(()), "loss_b": 2 * parameter, "loss_c": 3 * feature.sum()}
+
+    terms = {"loss_a": "a", "loss_b": "b", "loss_c": "c"}
+    report = measure_terms(
+        losses, {"p3": torch.ones(1, 4, 2, 2)}, [torch.ones(1, 4, 2, 2)], terms=terms, scale=1.0, boxes=0, factor=1.0
+    )
+    assert report.norms == {("a", "p3"): 0.0, ("b", "p3"): 0.0, ("c", "p3"): 12.0}
+    assert report.values[("a", "p3")] == 0.0 and report.values[("b", "p3")] == 2.0
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

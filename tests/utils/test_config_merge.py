@@ -70,7 +70,10 @@ def test_keys_of_open_groups(opts, expected, project, tmp_path):
         (["GKD.RATIOS.BOX", "SEED", "1"], "the config key GKD.RATIOS.BOX has no value"),
         (["GKD.RATIOS.BOX=1", "SEED", "1"], "the config key GKD.RATIOS.BOX=1 has no value"),
         (["SEED", "GKD.RATIOS.BOX", "1"], "the config key SEED has no value"),
-        (["GKD.RATIOS", "1"], "GKD.RATIOS is '1', but must be a group of keys"),
+        (
+            ["GKD.RATIOS", "{BOX: 1}"],
+            "GKD.RATIOS is '{BOX: 1}', but must be a group of keys: set each by itself, as in GKD.RATIOS.NAME",
+        ),
         (["GKD.RATIOS.BOX.X", "1"], "there is no config key 'GKD.RATIOS.BOX.X'"),
         (["GKD.RATIOS.", "1"], "there is no config key 'GKD.RATIOS.', did you mean GKD.RATIOS?"),
         (["GKD.RATIO.BOX", "1"], "there is no config key 'GKD.RATIO.BOX'"),

@@ -73,6 +73,14 @@ class Calibration(HookBase):
     def before_train(self) -> None:
         logger = logging.getLogger(__name__)
         self._distiller.factors = self._balance.factors()
+        wanted = sum(term.ratio for term in self._terms.values())
+        if wanted > self._limit:
+            logger.warning(
+                "GKD.RATIOS add up to %.3g, more than GKD.BALANCE_MAX %g, which will hold the losses below their "
+                "ratios: raise it, or lower them",
+                wanted,
+                self._limit,
+            )
         if self._balance.frozen:
             # The ratios may be others than when they were written.
             logger.info(
@@ -187,10 +195,10 @@ class Calibration(HookBase):
         saved = save_stopped(self.trainer)
         keys = [self._terms[name].ratio_key for name in names]
         raise CalibrationError(
-            f"the weight of the {listed(names)} loss can't be calibrated: in all {counted(self._iters, 'iteration')} "
-            f"up to {self.trainer.iter} its gradient at the student's features, or that of the detection losses, was "
-            f"0 or not finite. Look at the data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are "
-            f"rare. {saved}"
+            f"the weight of the {listed(names)} loss can't be calibrated: in all "
+            f"{counted(self._balance.taken, 'iteration')} up to {self.trainer.iter} there was no object, or its "
+            "gradient at the student's features, or that of the detection losses, was 0 or not finite. Look at the "
+            f"data, set {listed(keys)} to 0, or raise GKD.BALANCE_ITERS where objects are rare. {saved}"
         )
 
     def _listed(self) -> str:

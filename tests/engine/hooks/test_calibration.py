@@ -250,6 +250,23 @@ def test_two_processes_equal_one(calibrating, tmp_path):
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_batches_without_objects_do_not_count(calibrating):
+    """There the detection losses of this RetinaNet have next to no gradient, and so would the weights."""
+    cfg = calibrating(iterations=5, iters=5)
+    trainer = Trainer(cfg)
+
+    def strip(model, args):
+        if get_event_storage().iter >= 2:
+            for image in args[0]:
+                image["instances"] = image["instances"][:0]
+
+    trainer.model.register_forward_pre_hook(strip)
+    trainer.train()
+    state = calibration_of(trainer).state_dict()
+    assert state["taken"] == 5 and state["frozen"]
+    assert {name: len(samples) for name, samples in state["samples"].items()} == dict.fromkeys(state["samples"], 2)
+
+
 # --- how it goes on
 
 
@@ -500,6 +517,20 @@ def test_the_cap_holds_the_ratios_and_lets_go(calibrating, registered, caplog):
     )
 
 
+def test_ratios_that_the_cap_will_not_allow_are_named(calibrating, caplog):
+    cfg = calibrating(iterations=1)
+    cfg.GKD.BALANCE_MAX, cfg.GKD.RATIOS.BOX = 5.0, 6.0
+    train(cfg)
+    told = (
+        "GKD.RATIOS add up to 6.2, more than GKD.BALANCE_MAX 5, which will hold the losses below their ratios: raise it"
+    )
+    assert told in caplog.text
+    cfg.GKD.RATIOS.BOX = 0.3
+    caplog.clear()
+    train(cfg)
+    assert "add up to" not in caplog.text
+
+
 class Patchy(LevelwiseMethod):
     """Imitation of all cells alike, without a gradient in some iterations."""
 
@@ -550,10 +581,10 @@ def test_a_loss_that_can_not_be_calibrated_ends_the_run(calibrating, registered,
     status, printed = run_here("train_net.py", "--config-file", tmp_path / "run.yaml")
     assert status == 1
     assert printed.endswith(
-        "the weight of the patchy loss can't be calibrated: in all 3 iterations up to 3 its gradient at the student's "
-        "features, or that of the detection losses, was 0 or not finite. Look at the data, set GKD.RATIOS.PATCHY to 0, "
-        "or raise GKD.BALANCE_ITERS where objects are rare. The state is saved as model_stopped.pth; --resume "
-        "continues from the checkpoint before it"
+        "the weight of the patchy loss can't be calibrated: in all 3 iterations up to 3 there was no object, or its "
+        "gradient at the student's features, or that of the detection losses, was 0 or not finite. Look at the data, "
+        "set GKD.RATIOS.PATCHY to 0, or raise GKD.BALANCE_ITERS where objects are rare. The state is saved as "
+        "model_stopped.pth; --resume continues from the checkpoint before it"
     )
     assert checkpoints(tmp_path / "output") == {"model_stopped.pth"}
     assert not (tmp_path / "output" / "calibrated_weights.yaml").exists()
