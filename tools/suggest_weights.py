@@ -19,6 +19,7 @@ import sys
 
 from gkd_d2.analysis.gradient_ratios import measure_weights, ratio_table, ratios_as_yaml, to_measure, wanted_ratios
 from gkd_d2.config import read_distiller_config, without_backbone_weights
+from gkd_d2.engine.exact_trainer import AMP_DTYPES
 from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.run import YacsRun
 from gkd_d2.engine.trainer import Trainer
@@ -90,7 +91,8 @@ def main() -> None:
         distiller = build_model(to_measure(cfg, wanted))
         StudentCheckpointer(distiller).load_weights(cfg.MODEL.WEIGHTS)
         batches = itertools.islice(Trainer.build_train_loader(cfg), args.batches)
-        found = measure_weights(distiller, track(batches, total=args.batches, title="batches"), cfg.SEED)
+        batches = track(batches, total=args.batches, title="batches")
+        found = measure_weights(distiller, batches, cfg.SEED, AMP_DTYPES[YacsRun(cfg).amp_dtype])
     except (PreflightError, ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"\n{ratio_table(method, wanted, found)}\n")

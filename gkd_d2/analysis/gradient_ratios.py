@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -17,6 +18,8 @@ from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.measure import Measurement
 from gkd_d2.utils.random_streams import mix_seed, seed_everything
 from gkd_d2.utils.text import counted
+
+_FLOAT16_SCALE = 2.0**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,9 @@ def to_measure(cfg: CfgNode, ratios: Mapping[str, float]) -> CfgNode:
     return cfg
 
 
-def measure_weights(distiller: GKDDistiller, batches: Iterable[list[dict]], seed: int) -> dict[str, Found]:
+def measure_weights(
+    distiller: GKDDistiller, batches: Iterable[list[dict]], seed: int, amp_dtype: torch.dtype | None = None
+) -> dict[str, Found]:
     """Run a distiller on batches without training it, and find the weights that a calibration would over them.
 
     Args:
@@ -96,6 +101,7 @@ def measure_weights(distiller: GKDDistiller, batches: Iterable[list[dict]], seed
             as in training.
         batches: with ground truth.
         seed: of the random draws.
+        amp_dtype: of autocast, as in the training; None: no autocast.
 
     Returns:
         Name of a loss -> what was found, of those of a ratio above 0.
@@ -112,15 +118,17 @@ def measure_weights(distiller: GKDDistiller, batches: Iterable[list[dict]], seed
     distiller.check_finite()
     distiller.train()
     measurement = Measurement()
+    if amp_dtype == torch.float16:
+        # For small gradients, as a gradient scaler's.
+        distiller.gradient_scale = _FLOAT16_SCALE
     with EventStorage() as storage:
         for batch in batches:
             # As the first process of a training does.
             seed_everything(mix_seed(seed, storage.iter, 0))
             measurement.ask(storage.iter)
-            measurement(
-                distiller,
-                distiller.observe(batch, student_grad=True, teacher_grad=method.needs_teacher_grad).detached(),
-            )
+            with torch.autocast(distiller.device.type, amp_dtype, enabled=amp_dtype is not None):
+                seen = distiller.observe(batch, student_grad=True, teacher_grad=method.needs_teacher_grad)
+                measurement(distiller, seen.detached())
             report = measurement.report
             balance.take(report)
             # As in the weights, a batch without objects does not count.

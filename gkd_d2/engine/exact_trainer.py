@@ -30,7 +30,8 @@ from gkd_d2.utils.checkpoint import EMA_STATE, StudentCheckpointer
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.text import listed
 
-_AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "": None}
+# An amp_dtype of a run -> that of autocast.
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "": None}
 
 
 class ExactTrainer(TrainerBase):
@@ -82,7 +83,7 @@ class ExactTrainer(TrainerBase):
             optimizer,
             seed=seed,
             accumulate_steps=run.accumulate_steps,
-            amp_dtype=_AMP_DTYPES[run.amp_dtype],
+            amp_dtype=AMP_DTYPES[run.amp_dtype],
             from_scratch=not run.weights,
         )
         self.scheduler = scheduler

@@ -65,6 +65,10 @@ class Balance:
         self.taken += 1
         self.frozen = self.taken >= self._iters
 
+    def counts(self) -> dict[str, int]:
+        """Name of a loss -> number of batches that have counted for it."""
+        return {name: len(samples) for name, samples in self._samples.items()}
+
     def without_sample(self) -> list[str]:
         """Names of the losses that no batch has counted for."""
         return [name for name, samples in self._samples.items() if not samples]

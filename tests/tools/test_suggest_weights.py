@@ -65,9 +65,11 @@ def test_proposal_is_proportional_to_what_is_asked_for(suggest):
     assert proposed(second)["IMAGE"] == pytest.approx(2 * weights["IMAGE"], rel=1e-3)
 
 
-def test_the_weights_are_those_that_a_training_calibrates(suggest, tmp_path):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_weights_are_those_that_a_training_calibrates(suggest, tmp_path, bfloat16):
     """Of the same batches, while the student stays as it is."""
     cfg = read_config(str(tmp_path / "distiller.yaml"), [])
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = bfloat16, "bfloat16"
     cfg.GKD.BALANCE = "calibrate"
     cfg.GKD.RATIOS.GRADIENT, cfg.GKD.RATIOS.ATTENTION = 0.7, 0.2
     cfg.GKD.BALANCE_ITERS = cfg.SOLVER.MAX_ITER = 3

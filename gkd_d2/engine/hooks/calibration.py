@@ -132,18 +132,30 @@ class Calibration(HookBase):
 
     def state_dict(self) -> dict:
         """Of the calibration; part of each checkpoint."""
-        return self._balance.state_dict()
+        return {**self._balance.state_dict(), "keys": self._keys()}
 
     def load_state_dict(self, state_dict: Mapping) -> None:
         """Go on from a checkpoint's, with the ratios of this run.
 
         Raises:
-            ResumeError: it was calibrated without one of the losses.
+            ResumeError: it was calibrated without one of the losses, or for another of the same name.
         """
+        others = {name: key for name, key in state_dict["keys"].items() if key != self._keys().get(name, key)}
+        if others and state_dict["taken"]:
+            name, key = next(iter(others.items()))
+            raise ResumeError(
+                f"The checkpoint can't be resumed: its {name} loss is that of {key}, whose calibration says nothing "
+                f"about that of {self._terms[name].key}. Start anew from its weights, by MODEL.WEIGHTS and without "
+                "--resume"
+            )
         try:
             self._balance.load_state_dict(state_dict)
         except ValueError as error:
             raise ResumeError(f"The checkpoint can't be resumed: {error}") from error
+
+    def _keys(self) -> dict[str, str]:
+        """Name of a loss -> the key of its weight, by which losses of one name are told apart."""
+        return {name: term.key for name, term in self._terms.items()}
 
     def _calibrates(self) -> bool:
         return not self._balance.frozen and self.trainer.iter >= self._start
@@ -202,10 +214,10 @@ class Calibration(HookBase):
         )
 
     def _listed(self) -> str:
-        weights, spread = self._balance.weights(), self._balance.spread()
+        weights, spread, counts = self._balance.weights(), self._balance.spread(), self._balance.counts()
         return ", ".join(
-            f"{name} {weights[name]:.3g} for the ratio {self._terms[name].ratio:g} (at this weight, {low:.2g} to "
-            f"{high:.2g} in 80 % of the batches)"
+            f"{name} {weights[name]:.3g} for the ratio {self._terms[name].ratio:g} ({low:.2g} to {high:.2g} in 80 % of "
+            f"{counted(counts[name], 'batch', 'batches')})"
             for name, (low, high) in ((n, [weights[n] * b for b in bounds]) for n, bounds in spread.items())
         )
 

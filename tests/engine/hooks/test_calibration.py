@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, default_argument_parser
 from detectron2.engine.hooks import CallbackHook
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -335,6 +336,20 @@ def test_a_resumed_run_changes_the_way_of_its_weights(calibrating, caplog):
     back.train()
     assert back.start_iter == 4 and back.iter == 6
     assert history(back, "loss_bmfi_box")[4] > 0
+
+
+def test_a_resume_with_another_loss_of_the_same_name_is_refused(calibrating):
+    cfg = calibrating(iterations=4)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    for name in ("GRADIENT", "BOX", "IMAGE"):
+        cfg.GKD.RATIOS[name] = 0.0
+    cfg.GKD.RATIOS.ATTENTION = 0.1
+    train(cfg)
+    cfg.GKD.METHOD = "fgd"
+    cfg.GKD.RATIOS = CfgNode({"FOREGROUND": 0.0, "BACKGROUND": 0.0, "RELATION": 0.0}, new_allowed=True)
+    message = "its attention loss is that of GKD.LOSS_WEIGHTS.ATTENTION, .* that of GKD.FGD.ATTENTION_WEIGHT"
+    with pytest.raises(ResumeError, match=message):
+        resume(cfg, "model_final.pth")
 
 
 def test_a_resume_without_a_sample_of_a_loss_is_refused(calibrating, run_here, tmp_path):
