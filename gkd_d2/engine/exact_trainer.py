@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from gkd_d2.data.build import BatchSampler
 from gkd_d2.engine.from_scratch import consider_loaded, warn_of_frozen_random_weights
-from gkd_d2.engine.hooks import release_sigterm
+from gkd_d2.engine.hooks import Calibration, release_sigterm
 from gkd_d2.engine.model_ema import ModelEMA
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import ResumeError, describe_run, run_differences
@@ -275,7 +275,7 @@ class ExactTrainer(TrainerBase):
                 f"{source} can't be resumed, because it was trained by the optimizer {other} and this trainer builds "
                 f"{optimizer}: {start_anew}"
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict(self._without_calibration(state_dict))
         self._trainer.load_state_dict(state_dict["_trainer"])
         self._set_learning_rates()
         if changed:
@@ -287,6 +287,19 @@ class ExactTrainer(TrainerBase):
         states = state_dict.get("running_states", [])
         if states:
             load_running_state(self._student(), states[comm.get_rank() % len(states)])
+
+    def _without_calibration(self, state_dict: dict) -> dict:
+        """A checkpoint's state, without what was calibrated where the run's weights are fixed; a warning says so."""
+        saved = state_dict.get("hooks", {})
+        name = Calibration.__qualname__
+        if name not in saved or any(isinstance(hook, Calibration) for hook in self._hooks):
+            return state_dict
+        logging.getLogger(__name__).warning(
+            "The weights of the losses that were calibrated in %s are dropped: GKD.BALANCE is not calibrate any more, "
+            "and those of the config apply. calibrated_weights.yaml beside it holds them for the config",
+            self.checkpointer.source,
+        )
+        return {**state_dict, "hooks": {other: state for other, state in saved.items() if other != name}}
 
     def _set_learning_rates(self) -> None:
         """Set those of the iteration that comes next; the optimizer is as new, the scheduler has been loaded."""

@@ -93,9 +93,10 @@ class Calibration(HookBase):
         # At least one, where GKD.BALANCE_ITERS is less than it was.
         last = first + max(1, self._iters - self._balance.taken) - 1
         logger.info(
-            "The weights of the losses are calibrated in iterations %d to %d, over which they ramp up%s",
+            "The weights of the losses are calibrated in iterations %d to %d%s, over which they ramp up%s",
             first,
             last,
+            f", after {counted(self._balance.taken, 'iteration')} before" if self._balance.taken else "",
             "; until then nothing is imitated" if first > self.trainer.start_iter and not self._balance.taken else "",
         )
         if last >= self.trainer.max_iter:

@@ -106,6 +106,8 @@ class LossWatch(HookBase):
         if ratios:
             listed = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
             note = "" if objects else " (no object in the batch)"
+            if (factors := self._distiller.factors) is not None and not any(factors.values()):
+                note += " (the weights start at 0)"
             logger.info("gkd_ratio at iteration %d: %s%s", self.trainer.iter, listed, note)
         else:
             logger.warning(

@@ -333,6 +333,8 @@ def test_a_resumed_run_changes_the_way_of_its_weights(calibrating, caplog):
     caplog.clear()
     back = resume(cfg, "model_0000003.pth")
     assert "GKD.BALANCE was calibrate and is fixed" in caplog.text
+    assert re.search(r"that were calibrated in .*model_0000003.pth are dropped: GKD.BALANCE is not calib", caplog.text)
+    assert "Cannot find the hook" not in caplog.text
     back.train()
     assert back.start_iter == 4 and back.iter == 6
     assert history(back, "loss_bmfi_box")[4] > 0
@@ -378,7 +380,8 @@ def test_a_run_that_ends_too_soon_says_so(calibrating, caplog):
     caplog.clear()
     again = resume(cfg)
     again.train()
-    assert "calibrated in iterations 3 to 3" in caplog.text and "before the weights" not in caplog.text
+    assert "calibrated in iterations 3 to 3, after 2 iterations before, over which" in caplog.text
+    assert "before the weights" not in caplog.text
     assert calibration_of(again).state_dict()["taken"] == 3 and weights_in(cfg)["box"] > 0
 
 
