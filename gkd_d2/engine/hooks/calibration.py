@@ -109,8 +109,9 @@ class Calibration(HookBase):
             )
 
     def before_step(self) -> None:
-        self._scale = _gradient_scale(self.trainer)
         if self._calibrates() or self._caps():
+            # Of a scaler's scale a GPU is waited for.
+            self._scale = _gradient_scale(self.trainer)
             self._measurement.ask(self.trainer.iter)
 
     def after_step(self) -> None:
