@@ -20,6 +20,8 @@ from gkd_d2.modeling.measure import Measurement
 ARCHITECTURES = ("faster", "retinanet")
 # In the training set of short real trainings.
 TOY_SCENES = 6
+# The last layers of the heads.
+PREDICTORS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
 META_ARCHITECTURES = {"retinanet": "RetinaNet", "scorer": "Scorer"}
 
 try:
@@ -92,6 +94,16 @@ def calm(model: torch.nn.Module) -> torch.nn.Module:
         if name.endswith("conv3.norm.weight"):
             parameter.zero_()
     return model
+
+
+def with_sure_teacher(cfg: CfgNode, factor: float = 30.0) -> CfgNode:
+    """A distiller's config, after its teacher's predictors are scaled: random heads predict next to the same for all."""
+    state = torch.load(cfg.GKD.TEACHER.WEIGHTS)["model"]
+    for name, tensor in state.items():
+        if name.endswith(tuple(f"{predictor}.weight" for predictor in PREDICTORS)):
+            tensor *= factor
+    torch.save({"model": state}, cfg.GKD.TEACHER.WEIGHTS)
+    return cfg
 
 
 def train(

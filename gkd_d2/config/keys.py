@@ -44,13 +44,17 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # Proposals an image that a teacher with ROI heads samples for its gradients; 0: as many as its own config says.
     # Fewer are cheaper and make its gradient maps noisier: docs/benchmarks.md.
     cfg.GKD.TEACHER.ROI_BATCH_SIZE = 0
+    # Of crosskd and logits with two-stage detectors: number of the teacher's best proposals an image on which what the
+    # box heads predict is compared; at 0 only what the RPNs predict is.
+    cfg.GKD.TEACHER.PROPOSALS = 128
 
     # Levels to distil. Empty: those that the heads of both networks use, without max-pooled copies of others.
     cfg.GKD.FEATURES = []
 
     # What the student imitates: gkd (gradient maps and BMFI), fitnet (all cells alike), fgfi (cells near objects), fgd
-    # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels), none
-    # (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
+    # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels),
+    # crosskd (what the teacher's heads predict from the student's features), logits (what the heads of both predict),
+    # none (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
     cfg.GKD.METHOD = "gkd"
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
@@ -132,6 +136,18 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.PKD = CfgNode()
     # Of pkd: weight of its loss. MMRazor's configs have 6 for Faster R-CNN and 10 for RetinaNet.
     cfg.GKD.PKD.WEIGHT = 6.0
+
+    cfg.GKD.CROSSKD = CfgNode()
+    # Of crosskd: weights of its losses of classes and of boxes. The public code for RetinaNet has 1 and 1.
+    cfg.GKD.CROSSKD.CLASS_WEIGHT = 1.0
+    cfg.GKD.CROSSKD.BOX_WEIGHT = 1.0
+
+    cfg.GKD.LOGITS = CfgNode()
+    # Of logits: weights of its losses of classes and of boxes.
+    cfg.GKD.LOGITS.CLASS_WEIGHT = 1.0
+    cfg.GKD.LOGITS.BOX_WEIGHT = 1.0
+    # Of logits: temperature of the class probabilities, > 0.
+    cfg.GKD.LOGITS.TEMPERATURE = 1.0
 
     # Over so many iterations the weights of the method's losses grow linearly to their values; 0: no ramp.
     cfg.GKD.WARMUP_ITERS = 0

@@ -3,10 +3,12 @@
 docs/own_method.md shows how to add one.
 """
 
+from gkd_d2.methods.crosskd import CrossKD
 from gkd_d2.methods.fgd import FGD
 from gkd_d2.methods.fgfi import FGFI
 from gkd_d2.methods.fitnet import FitNet
 from gkd_d2.methods.gkd import GKD
+from gkd_d2.methods.logits import Logits
 from gkd_d2.methods.loss_weights import keys_without_effect, weights_as_yaml
 from gkd_d2.methods.method import (
     BALANCES,
@@ -21,20 +23,26 @@ from gkd_d2.methods.method import (
 )
 from gkd_d2.methods.none import Nothing
 from gkd_d2.methods.pkd import PKD
+from gkd_d2.methods.predictions import BoxPredictions, Predictions, Responses
 
 __all__ = [
     "BALANCES",
+    "BoxPredictions",
     "CALIBRATE",
+    "CrossKD",
     "FGD",
     "FGFI",
     "FitNet",
     "GKD",
     "Level",
     "LevelwiseMethod",
+    "Logits",
     "METHOD_REGISTRY",
     "Method",
     "Nothing",
     "PKD",
+    "Predictions",
+    "Responses",
     "Term",
     "build_method",
     "keys_without_effect",

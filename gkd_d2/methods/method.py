@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gkd_d2.losses.options import LossOptions, check_weight
 from gkd_d2.losses.reference import accumulation_dtype
+from gkd_d2.methods.predictions import Responses
 from gkd_d2.utils.registries import not_registered
 from gkd_d2.utils.text import did_you_mean
 
@@ -45,6 +46,7 @@ class Level:
             batch: A anchors in each cell. None where the method does not need them.
         index: of this level among the distilled ones, as in ``anchors``.
         name: of this level, the student's, as in :meth:`Method.build_parameters`.
+        responses: what the heads predict from the features. None where the method does not need them.
     """
 
     student: Tensor
@@ -56,6 +58,7 @@ class Level:
     anchors: Sequence[Tensor] | None = None
     index: int = 0
     name: str = ""
+    responses: Responses | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,9 @@ class Method(nn.Module):
         needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
         needs_cell_grads: whether the mean over cells of :attr:`Level.student_grad` would not do.
         needs_anchors: whether :attr:`Level.anchors` is asked for.
+        needs_cross_predictions: whether :attr:`Level.responses` is, with what the teacher's heads predict from the
+            student's features.
+        needs_student_predictions: whether :attr:`Level.responses` is, with what the student's heads predict.
         map_options: what the gradient maps in pictures are computed with.
 
     Raises:
@@ -121,6 +127,8 @@ class Method(nn.Module):
     needs_teacher_grad: bool = False
     needs_cell_grads: bool = False
     needs_anchors: bool = False
+    needs_cross_predictions: bool = False
+    needs_student_predictions: bool = False
     map_options: LossOptions = LossOptions()
 
     def __init__(self, terms: dict[str, Term]):
@@ -185,6 +193,11 @@ class Method(nn.Module):
     def __bool__(self) -> bool:
         """Whether any loss has a weight above 0."""
         return any(term.weight > 0 for term in self.terms.values())
+
+    @property
+    def needs_predictions(self) -> bool:
+        """Whether :attr:`Level.responses` is asked for."""
+        return self.needs_cross_predictions or self.needs_student_predictions
 
     def active(self) -> dict[str, str]:
         """Key of the loss -> its name, for the losses of a weight above 0."""

@@ -13,6 +13,7 @@ from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.methods import Method, build_method, keys_without_effect
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
+from gkd_d2.modeling.responses import check_responses
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.summary import Summary
 from gkd_d2.modeling.teacher import build_teacher
@@ -51,6 +52,7 @@ def build_parts(cfg: CfgNode) -> dict:
         teacher_features=cfg.GKD.TEACHER.FEATURES,
         init_from_teacher=cfg.GKD.STUDENT.INIT_FROM_TEACHER,
         warmup_iters=cfg.GKD.WARMUP_ITERS,
+        proposals=cfg.GKD.TEACHER.PROPOSALS,
         one_pass=cfg.GKD.ONE_PASS,
         seed=max(cfg.SEED, 0),
         swap_channels=channels_swapped(ours.image_format, theirs.image_format),
@@ -74,6 +76,7 @@ def join(
     teacher_features: Sequence[str],
     init_from_teacher: bool,
     warmup_iters: int,
+    proposals: int,
     one_pass: bool,
     seed: int,
     swap_channels: bool,
@@ -94,6 +97,7 @@ def join(
         teacher_features: see GKD.TEACHER.FEATURES.
         init_from_teacher: see GKD.STUDENT.INIT_FROM_TEACHER.
         warmup_iters: see GKD.WARMUP_ITERS.
+        proposals: see GKD.TEACHER.PROPOSALS.
         one_pass: see GKD.ONE_PASS.
         seed: >= 0, of all random streams beside the student's.
         swap_channels: see :class:`gkd_d2.modeling.teacher.FrozenTeacher`.
@@ -115,6 +119,8 @@ def join(
     teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels)
     check_pair(split, teacher.split)
     student_features, teacher_features = pair_levels(split, teacher.split, list(features), list(teacher_features))
+    pairs = list(zip(student_features, teacher_features))
+    check_responses(method, method_name, split, teacher.split, pairs)
     inherited = copy_heads(teacher.split, split) if init_from_teacher else []
     if inherited:
         warn_of_other_heads(teacher.split, split)
@@ -125,6 +131,7 @@ def join(
         "teacher_features": teacher_features,
         "method": method,
         "warmup_iters": warmup_iters,
+        "proposals": proposals,
         "one_pass": one_pass,
         "seed": seed,
         "announce": Summary(
@@ -133,7 +140,7 @@ def join(
             warmup_iters=warmup_iters,
             student=split,
             teacher=teacher.split,
-            pairs=list(zip(student_features, teacher_features)),
+            pairs=pairs,
             source=teacher_weights + (f", described by {teacher_file}" if teacher_file else ""),
             weights=weights,
             inherited=inherited,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -12,16 +12,17 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from gkd_d2.methods import Level, Method
+from gkd_d2.methods import Level, Method, Responses
 from gkd_d2.modeling.align import AlignConvs, in_one_dtype
 from gkd_d2.modeling.build import build_parts
 from gkd_d2.modeling.common_size import CommonSize, sized_features
 from gkd_d2.modeling.observation import Listener, Observation, boxes_of
 from gkd_d2.modeling.one_pass import detection_losses
 from gkd_d2.modeling.pairing import check_sizes, check_trained
+from gkd_d2.modeling.responses import HeadsObservation, predictions_of_levels
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.modeling.state_names import name_as_student
-from gkd_d2.modeling.teacher import FrozenTeacher
+from gkd_d2.modeling.teacher import FrozenTeacher, TeacherObservation
 from gkd_d2.modeling.trainer_keys import TrainerKeys
 from gkd_d2.utils.finite import check_finite
 from gkd_d2.utils.random_streams import separate_random_stream
@@ -73,6 +74,7 @@ class GKDDistiller(nn.Module):
         teacher_features: list[str],
         method: Method,
         warmup_iters: int = 0,
+        proposals: int = 0,
         one_pass: bool = True,
         seed: int = 0,
         announce: Callable[[], None] | None = None,
@@ -86,6 +88,8 @@ class GKDDistiller(nn.Module):
             teacher_features: the teacher's names of the same levels.
             method: the losses by which the student imitates the teacher; its parameters are built here.
             warmup_iters: over so many iterations their weights grow linearly to their values.
+            proposals: number of the teacher's best proposals an image that box heads are compared on, where the method
+                compares predictions of two-stage detectors.
             one_pass: whether one backward pass through the student's heads serves the distillation and the training
                 step, which must then give all detection losses one common weight.
             seed: of the random stream that initialises the align convolutions and the method's parameters.
@@ -98,6 +102,8 @@ class GKDDistiller(nn.Module):
         super().__init__()
         if warmup_iters < 0:
             raise ValueError(f"GKD.WARMUP_ITERS is {warmup_iters}, but must be >= 0")
+        if proposals < 0:
+            raise ValueError(f"GKD.TEACHER.PROPOSALS is {proposals}, but must be >= 0")
         self.one_pass = one_pass
         self._announce = announce
         self._checked = False
@@ -105,6 +111,7 @@ class GKDDistiller(nn.Module):
         self.student_features = student_features
         self.teacher_features = teacher_features
         self.warmup_iters = warmup_iters
+        self._proposals = proposals
         self.gradient_scale = 1.0
         self.factors: dict[str, float] | None = None
         self.listeners: list[Listener] | None = None
@@ -235,9 +242,10 @@ class GKDDistiller(nn.Module):
             RuntimeError: a level carries no gradient, or the two networks' features differ in size.
         """
         size = self._common_size.of(batched_inputs)
-        teacher, teacher_gradients = self._teacher.features(
+        theirs = self._teacher.observe(
             batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale, size=size
         )
+        teacher = [theirs.features[name] for name in self.teacher_features]
         images, features = sized_features(self._split, batched_inputs, size)
         check_trained(features, self.student_features)
         losses, student_gradients = detection_losses(
@@ -260,10 +268,11 @@ class GKDDistiller(nn.Module):
             student=student,
             student_grad=student_gradients,
             teacher=teacher,
-            teacher_grad=teacher_gradients,
+            teacher_grad=theirs.gradients and [theirs.gradients[name] for name in self.teacher_features],
             boxes=boxes_of(batched_inputs, self.device),
             scale=self.gradient_scale,
             anchors=self._anchors(student) if self.method.needs_anchors else None,
+            heads=self._heads(theirs, features) if self.method.needs_predictions else None,
         )
 
     def distil(self, seen: Observation) -> dict[str, Tensor]:
@@ -305,12 +314,13 @@ class GKDDistiller(nn.Module):
             student_grad = self.align.align_gradients(names, gradients, of_cells=self.method.needs_cell_grads)
         if self.method.needs_teacher_grad:
             teacher_grad = [seen.teacher_grad[level] for level in levels]
-        student, teacher, student_grad, teacher_grad = in_one_dtype(
+        aligned, teacher, student_grad, teacher_grad = in_one_dtype(
             self.align.align_features(names, student), teacher, student_grad, teacher_grad
         )
+        responses = self._level_responses(seen, levels, student, aligned)
         parts = [
             Level(
-                student=student[index],
+                student=aligned[index],
                 teacher=teacher[index],
                 boxes=seen.boxes,
                 image_size=seen.image_size,
@@ -319,6 +329,7 @@ class GKDDistiller(nn.Module):
                 anchors=seen.anchors,
                 index=level,
                 name=names[index],
+                responses=responses and responses[index],
             )
             for index, level in enumerate(levels)
         ]
@@ -344,7 +355,7 @@ class GKDDistiller(nn.Module):
     def teacher_is_finite(self, batched_inputs: list[dict]) -> bool:
         """Whether the teacher's features of a training batch are, and their gradients where the method needs them."""
         try:
-            features, gradients = self._teacher.features(
+            seen = self._teacher.observe(
                 batched_inputs,
                 self.teacher_features,
                 with_gradients=self.method.needs_teacher_grad,
@@ -353,7 +364,8 @@ class GKDDistiller(nn.Module):
             )
         except FloatingPointError:
             return False
-        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ())))
+        tensors = [*(seen.features[name] for name in self.teacher_features), *(seen.gradients or {}).values()]
+        return all(tensor.isfinite().all() for tensor in tensors)
 
     def _begin(self) -> None:
         """In the first training forward, when weights are loaded: look at them, and say what is distilled."""
@@ -393,6 +405,38 @@ class GKDDistiller(nn.Module):
         """The student's own, at the distilled levels."""
         found = self._split.anchors(dict(zip(self.student_features, student)))
         return [found[name] for name in self.student_features]
+
+    def _heads(self, theirs: TeacherObservation, features: dict[str, Tensor]) -> HeadsObservation:
+        """To be called once the student's own losses are computed, for the norm that they have."""
+        return HeadsObservation(
+            teacher=self._teacher.responses(theirs, self._proposals),
+            student_features={name: features[name].detach() for name in self._split.head_features()},
+            cell_norm=self._split.cell_norm(len(theirs.images)),
+        )
+
+    def _level_responses(
+        self, seen: Observation, levels: Sequence[int], student: Sequence[Tensor], aligned: Sequence[Tensor]
+    ) -> list[Responses] | None:
+        """What the heads predict at some levels, from the student's features there; None where it is not needed."""
+        if not self.method.needs_predictions:
+            return None
+        cross = ours = [None] * len(levels)
+        names, teacher = [self.teacher_features[level] for level in levels], seen.heads.teacher
+        if self.method.needs_cross_predictions:
+            cross = self._teacher.cross_predictions(dict(zip(names, aligned)), teacher)
+        if self.method.needs_student_predictions:
+            given = dict(zip([self.student_features[level] for level in levels], student))
+            ours = predictions_of_levels(self._split, given, seen.heads.student_features, teacher.proposals)
+        return [
+            Responses(
+                teacher=teacher.predictions[name],
+                cross=cross[index],
+                student=ours[index],
+                cell_norm=seen.heads.cell_norm,
+                region_norm=teacher.region_norm,
+            )
+            for index, name in enumerate(names)
+        ]
 
     def _apply(self, fn, recurse=True):
         # The teacher is no submodule, but follows the student to its device.

@@ -9,6 +9,8 @@ import torch
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from gkd_d2.modeling.responses import HeadsObservation
+
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
@@ -26,6 +28,8 @@ class Observation:
         scale: of the gradients.
         anchors: the student's own, L tensors H,W,A,4, xyxy, pixels of the padded batch; None where the method does not
             need them.
+        heads: what the teacher's heads predict, and what it takes to have both networks' predict more; None where the
+            method does not need it.
     """
 
     batched_inputs: list[dict]
@@ -38,6 +42,7 @@ class Observation:
     boxes: list[Tensor]
     scale: float
     anchors: list[Tensor] | None
+    heads: HeadsObservation | None = None
 
     def detached(self) -> Observation:
         """The same without the graph of the training step."""

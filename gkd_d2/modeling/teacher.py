@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable
 
 import torch
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from gkd_d2.methods import Predictions
 from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.feature_gradients import feature_gradients
+from gkd_d2.modeling.responses import TeacherResponses, predictions_of_levels
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
@@ -60,6 +64,22 @@ def set_as_in_evaluation(split: SplitDetector) -> None:
             module.eval()
 
 
+@dataclasses.dataclass(frozen=True)
+class TeacherObservation:
+    """What a teacher makes of one batch.
+
+    Attributes:
+        images: the batch, padded.
+        features: name of a level -> N,C,H,W, of all levels of its pyramid.
+        gradients: name of a level -> the gradient of its own losses with respect to the feature there, times a scale,
+            for the levels that were asked for; None where none were.
+    """
+
+    images: ImageList
+    features: dict[str, Tensor]
+    gradients: dict[str, Tensor] | None
+
+
 class FrozenTeacher:
     """A detector whose parameters, buffers, running statistics and moving averages stay as they are.
 
@@ -79,6 +99,7 @@ class FrozenTeacher:
         self._swap_channels = swap_channels
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
+        self.classes = None
         model.requires_grad_(False)
         set_as_in_evaluation(self.split)
 
@@ -96,7 +117,7 @@ class FrozenTeacher:
             return batched_inputs
         return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
-    def features(
+    def observe(
         self,
         batched_inputs: list[dict],
         levels: list[str],
@@ -104,18 +125,15 @@ class FrozenTeacher:
         with_gradients: bool,
         scale: float = 1.0,
         size: tuple[int, int] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
+    ) -> TeacherObservation:
         """The teacher's features and the gradient of its own detection loss with respect to them.
 
         Args:
             batched_inputs: the student's augmented batch with its ground truth.
-            levels: names of the teacher's levels.
+            levels: names of the teacher's levels whose gradients are asked for.
             with_gradients: whether the losses and gradients are computed at all.
             scale: of the gradients; see :func:`gkd_d2.modeling.feature_gradients.feature_gradients`.
             size: from :meth:`gkd_d2.modeling.common_size.CommonSize.of`.
-
-        Returns:
-            One feature N,C,H,W a level, and one gradient N,C,H,W a level, times ``scale``, or None.
 
         Raises:
             RuntimeError: a level has no part in the losses.
@@ -124,19 +142,45 @@ class FrozenTeacher:
         batched_inputs = self.inputs(batched_inputs)
         with torch.no_grad():
             images, features = sized_features(self.split, batched_inputs, size)
-        wanted = [features[name] for name in levels]
         if not with_gradients:
-            return wanted, None
+            return TeacherObservation(images, features, None)
         leaves = {name: feature.detach().requires_grad_(name in levels) for name, feature in features.items()}
-        with self._own_streams():
-            try:
-                losses = self.split.losses(images, leaves, batched_inputs)
-            except FloatingPointError as error:
-                # Detectron2's text would blame the training.
-                raise FloatingPointError(
-                    "The teacher's own losses can't be computed: its predicted boxes or scores are infinite or NaN."
-                ) from error
-        return wanted, feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
+        with self._own_streams(), _naming_teacher("own losses"):
+            losses = self.split.losses(images, leaves, batched_inputs)
+        gradients = feature_gradients(losses, leaves, levels, scale=scale, retain_graph=False)
+        return TeacherObservation(images, features, dict(zip(levels, gradients)))
+
+    @torch.no_grad()
+    def responses(self, seen: TeacherObservation, proposals: int) -> TeacherResponses:
+        """What its heads predict from its own features.
+
+        Args:
+            seen: of a batch.
+            proposals: number of its best ones, an image, that the box head of a two-stage teacher predicts for.
+
+        Raises:
+            FloatingPointError: its region proposals are infinite or NaN.
+        """
+        cells = self.split.cell_predictions(seen.features, self.classes)
+        with _naming_teacher("proposals"):
+            boxes = self.split.proposals(seen.images, cells, proposals)
+        regions = self.split.region_predictions(seen.features, boxes, self.classes) if boxes else {}
+        features = {name: seen.features[name] for name in self.split.head_features()}
+        return TeacherResponses(
+            {name: Predictions(cell, regions.get(name)) for name, cell in cells.items()}, features, boxes
+        )
+
+    def cross_predictions(self, given: dict[str, Tensor], responses: TeacherResponses) -> list[Predictions]:
+        """What its heads predict from the student's features.
+
+        Args:
+            given: the teacher's name of a level -> the student's feature there, N,C,H,W, with the teacher's channels.
+            responses: of the same batch.
+
+        Returns:
+            One for each given level.
+        """
+        return predictions_of_levels(self.split, given, responses.features, responses.proposals, self.classes)
 
     @torch.no_grad()
     def score_maps(self, batched_inputs: list[dict], size: tuple[int, int] | None) -> dict[str, Tensor]:
@@ -160,3 +204,14 @@ class FrozenTeacher:
         for name in self.split.running_attributes:
             attributes.pop(name, None)
         attributes.update(averages)
+
+
+@contextlib.contextmanager
+def _naming_teacher(what: str):
+    """Say that infinite proposals are the teacher's; Detectron2's text would blame the training."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"The teacher's {what} can't be computed: its predicted boxes or scores are infinite or NaN."
+        ) from error

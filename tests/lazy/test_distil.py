@@ -151,9 +151,9 @@ def test_a_teacher_that_takes_rgb(tmp_path):
     torch.manual_seed(0)
     batch = training_batch()
     flipped = [{**x, "image": x["image"].flip(0)} for x in batch]
-    seen, _ = distiller._teacher.features(batch, ["p3"], with_gradients=False)
+    seen = distiller._teacher.observe(batch, ["p3"], with_gradients=False)
     expected = distiller.teacher.backbone(distiller.teacher.preprocess_image(flipped).tensor)["p3"]
-    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+    torch.testing.assert_close(seen.features["p3"], expected, rtol=0, atol=0)
 
 
 def test_a_distilled_config_can_be_a_teacher(tmp_path):

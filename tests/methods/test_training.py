@@ -4,20 +4,30 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import ARCHITECTURES, Scorer, SplitScorer, train, training_batch, watched
+from tiny import ARCHITECTURES, Scorer, SplitScorer, train, training_batch, watched, with_sure_teacher
 
 from gkd_d2 import register_split
 from gkd_d2.config import detector_config
 from gkd_d2.methods import build_method
 from gkd_d2.modeling.split import registry
 
-METHODS = ("fitnet", "fgfi", "fgd", "pkd")
+FEATURE_METHODS = ("fitnet", "fgfi", "fgd", "pkd")
+RESPONSE_METHODS = ("crosskd", "logits")
+METHODS = (*FEATURE_METHODS, *RESPONSE_METHODS)
 # At which each loss of a tiny detector falls, in the order of the method's terms.
-WEIGHTS = {"fitnet": [0.2], "fgfi": [0.02], "fgd": [5e-4, 5e-4, 5e-4, 1e-5], "pkd": [2.0]}
+WEIGHTS = {
+    "fitnet": [0.2],
+    "fgfi": [0.02],
+    "fgd": [5e-4, 5e-4, 5e-4, 1e-5],
+    "pkd": [2.0],
+    "crosskd": [1.0, 1.0],
+    "logits": [1.0, 1.0],
+}
 
 
 def weighted(cfg, name):
-    """The config with a method and WEIGHTS."""
+    """The config with a method and WEIGHTS; its teacher predicts other things for other cells."""
+    with_sure_teacher(cfg, 10.0)
     cfg.GKD.METHOD = name
     keys = [term.key for term in build_method(cfg).terms.values()]
     cfg.merge_from_list([item for pair in zip(keys, WEIGHTS[name]) for item in pair])
@@ -28,10 +38,16 @@ def weighted(cfg, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_fall_on_a_repeated_batch(kind, name, distiller_config):
     cfg = weighted(distiller_config(kind, channels=8), name)
-    cfg.SOLVER.BASE_LR = 0.02
+    cfg.SOLVER.BASE_LR = 0.005 if name in RESPONSE_METHODS else 0.02
     distiller = build_model(cfg).train()
     assert list(distiller.align) == distiller.student_features
-    history = train(distiller, cfg, training_batch(), 20)
+    learned = None
+    if name in RESPONSE_METHODS:
+        # What a random teacher predicts contradicts the ground truth.
+        learned = distiller.method.terms
+        # A RetinaNet's losses grow while its normaliser falls from 100.
+        distiller.student.loss_normalizer = 5.0
+    history = train(distiller, cfg, training_batch(), 20, learned)
     for key in distiller.method.terms:
         first, last = (sum(losses[key] for losses in part) for part in (history[:3], history[-3:]))
         assert 0 < last < 0.8 * first, key
@@ -56,12 +72,13 @@ def test_the_watch_sees_every_loss_at_every_level(kind, name, distiller_config):
         assert any(alive) if term in ("background", "fgfi") else all(alive)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FEATURE_METHODS)
 def test_the_teachers_heads_do_not_run(name, distiller_config, monkeypatch):
     cfg = distiller_config("faster")
     cfg.GKD.METHOD = name
     distiller = build_model(cfg).train()
-    monkeypatch.setattr(distiller._teacher.split, "losses", None)
+    for heads in ("losses", "predictions", "cell_predictions", "region_predictions"):
+        monkeypatch.setattr(distiller._teacher.split, heads, None)
     with EventStorage():
         assert distiller.method.terms.keys() < distiller(training_batch()).keys()
 
@@ -69,8 +86,7 @@ def test_the_teachers_heads_do_not_run(name, distiller_config, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_autocast(name, distiller_config):
     """The losses stay float32, and near those of a training without it."""
-    cfg = distiller_config("retinanet", channels=8)
-    cfg.GKD.METHOD = name
+    cfg = weighted(distiller_config("retinanet", channels=8), name)
     distiller, batch = build_model(cfg).train(), training_batch()
     results = []
     for enabled in (False, True):
@@ -79,7 +95,8 @@ def test_autocast(name, distiller_config):
     for key in distiller.method.terms:
         plain, half = (losses[key] for losses in results)
         assert half.dtype == torch.float32
-        torch.testing.assert_close(half, plain, rtol=0.05, atol=0)
+        # Those of boxes and classes are far from linear in what the sure teacher's heads compute in bfloat16.
+        torch.testing.assert_close(half, plain, rtol=0.2 if name in RESPONSE_METHODS else 0.05, atol=0)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -92,7 +109,7 @@ def test_none_trains_exactly_as_the_student_alone(kind, distiller_config):
         model = build_model(config).train()
         if config is cfg:
             # The teacher does not run at all.
-            model._teacher.features = None
+            model._teacher.observe = None
         results.append((train(model, config, batch, 3), model.state_dict(), torch.rand(4)))
     (distilled, distilled_state, draw), (alone, alone_state, alone_draw) = results
     assert distilled == alone

@@ -86,9 +86,9 @@ class Steps:
         """Of the teacher's distilled levels."""
         with self._autocast():
             levels, size = self._distiller.teacher_features, self._distiller._common_size.of(self._batch)
-            features, _ = self._distiller._teacher.features(self._batch, levels, with_gradients=False, size=size)
+            seen = self._distiller._teacher.observe(self._batch, levels, with_gradients=False, size=size)
         self._clock.finish()
-        return sum(feature.nbytes for feature in features)
+        return sum(seen.features[name].nbytes for name in levels)
 
     def state_bytes(self, *models: nn.Module) -> int:
         """Of the weights, buffers and optimizer's state of models."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from gkd_d2.methods.predictions import BoxPredictions, Predictions
 from gkd_d2.modeling.split.padding import Padding, pad, padding_of, square_of
 
 
@@ -18,9 +20,11 @@ class SplitDetector(ABC):
     Attributes:
         model: the Detectron2 meta-architecture.
         running_attributes: names of numbers that ``model`` holds outside its state_dict and its losses update.
+        two_stage: whether a box head predicts for regions that the cells propose.
     """
 
     running_attributes: tuple[str, ...] = ()
+    two_stage: bool = False
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -147,6 +151,87 @@ class SplitDetector(ABC):
             Level name -> N,H,W, probabilities, for the levels whose cells the heads score. By default there are none.
         """
         return {}
+
+    def check_predictions(self) -> None:
+        """Refuse a detector whose predictions can't be compared with another's. By default all are refused.
+
+        Raises:
+            ValueError: :meth:`cell_predictions` and the methods below are not implemented for it.
+        """
+        raise ValueError(f"the split of {type(self.model).__name__} does not implement predictions")
+
+    def cell_predictions(
+        self, features: Mapping[str, Tensor], classes: Sequence[int] | None = None
+    ) -> dict[str, BoxPredictions]:
+        """What the heads predict for the anchors at all cells.
+
+        Args:
+            features: level name -> N,C,H,W, of all levels that the heads use.
+            classes: numbers of the classes to keep, in this order; None: all.
+
+        Returns:
+            Level name -> as :attr:`gkd_d2.methods.Predictions.cells`.
+        """
+        raise NotImplementedError
+
+    def proposals(self, images: ImageList, cells: Mapping[str, BoxPredictions], number: int) -> list[Tensor]:
+        """The best region proposals of each image, of a two-stage detector.
+
+        Args:
+            images: from :meth:`features`.
+            cells: from :meth:`cell_predictions`.
+            number: the most that an image has.
+
+        Returns:
+            N tensors K,4, xyxy in pixels of the padded batch, the best first; none where there is one stage alone.
+        """
+        return []
+
+    def region_predictions(
+        self,
+        features: Mapping[str, Tensor],
+        proposals: Sequence[Tensor],
+        classes: Sequence[int] | None = None,
+    ) -> dict[str, BoxPredictions]:
+        """What the box head of a two-stage detector predicts for given proposals.
+
+        Args:
+            features: level name -> N,C,H,W, of all levels that the heads use.
+            proposals: N tensors K,4, xyxy in pixels of the padded batch.
+            classes: numbers of the classes to keep, in this order; None: all.
+
+        Returns:
+            Level name -> as :attr:`gkd_d2.methods.Predictions.regions`; empty where there is one stage alone.
+        """
+        return {}
+
+    def predictions(
+        self,
+        features: Mapping[str, Tensor],
+        proposals: Sequence[Tensor] = (),
+        classes: Sequence[int] | None = None,
+    ) -> dict[str, Predictions]:
+        """What the heads predict for the anchors at all cells and, in a two-stage detector, for given proposals.
+
+        Args:
+            features: level name -> N,C,H,W, of all levels that the heads use.
+            proposals: N tensors K,4, xyxy in pixels of the padded batch; empty: the cells' alone.
+            classes: numbers of the classes to keep, in this order; None: all.
+
+        Returns:
+            Level name -> predictions, for all levels whose cells the heads predict for.
+        """
+        cells = self.cell_predictions(features, classes)
+        regions = self.region_predictions(features, proposals, classes) if proposals else {}
+        return {name: Predictions(cell, regions.get(name)) for name, cell in cells.items()}
+
+    def cell_norm(self, images: int) -> float:
+        """What the detector's own losses divide a sum over all cells of a batch by, in its last training forward.
+
+        Args:
+            images: number of the batch.
+        """
+        raise NotImplementedError
 
     @property
     def input_format(self) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import assign_boxes_to_levels
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 
+from gkd_d2.methods.predictions import BoxPredictions
 from gkd_d2.modeling.split.base import SplitDetector
 from gkd_d2.modeling.split.registry import register_split
 
@@ -12,6 +18,8 @@ from gkd_d2.modeling.split.registry import register_split
 @register_split(GeneralizedRCNN)
 class SplitGeneralizedRCNN(SplitDetector):
     """Faster, Cascade and Mask R-CNN."""
+
+    two_stage = True
 
     def losses(self, images, features, batched_inputs):
         model, instances = self.model, self.instances(batched_inputs)
@@ -52,6 +60,71 @@ class SplitGeneralizedRCNN(SplitDetector):
             return {}
         logits, _ = rpn.rpn_head([features[name] for name in rpn.in_features])
         return {name: level.amax(dim=1).sigmoid() for name, level in zip(rpn.in_features, logits)}
+
+    def check_predictions(self):
+        rpn, heads = self.model.proposal_generator, self.model.roi_heads
+        if not isinstance(rpn, RPN) or rpn.anchor_generator.box_dim != 4:
+            raise ValueError(f"the proposal generator is {type(rpn).__name__}, which is no RPN of upright boxes")
+        # Those of a cascade depend on the boxes of the stage before.
+        own = getattr(type(heads), "_forward_box", None)
+        if own is not StandardROIHeads._forward_box:
+            raise ValueError(
+                f"the ROI heads are {type(heads).__name__}, whose box head is not that of StandardROIHeads"
+            )
+
+    def cell_predictions(self, features, classes=None):
+        """The RPN's, whose one class is any object."""
+        rpn = self.model.proposal_generator
+        levels = [features[name] for name in rpn.in_features]
+        logits, deltas = rpn.rpn_head(levels)
+        return {
+            name: BoxPredictions(
+                logits=scores.permute(0, 2, 3, 1).reshape(-1, 1),
+                deltas=offsets.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).reshape(-1, 4),
+                boxes=anchors.tensor.repeat(len(scores), 1),
+                apply_deltas=rpn.box2box_transform.apply_deltas,
+            )
+            for name, anchors, scores, offsets in zip(rpn.in_features, rpn.anchor_generator(levels), logits, deltas)
+        }
+
+    @torch.no_grad()
+    def proposals(self, images, cells, number):
+        if not number:
+            return []
+        rpn, count = self.model.proposal_generator, len(images)
+        levels = [cells[name] for name in rpn.in_features]
+        found = rpn.predict_proposals(
+            [Boxes(level.boxes[: len(level.boxes) // count]) for level in levels],
+            [level.logits.view(count, -1) for level in levels],
+            [level.deltas.view(count, -1, 4) for level in levels],
+            images.image_sizes,
+        )
+        return [proposals.proposal_boxes.tensor[:number] for proposals in found]
+
+    def region_predictions(self, features, proposals, classes=None):
+        heads = self.model.roi_heads
+        boxes = [Boxes(tensor) for tensor in proposals]
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        # A sigmoid for each class, of Detectron2 after 0.5, has no use for the last column, the background.
+        softmax = not getattr(heads.box_predictor, "use_sigmoid_ce", False)
+        whole = BoxPredictions(
+            logits=logits if softmax else logits[:, :-1],
+            deltas=deltas,
+            boxes=torch.cat(list(proposals)),
+            apply_deltas=heads.box_predictor.box2box_transform.apply_deltas,
+            softmax=softmax,
+        )
+        if classes is not None:
+            whole = whole.of_classes(classes)
+        pooler = heads.box_pooler
+        places = assign_boxes_to_levels(
+            boxes, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
+        )
+        return {name: whole.rows(places == index) for index, name in enumerate(heads.box_in_features)}
+
+    def cell_norm(self, images):
+        return float(self.model.proposal_generator.batch_size_per_image * images)
 
     @property
     def num_classes(self):

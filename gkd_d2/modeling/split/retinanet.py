@@ -6,6 +6,7 @@ from detectron2.modeling import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
 from detectron2.utils.events import get_event_storage
 
+from gkd_d2.methods.predictions import BoxPredictions
 from gkd_d2.modeling.split.base import SplitDetector
 from gkd_d2.modeling.split.registry import register_split
 
@@ -47,6 +48,29 @@ class SplitRetinaNet(SplitDetector):
         levels = self.model.head_in_features
         logits, _ = self.model.head([features[name] for name in levels])
         return {name: level.amax(dim=1).sigmoid() for name, level in zip(levels, logits)}
+
+    def check_predictions(self):
+        """All are known."""
+
+    def cell_predictions(self, features, classes=None):
+        levels = [features[name] for name in self.model.head_in_features]
+        # FCOS predicts more than these two.
+        logits, deltas = self.model.head(levels)[:2]
+        found = {}
+        for name, anchors, scores, offsets in zip(
+            self.model.head_in_features, self.model.anchor_generator(levels), logits, deltas
+        ):
+            predictions = BoxPredictions(
+                logits=permute_to_N_HWA_K(scores, self.num_classes).flatten(0, 1),
+                deltas=permute_to_N_HWA_K(offsets, 4).flatten(0, 1),
+                boxes=anchors.tensor.repeat(len(scores), 1),
+                apply_deltas=self.model.box2box_transform.apply_deltas,
+            )
+            found[name] = predictions if classes is None else predictions.of_classes(classes)
+        return found
+
+    def cell_norm(self, images):
+        return float(self.model.loss_normalizer)
 
     @property
     def num_classes(self):

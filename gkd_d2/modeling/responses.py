@@ -1,0 +1,150 @@
+"""What the heads of both networks predict from the features of a batch, for the methods that compare predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gkd_d2.methods import Method, Predictions
+from gkd_d2.modeling.split import SplitDetector
+from gkd_d2.utils.text import counted, listed
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherResponses:
+    """What the teacher's heads predict of one batch, and what it takes to have them predict more of it. All constant.
+
+    Attributes:
+        predictions: the teacher's name of a level -> what its heads predict from its own features.
+        features: its name of a level -> N,C,H,W, of all levels that its heads use.
+        proposals: its best ones, N tensors K,4, xyxy in pixels of the padded batch; empty where it makes none.
+    """
+
+    predictions: dict[str, Predictions]
+    features: dict[str, Tensor]
+    proposals: list[Tensor]
+
+    @property
+    def region_norm(self) -> float:
+        """The number of all proposals, at least 1."""
+        return float(max(1, sum(len(boxes) for boxes in self.proposals)))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsObservation:
+    """What it takes to compare what the heads of both networks predict of one batch. All constant.
+
+    Attributes:
+        teacher: of the teacher.
+        student_features: the student's name of a level -> N,C,H,W, of all levels that its heads use.
+        cell_norm: see :class:`gkd_d2.methods.Responses`.
+    """
+
+    teacher: TeacherResponses
+    student_features: dict[str, Tensor]
+    cell_norm: float
+
+
+def predictions_of_levels(
+    split: SplitDetector,
+    given: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    proposals: Sequence[Tensor],
+    classes: Sequence[int] | None = None,
+) -> list[Predictions]:
+    """What heads predict from features of some levels. Batch norms of the heads keep their statistics.
+
+    Args:
+        split: of the detector whose heads these are.
+        given: its name of a level -> N,C,H,W.
+        others: the same for all levels that the heads use; those that are not given are taken from here, as constants.
+        proposals: see :meth:`SplitDetector.predictions`.
+        classes: see :meth:`SplitDetector.predictions`.
+
+    Returns:
+        The predictions at each given level, in the order of ``given``. They depend on no other level that is given,
+        but for heads with batch norms in training mode.
+    """
+    dtype = next(iter(given.values())).dtype
+    features = {name: given.get(name, feature.detach().to(dtype)) for name, feature in others.items()}
+    with _statistics_kept(split.head_modules()):
+        found = split.predictions(features, proposals, classes)
+    return [found[name] for name in given]
+
+
+@contextlib.contextmanager
+def _statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
+    """Within it, norms in training mode update copies of their running statistics."""
+    norms = [module for head in heads for module in head.modules() if isinstance(module, _NormBase) and module.training]
+    buffers = [dict(norm._buffers) for norm in norms]
+    for norm, kept in zip(norms, buffers):
+        norm._buffers.update({name: None if tensor is None else tensor.clone() for name, tensor in kept.items()})
+    try:
+        yield
+    finally:
+        for norm, kept in zip(norms, buffers):
+            norm._buffers.update(kept)
+
+
+def check_responses(
+    method: Method,
+    method_name: str,
+    student: SplitDetector,
+    teacher: SplitDetector,
+    pairs: Sequence[tuple[str, str]],
+) -> None:
+    """Refuse detectors whose predictions a method can't compare.
+
+    Args:
+        method: of distillation.
+        method_name: as GKD.METHOD names it.
+        student: the student.
+        teacher: the teacher.
+        pairs: the student's and the teacher's name of each distilled level.
+
+    Raises:
+        ValueError: the heads of one predict nothing that is known, or the two predict for other anchors.
+    """
+    if not method.needs_predictions:
+        return
+    wants = f"GKD.METHOD {method_name} compares what the heads predict"
+    instead = "choose a method that compares features alone, such as gkd or fitnet"
+    for who, split in (("student", student), ("teacher", teacher)):
+        try:
+            split.check_predictions()
+        except ValueError as error:
+            raise ValueError(f"{wants}, but of the {who} {error}: {instead}") from error
+    if student.two_stage != teacher.two_stage:
+        kinds = ["two-stage" if split.two_stage else "one-stage" for split in (student, teacher)]
+        raise ValueError(
+            f"{wants}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
+            f"{kinds[1]} one, {type(teacher.model).__name__}: {instead}"
+        )
+    for ours, theirs in pairs:
+        found = [_anchors(student, ours), _anchors(teacher, theirs)]
+        if found[0].shape != found[1].shape or not torch.allclose(*found, rtol=0.0, atol=1e-3):
+            raise ValueError(
+                f"{wants}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
+                f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {instead}"
+            )
+
+
+def _anchors(split: SplitDetector, level: str) -> Tensor:
+    """Those of two by two cells, which hold the stride and the offset: 2,2,A,4."""
+    return split.anchors({level: torch.empty(0, 0, 2, 2, device=split.model.device)})[level].cpu()
+
+
+def _described(anchors: Tensor) -> str:
+    sides = anchors[0, 0, :, 2:] - anchors[0, 0, :, :2]
+    sizes = [f"{width:.4g} x {height:.4g}" for width, height in sides.tolist()]
+    x, y = ((anchors[0, 0, 0, :2] + anchors[0, 0, 0, 2:]) / 2).tolist()
+    step = (anchors[0, 1, 0, 0] - anchors[0, 0, 0, 0]).item()
+    return (
+        f"{counted(len(sizes), 'anchor')} a cell, of {listed(sizes, 9)} pixels, each {step:.4g} pixels from ({x:.4g}, "
+        f"{y:.4g}) on"
+    )
