@@ -97,7 +97,7 @@ def calm(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def with_sure_teacher(cfg: CfgNode, factor: float = 30.0) -> CfgNode:
-    """A distiller's config, after its teacher's predictors are scaled: random heads predict next to the same for all."""
+    """A distiller's config after its teacher's last layers are scaled: random ones predict much the same everywhere."""
     state = torch.load(cfg.GKD.TEACHER.WEIGHTS)["model"]
     for name, tensor in state.items():
         if name.endswith(tuple(f"{predictor}.weight" for predictor in PREDICTORS)):

@@ -69,7 +69,7 @@ class SplitGeneralizedRCNN(SplitDetector):
         own = getattr(type(heads), "_forward_box", None)
         if own is not StandardROIHeads._forward_box:
             raise ValueError(
-                f"the ROI heads are {type(heads).__name__}, whose box head is not that of StandardROIHeads"
+                f"the ROI heads are {type(heads).__name__}, which predict otherwise than StandardROIHeads"
             )
 
     def cell_predictions(self, features, classes=None):
