@@ -23,12 +23,15 @@ WEIGHTS = {
 RELATION = {"relation_only": (0.0, 0.0, 0.0, 0.0, 1e-5), "all_and_relation": (0.5, 1e-3, 5e-4, 1e-3, 1e-5)}
 # A student whose BatchNorms are frozen, as those of the ResNets here.
 TIMM = {"timm": WEIGHTS["all"]} if importlib.util.find_spec("timm") else {}
+# Other methods. A RetinaNet's sums are divided by a moving average of the process's positive anchors.
+METHODS = ("crosskd", "logits")
 # With fewer channels than the teacher's 16 there are align convolutions.
 CASES = [
     f"{kind}-{channels}-{weights}"
     for kind in ARCHITECTURES
     for channels, weights in (*itertools.product((16, 8), WEIGHTS), (8, "relation_only"), (16, "all_and_relation"))
 ] + [f"retinanet-8-{weights}" for weights in TIMM]
+CASES += [f"{kind}-{channels}-{method}" for kind in ARCHITECTURES for channels, method in zip((8, 16), METHODS)]
 
 
 def on_timm(cfg):
@@ -52,15 +55,18 @@ def cases(batch, tmp_path_factory, make_distiller_config):
         kind, channels, weights = case.split("-")
         folder = tmp_path_factory.mktemp(case)
         cfg = make_distiller_config(folder, kind, channels=int(channels), change=comparable)
-        for key, value in zip(
-            ("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION"), {**WEIGHTS, **RELATION, **TIMM}[weights]
-        ):
-            cfg.GKD.LOSS_WEIGHTS[key] = value
+        if weights in METHODS:
+            cfg.GKD.METHOD = weights
+        else:
+            keys = ("GRADIENT", "BOX", "ATTENTION", "IMAGE", "RELATION")
+            for key, value in zip(keys, {**WEIGHTS, **RELATION, **TIMM}[weights]):
+                cfg.GKD.LOSS_WEIGHTS[key] = value
         if weights == "timm":
             on_timm(cfg)
         # RetinaNet divides its own losses by a moving average of the process's positive anchors; the distillation
         # losses do not depend on that factor.
-        configs[case] = cfg, "loss" if kind == "faster" or weights == "none" else "loss_gkd loss_bmfi"
+        alone = kind == "retinanet" and weights not in ("none", *METHODS)
+        configs[case] = cfg, "loss_gkd loss_bmfi" if alone else "loss"
     configs = {case: (cfg, tuple(terms.split())) for case, (cfg, terms) in configs.items()}
     folder = tmp_path_factory.mktemp("gradients")
     multiprocessing.spawn(half_a_batch, (configs, batch, folder), nprocs=2)
@@ -79,7 +85,7 @@ def test_two_processes_equal_one(case, cases, batch, monkeypatch):
     assert any("align" in name for name in expected) == (case.split("-")[1] == "8" and not case.endswith("none"))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[1][name], found[0][name], rtol=0, atol=0)
-        if case.startswith("retinanet") and case.endswith("none"):
-            continue  # RetinaNet's own losses alone
+        if case.startswith("retinanet") and case.endswith(("none", *METHODS)):
+            continue  # RetinaNet's own losses, too
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-12 + 1e-7 * gradient.abs().max().item())
     assert sum(gradient.abs().sum() for name, gradient in expected.items() if "backbone" in name) > 0

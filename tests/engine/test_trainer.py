@@ -117,6 +117,24 @@ def test_a_method_with_parameters_resumes_bit_for_bit(kind, training, tmp_path):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_methods_of_predictions_resume_bit_for_bit(kind, training, tmp_path):
+    """In bfloat16; a RetinaNet's depend on its moving average, which is no part of its state_dict."""
+    cfg = training(kind, iterations=4)
+    cfg.merge_from_list(["GKD.METHOD", "logits", "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.AMP.ENABLED", True])
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"
+    final = tmp_path / "output" / "model_final.pth"
+    Trainer(cfg).train()
+    whole = torch.load(final)["model"]
+    final.unlink()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
+    resume(cfg).train()
+    resumed = torch.load(final)["model"]
+    assert not any(name.startswith("method.") for name in resumed)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
 def train_step(checkpoint):
     return checkpoint["trainer"]["_trainer"]
 
