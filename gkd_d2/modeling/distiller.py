@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -160,8 +161,12 @@ class GKDDistiller(nn.Module):
         return self._teacher.model
 
     def teacher_inputs(self, batched_inputs: list[dict]) -> list[dict]:
-        """A batch as :attr:`teacher` takes it: its colours in the teacher's order, RGB or BGR."""
+        """A batch as :attr:`teacher` takes it: see :meth:`gkd_d2.modeling.teacher.FrozenTeacher.inputs`."""
         return self._teacher.inputs(batched_inputs)
+
+    def in_students_classes(self, detections: Instances) -> Instances:
+        """Detections of :attr:`teacher` by the student's numbers of classes, without those of other classes."""
+        return self._teacher.in_students_classes(detections)
 
     def teacher_score_maps(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """The teacher's :meth:`gkd_d2.SplitDetector.score_maps` of a batch: its name of a level -> N,H,W.

@@ -82,12 +82,10 @@ def test_detectors_that_are_compared_once_they_are_built(coco_dataset, problems,
     monkeypatch.setattr(registry, "_SPLITS", {**registry._SPLITS, Scorer: SplitScorer})
     cfg = distiller_config("scorer")
     assert problems(cfg, ["checks_a"], ["checks_a"]) == []
-    with pytest.raises(
-        ValueError, match=r"student and the teacher detect 1 class, but dataset checks_a has 2 classes \(car, dog\)"
-    ):
+    with pytest.raises(ValueError, match=r"student detects 1 class, but dataset checks_a has 2 classes \(car, dog\)"):
         build_model(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("checks_one",), ("checks_a",)
-    with pytest.raises(ValueError, match="detect 1 class, but dataset checks_a has 2 classes"):
+    with pytest.raises(ValueError, match="detects 1 class, but dataset checks_a has 2 classes"):
         build_model(cfg)
     cfg.DATASETS.TEST = ("checks_one",)
     build_model(cfg)
@@ -297,7 +295,7 @@ def test_a_teacher_of_another_number_of_classes(coco_dataset, problems, pair, tm
     assert problems(pair(kind), ["checks_a"], ["checks_a"]) == []
     assert problems(pair(kind, number=3), ["checks_a"], ["checks_a"]) == [
         f"{key} of {tmp_path / 'teacher.yaml'} is 3, but dataset checks_a has 2 classes (car, dog): take a teacher "
-        "that was trained on the student's classes"
+        "that was trained on the student's classes, or name all of the teacher's classes in GKD.TEACHER.CLASSES"
     ]
 
 

@@ -80,7 +80,7 @@ def test_same_number_of_other_classes(faster):
 
 def test_a_dataset_of_another_number_of_classes(faster):
     MetadataCatalog.get("pairing_four").thing_classes = ["a", "b", "c", "d"]
-    with pytest.raises(ValueError, match=r"detect 3 classes, but dataset pairing_four has 4 classes \(a, b, c, d\)"):
+    with pytest.raises(ValueError, match=r"detects 3 classes, but dataset pairing_four has 4 classes \(a, b, c, d\)"):
         check_classes(faster, spec(), spec(), ("pairing_four",))
 
 

@@ -41,6 +41,10 @@ class SplitGeneralizedRCNN(SplitDetector):
             return module
         return f"{module}.{next((kind for kind in ('mask', 'keypoint') if rest.startswith(kind)), 'box')}"
 
+    def predicts_classes(self, head):
+        # An RPN tells objects from background, and keypoints are of one class.
+        return head not in ("proposal_generator", "roi_heads.keypoint")
+
     def anchor_generator(self):
         rpn = self.model.proposal_generator
         return (rpn.anchor_generator, rpn.in_features) if hasattr(rpn, "anchor_generator") else None
