@@ -138,11 +138,13 @@ def warn_of_unknown_classes(names: Sequence[str], teacher_names: Sequence[str], 
     """
     unknown = [name for name, number in zip(names, found) if number is None]
     if unknown:
+        # No name is misspelt for one that another class has.
+        free = [name for number, name in enumerate(teacher_names) if number not in found]
         _logger.warning(
             "GKD.TEACHER.CLASSES does not name these of the student's classes: %s. The teacher's own losses leave out "
             "their objects and take them for background, so its gradients do not show them. Its features are imitated "
             "there as elsewhere, and the student's own losses are as without a teacher",
-            _with_nearest(unknown, teacher_names),
+            _with_nearest(unknown, free),
         )
 
 

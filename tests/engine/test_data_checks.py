@@ -299,6 +299,45 @@ def test_a_teacher_of_another_number_of_classes(coco_dataset, problems, pair, tm
     ]
 
 
+@BOTH
+def test_a_map_of_names_to_a_teachers(coco_dataset, problems, pair, tmp_path, kind, key):
+    """What is refused here is refused by the model too, if nothing was checked before."""
+    coco_dataset("checks_a")
+    coco_dataset("checks_b", classes=("bus", "Car", "cat"), change=lambda content: content["annotations"].clear())
+    cfg = pair(kind, number=3, train=["checks_b"])
+    setting = f"{key} of {tmp_path / 'teacher.yaml'}"
+
+    def refused(*names):
+        cfg.GKD.TEACHER.CLASSES = list(names)
+        (line,) = problems(cfg, ["checks_a"], [])
+        with pytest.raises(ValueError) as error:
+            build_model(cfg)
+        # Only the built teacher's number of classes has no setting to name.
+        assert str(error.value) == line.replace(f"{setting} is 3", "the teacher detects 3")
+        return line
+
+    # Of the student's car and dog the teacher knows one.
+    cfg.GKD.TEACHER.CLASSES = ["bus", "CAR", "cat"]
+    assert problems(cfg, ["checks_a"], ["checks_a"]) == []
+    assert build_model(cfg)._teacher.classes == [1, None]
+    names = refused("car", "cat")
+    assert names.startswith(f"GKD.TEACHER.CLASSES has 2 names, but {setting} is 3: name all of the teacher's classes")
+    assert refused("car", "bus", "Car").startswith("GKD.TEACHER.CLASSES: car, Car: a name may stand there once only")
+    none = refused("bus", "lorry", "tree")
+    assert none.startswith("GKD.TEACHER.CLASSES names none of the student's classes, car, dog")
+    assert "has car as class 0, counted from 0, dataset checks_b has bus" in refused("car", "bus", "cat")
+
+
+def test_a_map_of_names_that_are_not_known(coco_dataset, problems, pair):
+    DatasetCatalog.register("checks_nameless", list)
+    cfg = pair(number=3)
+    cfg.GKD.TEACHER.CLASSES = ["bus", "car", "cat"]
+    lines = problems(cfg, ["checks_nameless"], [])
+    DatasetCatalog.remove("checks_nameless")
+    expected = "the names of the student's classes are not known: DATASETS.TRAIN is checks_nameless. Register a"
+    assert any(expected in line for line in lines)
+
+
 def test_a_teacher_trained_on_other_datasets(coco_dataset, problems, pair):
     for name, classes in (("a", ("car", "dog")), ("b", ("Car", "Dog")), ("c", ("cat", "dog")), ("d", ("dog",))):
         coco_dataset(f"checks_{name}", classes=classes, change=lambda content: content["annotations"].clear())

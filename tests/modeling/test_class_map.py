@@ -208,6 +208,12 @@ def test_what_the_student_does_not_know_is_warned_of(mapped, caplog):
 def test_a_near_name_is_proposed(mapped, caplog):
     build_model(mapped(names=["bus", "pedestrians", "car"]))
     assert "the student's classes: Pedestrian (did you mean pedestrians?). The" in caplog.text
+    # But not one that is another class of the student.
+    MetadataCatalog.get("map_cats").thing_classes = ["Cat", "Pedestrian", "Car"]
+    cfg = mapped(names=["car", "pedestrian"])
+    cfg.DATASETS.TRAIN = ("map_cats",)
+    build_model(cfg)
+    assert "the student's classes: Cat. The" in caplog.text
 
 
 def test_all_known_is_no_reason_to_warn(mapped, caplog):
