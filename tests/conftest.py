@@ -208,6 +208,7 @@ def _distiller_config(
     folder: Path,
     kind: str = "faster",
     *,
+    teacher_kind: str = "",
     teacher_channels: int = 16,
     teacher_width: int = 16,
     teacher_options: tuple = (),
@@ -219,12 +220,13 @@ def _distiller_config(
     Args:
         folder: exists.
         kind: as for :func:`tiny.detector_config`.
+        teacher_kind: the same of the teacher; by default ``kind``.
         teacher_channels, teacher_width: of the teacher; ``student`` holds those of the student.
         teacher_options: keys and values of the teacher's config.
         change: applied to both configs before the teacher is built.
     """
     teacher, cfg = (
-        detector_config(kind, channels=teacher_channels, width=teacher_width),
+        detector_config(teacher_kind or kind, channels=teacher_channels, width=teacher_width),
         detector_config(kind, **student),
     )
     teacher.merge_from_list(list(teacher_options))

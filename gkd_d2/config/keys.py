@@ -39,6 +39,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # The teacher's checkpoint; it must set every parameter of the teacher. A relative path is looked for in the same
     # two folders.
     cfg.GKD.TEACHER.WEIGHTS = ""
+    # Names of all of the teacher's classes, in its order, where they are not the student's. The student's classes are
+    # looked up among them by the names of its training sets, in any case, so that a teacher of COCO's 80 can teach a
+    # student of three: docs/datasets.md. Empty: both have the same classes in the same order.
+    cfg.GKD.TEACHER.CLASSES = []
     # Names of the teacher's levels, one for each of GKD.FEATURES, where they differ from the student's.
     cfg.GKD.TEACHER.FEATURES = []
     # Proposals an image that a teacher with ROI heads samples for its gradients; 0: as many as its own config says.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from gkd_d2.config import DetectorSpec
 from gkd_d2.data.classes import known_class_names
 from gkd_d2.data.contents import DatasetContents, read_contents
 from gkd_d2.data.datasets.builtin import check_datasets
-from gkd_d2.engine.run import Run
+from gkd_d2.engine.run import Run, Teacher
 from gkd_d2.evaluation.coco_evaluation import check_coco_ground_truth
+from gkd_d2.modeling.class_map import check_number_of_classes, check_teachers_datasets, map_classes
 from gkd_d2.modeling.pairing import check_class_names
 from gkd_d2.utils.text import counted, listed
 
@@ -62,39 +62,54 @@ def _classes(run: Run) -> tuple[str, int] | None:
         return None
 
 
-def teacher_class_problems(train_sets: Sequence[str], teacher: DetectorSpec) -> list[str]:
-    """Where a teacher's classes are not those of the student's training sets or of its own.
+def teacher_class_problems(run: Run, teacher: Teacher) -> list[str]:
+    """Where a teacher's classes are not those of the student's training sets or of its own, or do not map to them.
 
     The teacher's own datasets need not be registered or there.
 
     Args:
-        train_sets: the student's.
-        teacher: as its config describes it.
+        run: of the student.
+        teacher: of the run.
 
     Returns:
         A sentence for each problem.
     """
     ours, own = (
         {name: DatasetContents(names) for name in datasets if (names := known_class_names(name))}
-        for datasets in (train_sets, teacher.train_sets)
+        for datasets in (run.train_sets, teacher.spec.train_sets)
     )
     # It can't have the classes of training sets that differ, which is reported as their own fault.
     if _other_classes_among(ours):
         return []
-    own = {name: contents for name, contents in own.items() if name not in ours}
-    problems = [
-        *_other_classes(teacher.classes, ours, "take a teacher that was trained on the student's classes"),
-        *_other_classes(
-            teacher.classes, own, "both must be as in the teacher's training; GKD.TEACHER.OPTS can change either"
-        ),
-    ]
+    problems = []
+    if not teacher.classes:
+        remedy = (
+            "take a teacher that was trained on the student's classes, or name all of the teacher's classes in "
+            "GKD.TEACHER.CLASSES"
+        )
+        problems += _other_classes(teacher.spec.classes, ours, remedy)
+        own = {name: contents for name, contents in own.items() if name not in ours}
+    remedy = "both must be as in the teacher's training; GKD.TEACHER.OPTS can change either"
+    problems += _other_classes(teacher.spec.classes, own, remedy)
     if problems:
         return problems
     try:
-        check_class_names(train_sets, teacher.train_sets)
+        if teacher.classes:
+            _check_class_map(run, teacher)
+        else:
+            check_class_names(run.train_sets, teacher.spec.train_sets)
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _check_class_map(run: Run, teacher: Teacher) -> None:
+    """Raise a ValueError where the student's classes can't be looked up among the teacher's."""
+    map_classes(run.class_names(), teacher.classes)
+    if teacher.spec.classes is not None:
+        setting, number = teacher.spec.classes
+        check_number_of_classes(teacher.classes, number, setting)
+    check_teachers_datasets(teacher.classes, teacher.spec.train_sets)
 
 
 def _absent(names: Iterable[str]) -> list[str]:

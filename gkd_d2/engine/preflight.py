@@ -182,7 +182,7 @@ def _teacher(run: Run) -> list[str]:
         return [str(error)]
     problems = teacher.spec.problems()
     if _reads_annotations():
-        problems += teacher_class_problems(run.train_sets, teacher.spec)
+        problems += teacher_class_problems(run, teacher)
     # Of a config of yacs.
     also = ", nor in the folder of the config file that sets the key" if teacher.key.startswith("GKD.") else ""
     reason = _unreadable(teacher.weights, also)

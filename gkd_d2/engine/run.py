@@ -22,6 +22,7 @@ from gkd_d2.config import (
 from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.methods import Method, build_method
 from gkd_d2.modeling.balance import Balance
+from gkd_d2.modeling.class_map import student_class_names
 from gkd_d2.utils.registries import architecture_class
 
 
@@ -32,11 +33,13 @@ class Teacher(NamedTuple):
         spec: describes it.
         weights: its checkpoint.
         key: that sets the checkpoint.
+        classes: names of all its classes, where they are not the student's; see GKD.TEACHER.CLASSES.
     """
 
     spec: DetectorSpec
     weights: str
     key: str
+    classes: tuple[str, ...]
 
 
 class Run(ABC):
@@ -92,6 +95,14 @@ class Run(ABC):
         """
 
     @abstractmethod
+    def class_names(self) -> list[str]:
+        """Names of the student's classes, to be looked up among those of a teacher of other classes.
+
+        Raises:
+            ValueError: they are not known, or the training sets differ in them.
+        """
+
+    @abstractmethod
     def method(self) -> Method:
         """The method of a distilled run.
 
@@ -144,7 +155,11 @@ class YacsRun(Run):
         return YacsSpec(detector_config(self.cfg), architecture_key(self.cfg))
 
     def teacher(self):
-        return Teacher(teacher_spec(self.cfg), self.cfg.GKD.TEACHER.WEIGHTS, "GKD.TEACHER.WEIGHTS")
+        node = self.cfg.GKD.TEACHER
+        return Teacher(teacher_spec(self.cfg), node.WEIGHTS, "GKD.TEACHER.WEIGHTS", tuple(node.CLASSES))
+
+    def class_names(self):
+        return student_class_names(self.train_sets)
 
     def method(self):
         return build_method(self.cfg)

@@ -36,9 +36,12 @@ def distil(
     ratios: Mapping[str, float] = MappingProxyType({}),
     features: Sequence[str] = (),
     teacher_features: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    teacher_classes: Sequence[str] = (),
     init_from_teacher: bool = False,
     roi_batch_size: int = 0,
     warmup_iters: int = 0,
+    proposals: int = 128,
     one_pass: bool = True,
 ) -> DictConfig:
     """The ``model`` of a LazyConfig under a teacher: ``model = distil(model, teacher=..., teacher_weights=...)``.
@@ -58,9 +61,13 @@ def distil(
         ratios: GKD.RATIOS, by names of losses such as "box".
         features: GKD.FEATURES.
         teacher_features: GKD.TEACHER.FEATURES.
+        classes: names of the student's classes, in its order, for ``teacher_classes``. They must be given: the model of
+            a LazyConfig does not know its datasets.
+        teacher_classes: GKD.TEACHER.CLASSES.
         init_from_teacher: GKD.STUDENT.INIT_FROM_TEACHER.
         roi_batch_size: GKD.TEACHER.ROI_BATCH_SIZE.
         warmup_iters: GKD.WARMUP_ITERS.
+        proposals: GKD.TEACHER.PROPOSALS.
         one_pass: GKD.ONE_PASS.
 
     Returns:
@@ -82,8 +89,11 @@ def distil(
         ratios=dict(ratios),
         features=list(features),
         teacher_features=list(teacher_features),
+        classes=list(classes),
+        teacher_classes=list(teacher_classes),
         init_from_teacher=init_from_teacher,
         warmup_iters=warmup_iters,
+        proposals=proposals,
         one_pass=one_pass,
         # By reference, which follows an override.
         image_format="${.student.input_format}" if "input_format" in ours.model else "BGR",
@@ -104,8 +114,11 @@ def build_distiller(
     ratios: Mapping[str, float] = MappingProxyType({}),
     features: Sequence[str] = (),
     teacher_features: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    teacher_classes: Sequence[str] = (),
     init_from_teacher: bool = False,
     warmup_iters: int = 0,
+    proposals: int = 128,
     one_pass: bool = True,
     seed: int = 0,
     image_format: str | None = None,
@@ -119,8 +132,9 @@ def build_distiller(
     Args:
         student: a detector.
         teacher: another, with random weights.
-        teacher_weights, method, balance, ratios, features, teacher_features, init_from_teacher, warmup_iters, one_pass:
-            see :func:`distil`. The weights of the method are changed as ``balance`` says.
+        teacher_weights, method, balance, ratios, features, teacher_features, classes, teacher_classes,
+            init_from_teacher, warmup_iters, proposals, one_pass: see :func:`distil`. The weights of the method are
+            changed as ``balance`` says.
         seed: of all random streams beside the student's, >= 0.
         image_format: order of the channels of the images in a batch, such as "BGR"; default: the student's
             ``input_format``.
@@ -150,8 +164,11 @@ def build_distiller(
         method_name=next((name for name, kind in _METHODS.items() if type(method) is kind), type(method).__name__),
         features=features,
         teacher_features=teacher_features,
+        classes=checked_class_names(classes) if teacher_classes else (),
+        teacher_classes=teacher_classes,
         init_from_teacher=init_from_teacher,
         warmup_iters=warmup_iters,
+        proposals=proposals,
         one_pass=one_pass,
         seed=seed,
         swap_channels=channels_swapped(image_format, teacher_image_format or _input_format(teacher)),
@@ -161,6 +178,20 @@ def build_distiller(
         unused=keys_without_effect(method, weights, ratios),
     )
     return GKDDistiller(**parts)
+
+
+def checked_class_names(classes: Sequence[str]) -> list[str]:
+    """The student's ``classes`` of :func:`distil`, which ``teacher_classes`` need.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not classes:
+        raise ValueError(
+            "model.teacher_classes is set, but model.classes is empty: name the student's classes there, in the order "
+            "of its training sets, to be looked up among the teacher's"
+        )
+    return list(classes)
 
 
 def _input_format(model: nn.Module) -> str:

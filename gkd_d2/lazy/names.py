@@ -41,6 +41,7 @@ _NAMES = {
     "GKD.PKD.WEIGHT": "model.method.weight",
     "GKD.RATIOS": "model.ratios",
     "GKD.STUDENT.INIT_FROM_TEACHER": "model.init_from_teacher",
+    "GKD.TEACHER.CLASSES": "model.teacher_classes",
     "GKD.TEACHER.CONFIG_FILE": "model.teacher",
     "GKD.TEACHER.OPTS": "teacher_opts of distil",
     "GKD.TEACHER.FEATURES": "model.teacher_features",

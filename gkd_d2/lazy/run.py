@@ -17,8 +17,9 @@ from gkd_d2.config.lazy_spec import (
 )
 from gkd_d2.engine.model_ema import EMAOptions
 from gkd_d2.engine.run import Run, Teacher
-from gkd_d2.lazy.distil import teacher_of
+from gkd_d2.lazy.distil import checked_class_names, teacher_of
 from gkd_d2.methods import Method, settle_weights
+from gkd_d2.modeling.class_map import check_names_of_datasets
 
 _COCO_EVALUATOR = "detectron2.evaluation.coco_evaluation.COCOEvaluator"
 _TRAIN_LOADER = f"{build_detection_train_loader.__module__}.{build_detection_train_loader.__qualname__}"
@@ -64,7 +65,13 @@ class LazyRun(Run):
         weights = self.cfg.model.teacher_weights
         if not weights:
             raise ValueError("model.teacher_weights is empty: a teacher needs its checkpoint")
-        return Teacher(teacher_of(self.cfg.model), weights, "model.teacher_weights")
+        classes = tuple(self.cfg.model.get("teacher_classes") or ())
+        return Teacher(teacher_of(self.cfg.model), weights, "model.teacher_weights", classes)
+
+    def class_names(self) -> list[str]:
+        names = checked_class_names(self.cfg.model.get("classes") or ())
+        check_names_of_datasets("model.classes", names, self.train_sets, "give the classes of the training sets")
+        return names
 
     def method(self) -> Method:
         if isinstance(name := self.cfg.model.method, str):

@@ -11,6 +11,7 @@ from gkd_d2.config import YacsSpec, architecture_key, detector_config, teacher_s
 from gkd_d2.config.differences import flattened
 from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.methods import Method, build_method, keys_without_effect
+from gkd_d2.modeling.class_map import are_the_same, map_classes, student_class_names, warn_of_unknown_classes
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
 from gkd_d2.modeling.responses import check_responses
@@ -41,6 +42,7 @@ def build_parts(cfg: CfgNode) -> dict:
     theirs = teacher_spec(cfg)
     # Masks and keypoints are loaded only where the config that trains, the student's, detects them.
     unlabelled = theirs.heads_beyond(ours.heads)
+    teacher_classes = list(cfg.GKD.TEACHER.CLASSES)
     student = ours.build()
     parts = join(
         student,
@@ -50,6 +52,8 @@ def build_parts(cfg: CfgNode) -> dict:
         method_name=cfg.GKD.METHOD,
         features=cfg.GKD.FEATURES,
         teacher_features=cfg.GKD.TEACHER.FEATURES,
+        classes=student_class_names(ours.train_sets) if teacher_classes else (),
+        teacher_classes=teacher_classes,
         init_from_teacher=cfg.GKD.STUDENT.INIT_FROM_TEACHER,
         warmup_iters=cfg.GKD.WARMUP_ITERS,
         proposals=cfg.GKD.TEACHER.PROPOSALS,
@@ -61,7 +65,7 @@ def build_parts(cfg: CfgNode) -> dict:
         left_out=unlabelled,
         unused=keys_without_effect(method, dict(flattened(cfg)), cfg.GKD.RATIOS),
     )
-    check_classes(split_detector(student), ours, theirs, cfg.DATASETS.TEST)
+    check_classes(split_detector(student), ours, theirs, cfg.DATASETS.TEST, teacher_classes)
     return {**parts, "trainer_keys": TrainerKeys.from_config(cfg)}
 
 
@@ -74,6 +78,8 @@ def join(
     method_name: str,
     features: Sequence[str],
     teacher_features: Sequence[str],
+    classes: Sequence[str],
+    teacher_classes: Sequence[str],
     init_from_teacher: bool,
     warmup_iters: int,
     proposals: int,
@@ -95,6 +101,8 @@ def join(
         method_name: as GKD.METHOD names it.
         features: see GKD.FEATURES.
         teacher_features: see GKD.TEACHER.FEATURES.
+        classes: names of the student's classes, where ``teacher_classes`` are given.
+        teacher_classes: see GKD.TEACHER.CLASSES.
         init_from_teacher: see GKD.STUDENT.INIT_FROM_TEACHER.
         warmup_iters: see GKD.WARMUP_ITERS.
         proposals: see GKD.TEACHER.PROPOSALS.
@@ -116,14 +124,20 @@ def join(
     if not teacher_weights:
         raise ValueError("GKD.TEACHER.WEIGHTS is empty: a teacher needs its checkpoint")
     split = split_detector(student)
-    teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels)
-    check_pair(split, teacher.split)
+    class_map = map_classes(classes, teacher_classes) if teacher_classes else None
+    teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels, classes=class_map)
+    check_pair(split, teacher.split, classes, teacher_classes)
     student_features, teacher_features = pair_levels(split, teacher.split, list(features), list(teacher_features))
     pairs = list(zip(student_features, teacher_features))
-    check_responses(method, method_name, split, teacher.split, pairs)
-    inherited = copy_heads(teacher.split, split) if init_from_teacher else []
+    if method.needs_predictions:
+        unknown = [name for name, number in zip(classes, class_map or ()) if number is None]
+        check_responses(method_name, split, teacher.split, pairs, unknown)
+    same_classes = are_the_same(class_map, teacher.split.num_classes)
+    inherited = copy_heads(teacher.split, split, same_classes=same_classes) if init_from_teacher else []
     if inherited:
         warn_of_other_heads(teacher.split, split)
+    if class_map is not None:
+        warn_of_unknown_classes(classes, teacher_classes, class_map)
     return {
         "student": student,
         "teacher": teacher,
@@ -141,6 +155,7 @@ def join(
             student=split,
             teacher=teacher.split,
             pairs=pairs,
+            classes=class_map,
             source=teacher_weights + (f", described by {teacher_file}" if teacher_file else ""),
             weights=weights,
             inherited=inherited,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -167,8 +168,12 @@ class GKDDistiller(nn.Module):
         return self._teacher.model
 
     def teacher_inputs(self, batched_inputs: list[dict]) -> list[dict]:
-        """A batch as :attr:`teacher` takes it: its colours in the teacher's order, RGB or BGR."""
+        """A batch as :attr:`teacher` takes it: see :meth:`gkd_d2.modeling.teacher.FrozenTeacher.inputs`."""
         return self._teacher.inputs(batched_inputs)
+
+    def in_students_classes(self, detections: Instances) -> Instances:
+        """Detections of :attr:`teacher` by the student's numbers of classes, without those of other classes."""
+        return self._teacher.in_students_classes(detections)
 
     def teacher_score_maps(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         """The teacher's :meth:`gkd_d2.SplitDetector.score_maps` of a batch: its name of a level -> N,H,W.
@@ -245,7 +250,7 @@ class GKDDistiller(nn.Module):
         theirs = self._teacher.observe(
             batched_inputs, self.teacher_features, with_gradients=teacher_grad, scale=self.gradient_scale, size=size
         )
-        teacher = [theirs.features[name] for name in self.teacher_features]
+        teacher, teacher_gradients = theirs.at(self.teacher_features)
         images, features = sized_features(self._split, batched_inputs, size)
         check_trained(features, self.student_features)
         losses, student_gradients = detection_losses(
@@ -268,7 +273,7 @@ class GKDDistiller(nn.Module):
             student=student,
             student_grad=student_gradients,
             teacher=teacher,
-            teacher_grad=theirs.gradients and [theirs.gradients[name] for name in self.teacher_features],
+            teacher_grad=teacher_gradients,
             boxes=boxes_of(batched_inputs, self.device),
             scale=self.gradient_scale,
             anchors=self._anchors(student) if self.method.needs_anchors else None,
@@ -364,8 +369,8 @@ class GKDDistiller(nn.Module):
             )
         except FloatingPointError:
             return False
-        tensors = [*(seen.features[name] for name in self.teacher_features), *(seen.gradients or {}).values()]
-        return all(tensor.isfinite().all() for tensor in tensors)
+        features, gradients = seen.at(self.teacher_features)
+        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ())))
 
     def _begin(self) -> None:
         """In the first training forward, when weights are loaded: look at them, and say what is distilled."""

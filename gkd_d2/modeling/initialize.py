@@ -13,17 +13,19 @@ _logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
+def copy_heads(teacher: SplitDetector, student: SplitDetector, *, same_classes: bool = True) -> list[str]:
     """Copy each of the teacher's heads whose tensors have the student's names and shapes.
 
     A head is copied whole or not at all: a layer in front of or between copied ones that is random, or that only one of
-    the two networks has, makes the copied ones useless. Heads that are not copied are named in a warning.
+    the two networks has, makes the copied ones useless. So is one that predicts other classes, or the same in another
+    order, where all shapes may fit. Heads that are not copied are named in a warning.
 
     Source: the inheriting strategy of the public code of GKD (arXiv 2303.04240) and FGD (arXiv 2111.11837).
 
     Args:
         teacher: the detector to copy from.
         student: the detector to copy to, changed in place.
+        same_classes: whether both detect the same classes in the same order.
 
     Returns:
         The names of the copied heads, as :meth:`SplitDetector.head_of` calls them.
@@ -33,6 +35,10 @@ def copy_heads(teacher: SplitDetector, student: SplitDetector) -> list[str]:
     """
     source, target = _heads(teacher), _heads(student)
     differences = {name: _difference(source.get(name, {}), tensors) for name, tensors in target.items()}
+    if not same_classes:
+        for name in target:
+            if not differences[name] and student.predicts_classes(name):
+                differences[name] = "it predicts classes, which are others in the teacher, or in another order"
     copied = [name for name, difference in differences.items() if not difference]
     left = "; ".join(f"{name}: {difference}" for name, difference in differences.items() if difference)
     if not copied:

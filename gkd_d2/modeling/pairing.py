@@ -10,6 +10,7 @@ from torch import Tensor
 from gkd_d2.config import DetectorSpec
 from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.data.classes import known_class_names
+from gkd_d2.modeling.class_map import check_number_of_classes, check_teachers_datasets
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
 
@@ -68,21 +69,36 @@ def pair_levels(
     return list(student_levels), teacher_levels
 
 
-def check_pair(student: SplitDetector, teacher: SplitDetector) -> None:
+def check_pair(
+    student: SplitDetector,
+    teacher: SplitDetector,
+    classes: Sequence[str] = (),
+    teacher_classes: Sequence[str] = (),
+) -> None:
     """Refuse a teacher that detects other things than the student, or whose losses a batch of the student's can't give.
 
     Args:
         student: the student.
         teacher: the teacher, without those of EXTRA_HEADS that the student lacks.
+        classes: names of the student's classes, where ``teacher_classes`` are given.
+        teacher_classes: GKD.TEACHER.CLASSES; empty: both have the same classes.
 
     Raises:
-        ValueError: the number of classes or of the images' channels differs; or the teacher's losses need what the
-            student's batches do not hold.
+        ValueError: the number of classes or of the images' channels differs, or the number of names from that of the
+            classes; or the teacher's losses need what the student's batches do not hold.
     """
-    if student.num_classes != teacher.num_classes:
+    if teacher_classes:
+        check_number_of_classes(teacher_classes, teacher.num_classes)
+        if len(classes) != student.num_classes:
+            raise ValueError(
+                f"the student detects {counted(student.num_classes, 'class', 'classes')}, but the names of its classes "
+                f"are {len(classes)}, {listed(classes)}: give it as many"
+            )
+    elif student.num_classes != teacher.num_classes:
         raise ValueError(
             f"the student detects {counted(student.num_classes, 'class', 'classes')}, the teacher "
-            f"{teacher.num_classes}: a teacher must be trained on the student's classes"
+            f"{teacher.num_classes}: a teacher must be trained on the student's classes, or all of its classes be "
+            "named in GKD.TEACHER.CLASSES"
         )
     channels = [len(getattr(split.model, "pixel_mean", ())) for split in (student, teacher)]
     if channels[0] != channels[1] and all(channels):
@@ -104,14 +120,21 @@ def check_pair(student: SplitDetector, teacher: SplitDetector) -> None:
             )
 
 
-def check_classes(student: SplitDetector, spec: DetectorSpec, teacher: DetectorSpec, test_sets: Sequence[str]) -> None:
+def check_classes(
+    student: SplitDetector,
+    spec: DetectorSpec,
+    teacher: DetectorSpec,
+    test_sets: Sequence[str],
+    teacher_classes: Sequence[str] = (),
+) -> None:
     """Refuse datasets of other classes than the detectors', and a teacher of other classes than the student's.
 
     Args:
-        student: as built, with as many classes as the teacher.
+        student: as built.
         spec: of the student.
         teacher: of the teacher.
         test_sets: names of the student's datasets for evaluation.
+        teacher_classes: GKD.TEACHER.CLASSES; empty: both have the same classes.
 
     Raises:
         ValueError: as far as they are known, the number or the names of the classes differ.
@@ -120,11 +143,13 @@ def check_classes(student: SplitDetector, spec: DetectorSpec, teacher: DetectorS
         names = known_class_names(dataset)
         if names is not None and len(names) != student.num_classes:
             raise ValueError(
-                f"the student and the teacher detect {counted(student.num_classes, 'class', 'classes')}, but dataset "
-                f"{dataset} has {counted(len(names), 'class', 'classes')} ({listed(names)}): give both detectors its "
-                "classes, or take other datasets"
+                f"the student detects {counted(student.num_classes, 'class', 'classes')}, but dataset {dataset} has "
+                f"{counted(len(names), 'class', 'classes')} ({listed(names)}): give it as many, or take other datasets"
             )
-    check_class_names(spec.train_sets, teacher.train_sets)
+    if teacher_classes:
+        check_teachers_datasets(teacher_classes, teacher.train_sets)
+    else:
+        check_class_names(spec.train_sets, teacher.train_sets)
 
 
 def check_class_names(train_sets: Sequence[str], teacher_sets: Sequence[str]) -> None:
@@ -148,8 +173,9 @@ def check_class_names(train_sets: Sequence[str], teacher_sets: Sequence[str]) ->
         if [name.casefold() for name in names] != [name.casefold() for name in other_names]:
             raise ValueError(
                 f"the student's dataset {dataset} has the classes {listed(names, 100)}, the teacher's {other} has "
-                f"{listed(other_names, 100)}: a teacher must be trained on the student's classes, in their order. "
-                "Where they are the same classes under other names, let the teacher's config name no training set"
+                f"{listed(other_names, 100)}: a teacher must be trained on the student's classes, in their order, or "
+                "all of its classes be named in GKD.TEACHER.CLASSES. Where they are the same classes under other "
+                "names, let the teacher's config name no training set"
             )
 
 

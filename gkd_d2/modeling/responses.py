@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gkd_d2.methods import Method, Predictions
+from gkd_d2.methods import Predictions
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
 
@@ -92,26 +92,25 @@ def _statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
 
 
 def check_responses(
-    method: Method,
     method_name: str,
     student: SplitDetector,
     teacher: SplitDetector,
     pairs: Sequence[tuple[str, str]],
+    unknown_classes: Sequence[str] = (),
 ) -> None:
-    """Refuse detectors whose predictions a method can't compare.
+    """Refuse detectors whose predictions can't be compared.
 
     Args:
-        method: of distillation.
-        method_name: as GKD.METHOD names it.
+        method_name: of the method that compares them, as GKD.METHOD names it.
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
+        unknown_classes: names of the student's classes that GKD.TEACHER.CLASSES does not name.
 
     Raises:
-        ValueError: the heads of one predict nothing that is known, or the two predict for other anchors.
+        ValueError: the heads of one predict nothing that is known, the two predict for other anchors, or the teacher
+            does not know all of the student's classes.
     """
-    if not method.needs_predictions:
-        return
     wants = f"GKD.METHOD {method_name} compares what the heads predict"
     instead = "choose a method that compares features alone, such as gkd or fitnet"
     for who, split in (("student", student), ("teacher", teacher)):
@@ -124,6 +123,11 @@ def check_responses(
         raise ValueError(
             f"{wants}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
             f"{kinds[1]} one, {type(teacher.model).__name__}: {instead}"
+        )
+    if unknown_classes:
+        raise ValueError(
+            f"{wants}, but GKD.TEACHER.CLASSES does not name the student's {listed(unknown_classes)}: correct the "
+            f"names, or {instead}"
         )
     for ours, theirs in pairs:
         found = [_anchors(student, ours), _anchors(teacher, theirs)]

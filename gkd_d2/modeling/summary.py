@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -31,6 +32,7 @@ class Summary:
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
+        classes: the teacher's number of each of the student's classes, or None; None: both have the same classes.
         source: where the teacher comes from: its weights, and what describes it.
         weights: what the student's training starts from, such as "MODEL.WEIGHTS R-50.pkl".
         inherited: the heads that it was given when it was built.
@@ -47,6 +49,7 @@ class Summary:
     student: SplitDetector
     teacher: SplitDetector
     pairs: list[tuple[str, str]]
+    classes: Sequence[int | None] | None
     source: str
     weights: str
     inherited: list[str]
@@ -92,9 +95,15 @@ class Summary:
         return f"{name}, {kind} {weights}{f' (off: {off})' if off else ''}{options}{ramp}{own}"
 
     def _teacher(self) -> str:
-        if not self.left_out:
-            return self.source
-        return f"{self.source}; without its head for {' and '.join(self.left_out)}, which the student does not detect"
+        text = self.source
+        if self.classes is not None:
+            known = sum(number is not None for number in self.classes)
+            text += f"; {known} of its {self.teacher.num_classes} classes {'is' if known == 1 else 'are'} the student's"
+            if known < len(self.classes):
+                text += f", which has {len(self.classes) - known} more"
+        if self.left_out:
+            text += f"; without its head for {' and '.join(self.left_out)}, which the student does not detect"
+        return text
 
 
 def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ from gkd_d2.utils.random_streams import separate_random_stream
 
 
 def build_teacher(
-    make: Callable[[], nn.Module], weights: str, seed: int, *, swap_channels: bool = False
+    make: Callable[[], nn.Module],
+    weights: str,
+    seed: int,
+    *,
+    swap_channels: bool = False,
+    classes: Sequence[int | None] | None = None,
 ) -> FrozenTeacher:
     """Build a teacher and load its weights, drawing nothing from the global random stream.
 
@@ -33,7 +38,7 @@ def build_teacher(
         make: makes the detector, with random weights.
         weights: its checkpoint, GKD.TEACHER.WEIGHTS.
         seed: of the teacher's random stream, >= 0.
-        swap_channels: see :class:`FrozenTeacher`.
+        swap_channels, classes: see :class:`FrozenTeacher`.
 
     Raises:
         CheckpointError: the checkpoint can't be read, or leaves a parameter unset.
@@ -45,7 +50,7 @@ def build_teacher(
         weights, "GKD.TEACHER.WEIGHTS", "the detector that GKD.TEACHER.CONFIG_FILE describes"
     )
     check_finite(model, "the teacher's", "GKD.TEACHER.WEIGHTS")
-    return FrozenTeacher(model, seed, swap_channels=swap_channels)
+    return FrozenTeacher(model, seed, swap_channels=swap_channels, classes=classes)
 
 
 def set_as_in_evaluation(split: SplitDetector) -> None:
@@ -79,6 +84,11 @@ class TeacherObservation:
     features: dict[str, Tensor]
     gradients: dict[str, Tensor] | None
 
+    def at(self, levels: Sequence[str]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The features, and the gradients if there are any, of some levels."""
+        gradients = None if self.gradients is None else [self.gradients[name] for name in levels]
+        return [self.features[name] for name in levels], gradients
+
 
 class FrozenTeacher:
     """A detector whose parameters, buffers, running statistics and moving averages stay as they are.
@@ -92,14 +102,28 @@ class FrozenTeacher:
             draws what an uninterrupted one would.
         swap_channels: whether the images of a batch have their three colours in the opposite order of what the teacher
             was trained with, RGB or BGR; see :func:`gkd_d2.modeling.pairing.channels_swapped`.
+        classes: the teacher's number of each of the student's classes, None for those that it does not know; see
+            :func:`gkd_d2.modeling.class_map.map_classes`. By default both have the same classes.
+
+    Attributes:
+        model: the detector.
+        split: of it.
+        classes: as above, a list; None: both have the same classes, and nothing is renumbered.
     """
 
-    def __init__(self, model: nn.Module, seed: int, *, swap_channels: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        seed: int,
+        *,
+        swap_channels: bool = False,
+        classes: Sequence[int | None] | None = None,
+    ):
         self.model = model
+        self.classes = None if classes is None else list(classes)
         self._swap_channels = swap_channels
         self.split: SplitDetector = split_detector(model)
         self._seed = seed
-        self.classes = None
         model.requires_grad_(False)
         set_as_in_evaluation(self.split)
 
@@ -108,14 +132,36 @@ class FrozenTeacher:
         self.model._apply(apply)
 
     def inputs(self, batched_inputs: list[dict]) -> list[dict]:
-        """A batch of the student as the teacher takes it: its colours in the teacher's order.
+        """A batch of the student as the teacher takes it.
+
+        Its colours are in the teacher's order, and the ground truth has the teacher's numbers of classes, without the
+        objects of classes that the teacher does not know.
 
         Args:
             batched_inputs: left as they are.
         """
-        if not self._swap_channels:
-            return batched_inputs
-        return [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        if self._swap_channels:
+            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        if self.classes is not None:
+            batched_inputs = [
+                {**x, "instances": self._renumbered(x["instances"])} if "instances" in x else x for x in batched_inputs
+            ]
+        return batched_inputs
+
+    def in_students_classes(self, detections: Instances) -> Instances:
+        """The teacher's detections by the student's numbers of classes, without those of other classes.
+
+        Args:
+            detections: with ``pred_classes``; left as they are.
+        """
+        if self.classes is None:
+            return detections
+        numbers = {number: ours for ours, number in enumerate(self.classes) if number is not None}
+        table = [numbers.get(number, -1) for number in range(self.split.num_classes)]
+        return _with_classes(detections, "pred_classes", table)
+
+    def _renumbered(self, truth: Instances) -> Instances:
+        return _with_classes(truth, "gt_classes", [-1 if number is None else number for number in self.classes])
 
     def observe(
         self,
@@ -187,7 +233,7 @@ class FrozenTeacher:
         """Name of a level -> N,H,W, as :meth:`gkd_d2.SplitDetector.score_maps`.
 
         Args:
-            batched_inputs, size: as for :meth:`features`.
+            batched_inputs, size: as for :meth:`observe`.
         """
         _, features = sized_features(self.split, self.inputs(batched_inputs), size)
         return self.split.score_maps(features)
@@ -215,3 +261,18 @@ def _naming_teacher(what: str):
         raise FloatingPointError(
             f"The teacher's {what} can't be computed: its predicted boxes or scores are infinite or NaN."
         ) from error
+
+
+def _with_classes(instances: Instances, field: str, table: list[int]) -> Instances:
+    """Instances with other numbers of classes.
+
+    Args:
+        instances: left as they are.
+        field: that holds the numbers.
+        table: the new number of each old one; -1: what is of this class is left out.
+    """
+    old = instances.get(field)
+    new = torch.tensor(table, dtype=old.dtype, device=old.device)[old]
+    kept = instances[new >= 0]
+    kept.set(field, new[new >= 0])
+    return kept

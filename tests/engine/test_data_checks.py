@@ -82,12 +82,10 @@ def test_detectors_that_are_compared_once_they_are_built(coco_dataset, problems,
     monkeypatch.setattr(registry, "_SPLITS", {**registry._SPLITS, Scorer: SplitScorer})
     cfg = distiller_config("scorer")
     assert problems(cfg, ["checks_a"], ["checks_a"]) == []
-    with pytest.raises(
-        ValueError, match=r"student and the teacher detect 1 class, but dataset checks_a has 2 classes \(car, dog\)"
-    ):
+    with pytest.raises(ValueError, match=r"student detects 1 class, but dataset checks_a has 2 classes \(car, dog\)"):
         build_model(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("checks_one",), ("checks_a",)
-    with pytest.raises(ValueError, match="detect 1 class, but dataset checks_a has 2 classes"):
+    with pytest.raises(ValueError, match="detects 1 class, but dataset checks_a has 2 classes"):
         build_model(cfg)
     cfg.DATASETS.TEST = ("checks_one",)
     build_model(cfg)
@@ -297,8 +295,47 @@ def test_a_teacher_of_another_number_of_classes(coco_dataset, problems, pair, tm
     assert problems(pair(kind), ["checks_a"], ["checks_a"]) == []
     assert problems(pair(kind, number=3), ["checks_a"], ["checks_a"]) == [
         f"{key} of {tmp_path / 'teacher.yaml'} is 3, but dataset checks_a has 2 classes (car, dog): take a teacher "
-        "that was trained on the student's classes"
+        "that was trained on the student's classes, or name all of the teacher's classes in GKD.TEACHER.CLASSES"
     ]
+
+
+@BOTH
+def test_a_map_of_names_to_a_teachers(coco_dataset, problems, pair, tmp_path, kind, key):
+    """What is refused here is refused by the model too, if nothing was checked before."""
+    coco_dataset("checks_a")
+    coco_dataset("checks_b", classes=("bus", "Car", "cat"), change=lambda content: content["annotations"].clear())
+    cfg = pair(kind, number=3, train=["checks_b"])
+    setting = f"{key} of {tmp_path / 'teacher.yaml'}"
+
+    def refused(*names):
+        cfg.GKD.TEACHER.CLASSES = list(names)
+        (line,) = problems(cfg, ["checks_a"], [])
+        with pytest.raises(ValueError) as error:
+            build_model(cfg)
+        # Only the built teacher's number of classes has no setting to name.
+        assert str(error.value) == line.replace(f"{setting} is 3", "the teacher detects 3")
+        return line
+
+    # Of the student's car and dog the teacher knows one.
+    cfg.GKD.TEACHER.CLASSES = ["bus", "CAR", "cat"]
+    assert problems(cfg, ["checks_a"], ["checks_a"]) == []
+    assert build_model(cfg)._teacher.classes == [1, None]
+    names = refused("car", "cat")
+    assert names.startswith(f"GKD.TEACHER.CLASSES has 2 names, but {setting} is 3: name all of the teacher's classes")
+    assert refused("car", "bus", "Car").startswith("GKD.TEACHER.CLASSES: car, Car: a name may stand there once only")
+    none = refused("bus", "lorry", "tree")
+    assert none.startswith("GKD.TEACHER.CLASSES names none of the student's classes, car, dog")
+    assert "has car as class 0, counted from 0, dataset checks_b has bus" in refused("car", "bus", "cat")
+
+
+def test_a_map_of_names_that_are_not_known(coco_dataset, problems, pair):
+    DatasetCatalog.register("checks_nameless", list)
+    cfg = pair(number=3)
+    cfg.GKD.TEACHER.CLASSES = ["bus", "car", "cat"]
+    lines = problems(cfg, ["checks_nameless"], [])
+    DatasetCatalog.remove("checks_nameless")
+    expected = "the names of the student's classes are not known: DATASETS.TRAIN is checks_nameless. Register a"
+    assert any(expected in line for line in lines)
 
 
 def test_a_teacher_trained_on_other_datasets(coco_dataset, problems, pair):

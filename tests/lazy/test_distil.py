@@ -215,3 +215,21 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
     model.student.num_classes = 4
     with pytest.raises(ValueError, match="student detects 4 classes, the teacher 3"):
         instantiate(model)
+
+
+def test_a_map_of_names_to_a_teachers_classes(tmp_path):
+    path = write_distilled(tmp_path, options='classes=["Bus", "Car"], teacher_classes=["car", "cat", "bus"]')
+    model = model_of(path)
+    model.student.num_classes = 2
+    distiller = instantiate(model)
+    assert distiller._teacher.classes == [2, 0]
+    batch = training_batch()
+    for one in batch:
+        one["instances"].gt_classes = one["instances"].gt_classes.clamp(max=1)
+    calm(distiller.student)
+    with EventStorage():
+        losses = distiller.train()(batch)
+    assert all(math.isfinite(loss.item()) and loss > 0 for loss in losses.values())
+    model.classes = []
+    with pytest.raises(ValueError, match="model.teacher_classes is set, but model.classes is empty: name the stud"):
+        instantiate(model)

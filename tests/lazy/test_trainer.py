@@ -281,6 +281,20 @@ def test_a_run_that_can_not_start(overrides, text, config, read):
     assert re.search(text, problems(read(config, *overrides)))
 
 
+def test_a_map_of_names_to_a_teachers_classes(config, read):
+    ours = ["model.classes=[Car,Pedestrian,Cyclist]", "model.teacher_classes=[cyclist,Bus,car]"]
+    ours.append("model.teacher_train_sets=[]")
+    check_inputs(LazyRun(read(config, *ours)), eval_only=False, resume=False)
+    for change, text in (
+        ("model.classes=[]", "model.teacher_classes is set, but model.classes is empty: name the student's classes"),
+        ("model.classes=[Car,Cyclist,Van]", "model.classes has Cyclist as class 1, counted from 0, dataset toy_kitti_"),
+        ("model.teacher_classes=[car,bus]", "GKD.TEACHER.CLASSES has 2 names, but model.num_classes of .* is 3: name"),
+        ("model.teacher_classes=[a,b,c]", "names none of the student's classes, Car, Pedestrian, Cyclist"),
+        ("model.teacher_train_sets=[toy_kitti_train]", "has cyclist as class 0, counted from 0, dataset toy_kitti_tr"),
+    ):
+        assert re.search(text, problems(read(config, *ours, change)))
+
+
 def test_loaders_that_can_not_be_resumed_exactly_are_refused(config, read):
     cfg = read(config)
     cfg.dataloader.train = LazyCall(list)()

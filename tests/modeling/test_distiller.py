@@ -48,7 +48,7 @@ def test_losses_equal_an_independent_computation(kind, distiller_config):
         own = student.losses(images, leaves, batch)
         sum(own.values()).backward()
         teacher = build_teacher(teacher_spec(cfg).build, cfg.GKD.TEACHER.WEIGHTS, cfg.SEED)
-        teacher_features, teacher_grads = teacher.features(batch, ["p3", "p4"], with_gradients=True)
+        teacher_features, teacher_grads = teacher.observe(batch, ["p3", "p4"], with_gradients=True).at(["p3", "p4"])
     expected = distillation_losses(
         [features["p3"], features["p4"]],
         teacher_features,
@@ -425,7 +425,7 @@ def test_features_of_other_size_are_refused(distiller_config):
         (
             "GKD.METHOD",
             "foo",
-            "GKD.METHOD is 'foo', which is not registered; registered are fgd, fgfi, fitnet, gkd, none, pkd",
+            "GKD.METHOD is 'foo', which is not registered; registered are crosskd, fgd, fgfi, fitnet, gkd, logits, none, pkd",
         ),
         (
             "GKD.IMPORTS",

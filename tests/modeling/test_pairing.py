@@ -25,6 +25,7 @@ def test_default_levels(faster, retinanet):
     assert pair_levels(retinanet, retinanet, [], []) == (["p3", "p4", "p5", "p6", "p7"],) * 2
     # p6 of a Faster R-CNN is a pooled copy of p5, so it is no partner of RetinaNet's p6.
     assert pair_levels(faster, retinanet, [], []) == (["p3", "p4", "p5"],) * 2
+    assert pair_levels(retinanet, faster, [], []) == (["p3", "p4", "p5"],) * 2
 
 
 def test_chosen_levels(faster, retinanet):
@@ -80,7 +81,7 @@ def test_same_number_of_other_classes(faster):
 
 def test_a_dataset_of_another_number_of_classes(faster):
     MetadataCatalog.get("pairing_four").thing_classes = ["a", "b", "c", "d"]
-    with pytest.raises(ValueError, match=r"detect 3 classes, but dataset pairing_four has 4 classes \(a, b, c, d\)"):
+    with pytest.raises(ValueError, match=r"detects 3 classes, but dataset pairing_four has 4 classes \(a, b, c, d\)"):
         check_classes(faster, spec(), spec(), ("pairing_four",))
 
 

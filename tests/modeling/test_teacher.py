@@ -34,7 +34,9 @@ def test_nothing_changes(kind):
     level = "p4"
     with EventStorage():
         for _ in range(3):
-            features, gradients = teacher.features(training_batch(masks=kind == "mask"), [level], with_gradients=True)
+            features, gradients = teacher.observe(
+                training_batch(masks=kind == "mask"), [level], with_gradients=True
+            ).at([level])
     after, numbers_after = plain_state(teacher.model)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert numbers == numbers_after
@@ -60,7 +62,7 @@ def test_gradients_equal_an_independent_computation(kind):
     batch = training_batch()
     levels = ["p3", "p5"]
     with EventStorage():
-        features, gradients = teacher.features(batch, levels, with_gradients=True)
+        features, gradients = teacher.observe(batch, levels, with_gradients=True).at(levels)
         split = split_detector(model.eval())
         for head in split.head_modules():
             head.train()
@@ -82,10 +84,10 @@ def test_own_random_stream_and_names(distiller_config):
     batch = training_batch()
     torch.manual_seed(11)
     with EventStorage() as storage:
-        first = teacher.features(batch, ["p2"], with_gradients=True)[1]
-        again = teacher.features(batch, ["p2"], with_gradients=True)[1]
+        first = teacher.observe(batch, ["p2"], with_gradients=True).at(["p2"])[1]
+        again = teacher.observe(batch, ["p2"], with_gradients=True).at(["p2"])[1]
         storage.step()
-        later = teacher.features(batch, ["p2"], with_gradients=True)[1]
+        later = teacher.observe(batch, ["p2"], with_gradients=True).at(["p2"])[1]
         assert storage.histories()
         assert all(name.startswith("teacher/") for name in storage.histories())
     assert torch.equal(expected, torch.rand(3))
@@ -103,14 +105,16 @@ def test_colours_in_the_other_order(distiller_config):
     plain = FrozenTeacher(copy.deepcopy(distiller.teacher), seed=cfg.SEED)
     with EventStorage():
         seen = distiller.observe(batch, student_grad=True, teacher_grad=True)
-        expected = plain.features(flipped, distiller.teacher_features, with_gradients=True)
+        expected = plain.observe(flipped, distiller.teacher_features, with_gradients=True).at(
+            distiller.teacher_features
+        )
         alone = split_detector(distiller.student).features(batch)[1]
         taken = take_picture(distiller, seen.detached())
         scores = distiller.teacher_score_maps(batch)["p3"]
     assert all(torch.equal(x["image"], image) for x, image in zip(batch, images))
     for found, wanted in zip((seen.teacher, seen.teacher_grad), expected):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted))
-    assert not torch.equal(seen.teacher[0], plain.features(batch, ["p3"], with_gradients=False)[0][0])
+    assert not torch.equal(seen.teacher[0], plain.observe(batch, ["p3"], with_gradients=False).at(["p3"])[0][0])
     assert torch.equal(scores, plain.score_maps(flipped, None)["p3"])
     # The student's features and the picture are those of the batch as it is.
     assert torch.equal(seen.student[0], alone["p3"])
@@ -122,7 +126,7 @@ def test_colours_in_the_other_order(distiller_config):
 
 def test_no_losses_without_need():
     teacher = FrozenTeacher(build_model(detector_config("faster")), seed=0)
-    features, gradients = teacher.features(training_batch(), ["p2"], with_gradients=False)
+    features, gradients = teacher.observe(training_batch(), ["p2"], with_gradients=False).at(["p2"])
     assert gradients is None
     assert features[0].shape[:2] == (2, 16)
 

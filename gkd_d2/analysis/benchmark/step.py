@@ -87,8 +87,9 @@ class Steps:
         with self._autocast():
             levels, size = self._distiller.teacher_features, self._distiller._common_size.of(self._batch)
             seen = self._distiller._teacher.observe(self._batch, levels, with_gradients=False, size=size)
+        features, _ = seen.at(levels)
         self._clock.finish()
-        return sum(seen.features[name].nbytes for name in levels)
+        return sum(feature.nbytes for feature in features)
 
     def state_bytes(self, *models: nn.Module) -> int:
         """Of the weights, buffers and optimizer's state of models."""

@@ -123,12 +123,13 @@ def picture_with(
         levels: of its first image.
     """
     batched_input = seen.batched_inputs[0]
+    teacher = detect(distiller.teacher, *distiller.teacher_inputs([batched_input]))
     return Picture(
         image=_rgb(batched_input["image"], split_detector(distiller.student).input_format),
         padded_size=seen.image_size,
         levels=levels,
         truth=batched_input["instances"].to("cpu"),
-        teacher=detect(distiller.teacher, *distiller.teacher_inputs([batched_input])),
+        teacher=distiller.in_students_classes(teacher),
         student=detect(distiller.student, batched_input),
     )
 

@@ -108,6 +108,17 @@ class SplitDetector(ABC):
         """
         return name.partition(".")[0]
 
+    def predicts_classes(self, head: str) -> bool:
+        """Whether what a head predicts depends on the classes and on their order.
+
+        Args:
+            head: as :meth:`head_of` calls it.
+
+        Returns:
+            By default True, with which no head is inherited from a teacher of other classes.
+        """
+        return True
+
     def anchor_generator(self) -> tuple[nn.Module, list[str]] | None:
         """What makes the anchors, and the names of the levels it is called with; None where there are no anchors."""
         return None

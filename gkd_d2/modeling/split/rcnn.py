@@ -49,6 +49,10 @@ class SplitGeneralizedRCNN(SplitDetector):
             return module
         return f"{module}.{next((kind for kind in ('mask', 'keypoint') if rest.startswith(kind)), 'box')}"
 
+    def predicts_classes(self, head):
+        # An RPN tells objects from background, and keypoints are of one class.
+        return head not in ("proposal_generator", "roi_heads.keypoint")
+
     def anchor_generator(self):
         rpn = self.model.proposal_generator
         return (rpn.anchor_generator, rpn.in_features) if hasattr(rpn, "anchor_generator") else None
@@ -68,9 +72,7 @@ class SplitGeneralizedRCNN(SplitDetector):
         # Those of a cascade depend on the boxes of the stage before.
         own = getattr(type(heads), "_forward_box", None)
         if own is not StandardROIHeads._forward_box:
-            raise ValueError(
-                f"the ROI heads are {type(heads).__name__}, which predict otherwise than StandardROIHeads"
-            )
+            raise ValueError(f"the ROI heads are {type(heads).__name__}, which predict otherwise than StandardROIHeads")
 
     def cell_predictions(self, features, classes=None):
         """The RPN's, whose one class is any object."""
