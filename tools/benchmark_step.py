@@ -46,6 +46,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--setting", action="append", metavar="NAME", help="may be given several times (default: all that apply)"
     )
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="method to time beside the config's own, such as crosskd or gkd+crosskd; may be given several times",
+    )
     add_output_options(parser, "the phases")
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override the config")
@@ -74,6 +80,7 @@ def main() -> None:
             boxes=args.boxes,
             rounds=Rounds(args.rounds, args.warm_up),
             settings=args.setting or (),
+            methods=args.method or (),
         )
     except (ValueError, OSError) as error:
         sys.exit(str(error))

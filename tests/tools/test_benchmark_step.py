@@ -74,6 +74,24 @@ def test_a_step_of_calibrated_weights(benchmark, distiller_config, tmp_path):
     assert set(result["phases_ms"]["distilled"]) == PHASES
 
 
+@pytest.mark.parametrize("balance", ["fixed", "calibrate"])
+def test_other_methods_take_turns(balance, benchmark, distiller_config, tmp_path):
+    cfg = distiller_config("faster", channels=8)
+    cfg.GKD.BALANCE = balance
+    names = ["crosskd", "gkd+logits", "fitnet"]
+    arguments = [argument for name in names for argument in ("--method", name)]
+    status, printed = benchmark(cfg, "--setting", "default", *arguments)
+    assert status == 0, printed
+    settings = json.loads((tmp_path / "step.json").read_text())["settings"]
+    assert list(settings) == ["default", *names]
+    # Neither fitnet nor crosskd asks for gradients.
+    gradients = {name for name, setting in settings.items() if "heads' gradient" in setting["phases_ms"]["distilled"]}
+    assert gradients >= {"default", "gkd+logits"}
+    assert settings["fitnet"]["phases_ms"]["distilled"]["distillation losses"] > 0
+    status, printed = benchmark(cfg, "--method", "fgd")
+    assert status == 1 and "--method fgd has parameters of its own: give it by GKD.METHOD instead" in printed
+
+
 @pytest.mark.parametrize(
     ("status", "arguments", "message"),
     [

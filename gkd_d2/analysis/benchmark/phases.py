@@ -69,7 +69,8 @@ def claim_phases(distiller: GKDDistiller, clock: PhaseClock) -> None:
     """Let the distiller's parts tell the clock when they work; what is left to the outer ones are gradients."""
     teacher = distiller._teacher
     for owner, method, phase in (
-        (teacher, "features", TEACHER_GRADIENT),
+        (teacher, "observe", TEACHER_GRADIENT),
+        (teacher, "responses", TEACHER_FORWARD),
         (teacher.split, "features", TEACHER_FORWARD),
         (teacher.split, "losses", TEACHER_FORWARD),
         (distiller, "observe", HEADS_GRADIENT),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from detectron2.utils.events import get_event_storage
 
+from gkd_d2.methods import Method
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.measure import Measurement
 
@@ -37,12 +39,15 @@ class _EveryBatch(Measurement):
         return super().due()
 
 
-def make_settings(distiller: GKDDistiller, device: str) -> dict[str, Setting]:
+def make_settings(
+    distiller: GKDDistiller, device: str, methods: Mapping[str, Method] = MappingProxyType({})
+) -> dict[str, Setting]:
     """All settings of a distiller by name: "default", then those with one thing changed.
 
     Args:
         distiller: changed only while a setting's context is entered.
         device: "cpu" or "cuda", where it is.
+        methods: name -> a method without parameters of its own, in place of the distiller's; each is a setting.
     """
     teacher = distiller.teacher
     compiled = torch.compile(teacher.backbone)
@@ -55,6 +60,8 @@ def make_settings(distiller: GKDDistiller, device: str) -> dict[str, Setting]:
         "compiled teacher": Setting(lambda: _replaced(teacher, "backbone", compiled)),
         "bfloat16": Setting(dtype=torch.bfloat16),
     }
+    for name, method in methods.items():
+        settings[name] = Setting(functools.partial(_replaced, distiller, "method", method))
     if device == "cuda":
         settings["float16"] = Setting(dtype=torch.float16)
     if hasattr(teacher, "roi_heads"):

@@ -34,8 +34,10 @@ from gkd_d2.analysis.benchmark.phases import (
 from gkd_d2.analysis.benchmark.settings import Setting, make_settings
 from gkd_d2.analysis.benchmark.timing import Rounds, device_name, peak_bytes, take_turns
 from gkd_d2.config import teacher_spec, without_backbone_weights
+from gkd_d2.methods import Method, build_method
 from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.distiller import GKDDistiller
+from gkd_d2.modeling.responses import check_responses
 
 # So small that no gradient of random networks overflows in float16.
 _FLOAT16_SCALE = 2.0**10
@@ -125,6 +127,7 @@ def measure_step(
     boxes: int,
     rounds: Rounds,
     settings: Collection[str] = (),
+    methods: Collection[str] = (),
 ) -> dict:
     """Time the steps of a distiller, phase by phase, and measure their memory, in several settings turn by turn.
 
@@ -137,23 +140,24 @@ def measure_step(
         boxes: in each image.
         rounds: of which at least one is a warm-up, for the first step makes the optimizer's state.
         settings: names of :func:`gkd_d2.analysis.benchmark.settings.make_settings`; empty: all.
+        methods: such as "crosskd" and "gkd+crosskd", to be timed beside the config's own, as settings of these names.
 
     Returns:
         What :func:`gkd_d2.analysis.benchmark.tables.step_tables` shows, in types of JSON.
 
     Raises:
-        ValueError: a setting is none of this distiller's, or it can't be built from the config.
+        ValueError: a setting is none of this distiller's, or it, or a method, can't be built from the config.
     """
     device = cfg.MODEL.DEVICE
     distiller = build_random_distiller(cfg)
     clock = PhaseClock(device)
     claim_phases(distiller, clock)
     batched_inputs = random_images(batch, size, boxes, distiller._split.num_classes)
-    known = make_settings(distiller, device)
+    known = make_settings(distiller, device, {name: _build_method(cfg, name, distiller) for name in methods})
     unknown = set(settings) - set(known)
     if unknown:
         raise ValueError(f"--setting {', '.join(unknown)} is none of this config's: {', '.join(known)}")
-    chosen = {name: setting for name, setting in known.items() if not settings or name in settings}
+    chosen = {name: setting for name, setting in known.items() if not settings or name in settings or name in methods}
     # One optimizer a setting: its state takes the layout of the weights.
     steps = {name: Steps(distiller, cfg, batched_inputs, setting, clock) for name, setting in chosen.items()}
 
@@ -190,6 +194,25 @@ def measure_step(
         "rounds": rounds.timed,
         "settings": {name: _summary(dict(zip(_KINDS, phases[name]))) | {"memory": memory[name]} for name in chosen},
     }
+
+
+def _build_method(cfg: CfgNode, name: str, distiller: GKDDistiller) -> Method:
+    """A method, or several with "+" between them, that the distiller's can be replaced by."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.GKD.METHOD, cfg.GKD.METHODS = "gkd", name.split("+")
+    method = build_method(cfg)
+    method.build_parameters(dict.fromkeys(distiller.student_features, 1))
+    if any(True for _ in method.parameters()):
+        raise ValueError(
+            f"--method {name} has parameters of its own: give it by GKD.METHOD instead, in a run of its own"
+        )
+    if method.needs_predictions:
+        pairs = list(zip(distiller.student_features, distiller.teacher_features))
+        check_responses(name, distiller._split, distiller._teacher.split, pairs)
+    # As of the config's own method.
+    distiller.factors.update(dict.fromkeys(method.active().values(), 1.0))
+    return method
 
 
 def build_random_distiller(cfg: CfgNode) -> GKDDistiller:
