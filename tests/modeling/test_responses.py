@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import ARCHITECTURES, detector_config, train, training_batch, watched, with_sure_teacher
@@ -20,6 +21,20 @@ def norms_in_heads(cfg):
     """Norms that keep statistics: of the RetinaNet's head and of the box head."""
     cfg.MODEL.RETINANET.NORM = "BN"
     cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.CONV_DIM, cfg.MODEL.ROI_BOX_HEAD.NORM = 1, 8, "BN"
+
+
+@pytest.fixture
+def named_classes():
+    """A function that gives a dataset the names of its classes."""
+    names = []
+
+    def name(dataset, classes):
+        MetadataCatalog.get(dataset).thing_classes = classes
+        names.append(dataset)
+
+    yield name
+    for dataset in names:
+        MetadataCatalog.remove(dataset)
 
 
 def build(cfg, name):
@@ -141,6 +156,56 @@ def test_the_heads_of_the_student_alone_are_of_another_width(distiller_config):
     for name in RESPONSE_METHODS:
         history = train(build(cfg, name), cfg, training_batch(), 3)
         assert all(value == value and value >= 0 for losses in history for value in losses.values())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("name", RESPONSE_METHODS)
+def test_the_columns_of_a_teacher_with_more_classes(kind, name, distiller_config, named_classes):
+    """Its losses are those of a teacher that was cut to the student's classes by hand."""
+    named_classes("responses_student", ["car", "person", "bus"])
+    number = ("MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.RETINANET.NUM_CLASSES", 5)
+    cfg = with_sure_teacher(distiller_config(kind, teacher_options=number))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("responses_student",), ()
+    cfg.GKD.TEACHER.CLASSES = ["bus", "dog", "person", "tram", "Car"]
+    torch.manual_seed(1)
+    mapped = build(cfg, name)
+    state = torch.load(cfg.GKD.TEACHER.WEIGHTS)["model"]
+    kept = torch.tensor([4, 2, 0])
+    for key, tensor in state.items():
+        if "box_predictor.cls_score" in key:
+            # The softmax of the rest is not a layer's, but where the rest is as good as impossible.
+            tensor[[1, 3]] = -1e4 * torch.ones_like(tensor[[1, 3]]) if tensor.dim() == 1 else 0.0
+            state[key] = tensor[[4, 2, 0, 5]]
+        elif "box_predictor.bbox_pred" in key:
+            state[key] = tensor.unflatten(0, (5, 4))[kept].flatten(0, 1)
+        elif "head.cls_score" in key:
+            state[key] = tensor.unflatten(0, (3, 5))[:, kept].flatten(0, 1)
+    with torch.no_grad():
+        for key, parameter in mapped.teacher.named_parameters():
+            if "box_predictor.cls_score" in key:
+                parameter[[1, 3]] = -1e4 if parameter.dim() == 1 else 0.0
+    cfg.GKD.TEACHER.CLASSES = []
+    cfg.GKD.TEACHER.OPTS = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    torch.save({"model": state}, cfg.GKD.TEACHER.WEIGHTS)
+    torch.manual_seed(1)
+    cut, batch, found = build(cfg, name), training_batch(SIZES), []
+    for distiller in (mapped, cut):
+        torch.manual_seed(2)
+        found.append(method_losses(distiller, batch))
+    for key, loss in found[0].items():
+        assert loss > 0
+        torch.testing.assert_close(loss, found[1][key], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", RESPONSE_METHODS)
+def test_a_class_that_the_teacher_does_not_know_is_refused(name, distiller_config, named_classes):
+    named_classes("responses_student", ["car", "person", "bus"])
+    cfg = distiller_config("retinanet")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("responses_student",), ()
+    cfg.GKD.TEACHER.CLASSES = ["bus", "dog", "car"]
+    message = "compares what the heads predict, but GKD.TEACHER.CLASSES does not name the student's person: correct the"
+    with pytest.raises(ValueError, match=message):
+        build(cfg, name)
 
 
 @pytest.mark.parametrize("name", RESPONSE_METHODS)
