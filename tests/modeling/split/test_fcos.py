@@ -10,7 +10,7 @@ from tiny import detector_config, make_fcos, train, training_batch
 from gkd_d2 import GKDDistiller
 from gkd_d2.analysis.importance_maps import take_importance_picture
 from gkd_d2.engine.hooks.pictures import take_picture
-from gkd_d2.methods import FGFI, GKD
+from gkd_d2.methods import FGFI, GKD, CrossKD, Logits
 from gkd_d2.modeling.pairing import pair_levels
 from gkd_d2.modeling.split import SplitFCOS, running_state, split_detector
 from gkd_d2.modeling.teacher import FrozenTeacher
@@ -69,7 +69,31 @@ def test_anchors_are_its_cells():
     assert anchors[1, 2, 0].tolist() == [32, 16, 48, 32]
 
 
-@pytest.mark.parametrize("method", [GKD, FGFI])
+def test_the_losses_of_classes_and_boxes_follow_from_its_predictions():
+    model = make_fcos().train()
+    split, batch = split_detector(model), training_batch(((90, 120), (96, 100), (64, 64)))
+    with EventStorage():
+        images, features = split.features(batch)
+        expected = split.losses(images, features, batch)
+        found = split.predictions(features)
+        assert split.cell_norm(3) == model.loss_normalizer
+        cells = [level.cells for level in found.values()]
+        anchors = model.anchor_generator([features[name] for name in found])
+        labels, boxes = model.label_anchors(anchors, split.instances(batch))
+        _, _, centerness = model.head([features[name] for name in found])
+        model.loss_normalizer = 300
+        losses = model.losses(
+            anchors,
+            [level.logits.view(3, -1, 3) for level in cells],
+            labels,
+            [level.deltas.view(3, -1, 4) for level in cells],
+            boxes,
+            [level.flatten(2).transpose(1, 2) for level in centerness],
+        )
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", [GKD, FGFI, CrossKD, Logits])
 def test_a_student_learns_from_a_teacher(method):
     distiller = make_distiller(method())
     before = copy.deepcopy(distiller.teacher.state_dict())
