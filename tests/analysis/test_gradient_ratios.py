@@ -82,7 +82,7 @@ def test_the_ratios_that_are_asked_for(distiller_config):
     assert wanted_ratios(cfg, None, {}) == own | {"box": 0.7}
     assert wanted_ratios(cfg, 0.4, {}) == {name: 0.4 if ratio else 0.0 for name, ratio in own.items()}
     cfg.GKD.METHOD = "fgd"
-    with pytest.raises(ValueError, match="GKD.RATIOS.BOX is set, but FGD has no loss of this name"):
+    with pytest.raises(ValueError, match="GKD.RATIOS.BOX is set, but no loss has this name"):
         wanted_ratios(cfg, None, {})
 
 
