@@ -54,8 +54,8 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels), none
     # (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
     cfg.GKD.METHOD = DEFAULT_METHOD
-    # Several methods at once, such as ["gkd", "fitnet"], in place of GKD.METHOD. The student learns by the losses of all,
-    # each method with its own options and weights or ratios: docs/loss_weights.md. Empty: GKD.METHOD alone.
+    # Several methods at once, such as ["gkd", "fitnet"], in place of GKD.METHOD. The student learns by the losses of
+    # all of them, each with its own options and weights or ratios: docs/loss_weights.md. Empty: GKD.METHOD alone.
     cfg.GKD.METHODS = []
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
