@@ -86,6 +86,31 @@ def test_the_ratios_that_are_asked_for(distiller_config):
         wanted_ratios(cfg, None, {})
 
 
+def test_each_of_several_methods_has_the_weights_that_it_has_alone(distiller_config):
+    cfg = distiller_config("retinanet", channels=8)
+    batches = [training_batch(((90, 120), (96, 100))) for _ in range(2)]
+
+    def found(*methods):
+        cfg.GKD.METHODS = list(methods)
+        seed_everything(1)
+        distiller = build_model(to_measure(cfg, wanted_ratios(cfg, None, {})))
+        return {name: loss.weight for name, loss in measure_weights(distiller, batches, seed=4).items()}
+
+    alone = {name: found(name) for name in ("gkd", "fgd")}
+    shared = {"attention": "fgd_attention", "relation": "fgd_relation"}
+    # They are off in gkd by default.
+    expected = alone["gkd"] | {shared.get(name, name): weight for name, weight in alone["fgd"].items()}
+    assert found("gkd", "fgd") == pytest.approx(expected, rel=1e-5) and len(expected) == 7
+    assert wanted_ratios(cfg, None, {"gkd_attention": 0.7})["gkd_attention"] == 0.7
+    with pytest.raises(ValueError, match="--term names attention, but the method's losses are .*, gkd_attention, "):
+        wanted_ratios(cfg, None, {"attention": 0.7})
+    terms = build_method(cfg).terms.values()
+    assert "RATIOS: {GRADIENT: 0, BOX: 0, GKD_ATTENTION: 0, IMAGE: 0" in ratios_as_yaml(terms, {})
+    cfg.GKD.METHODS, cfg.GKD.FITNET.WEIGHT, cfg.GKD.PKD.WEIGHT = ["fitnet", "pkd"], 0.0, 0.0
+    with pytest.raises(ValueError, match=r"all losses of fitnet \+ pkd are off, .*: name some by --term fitnet=0.3"):
+        wanted_ratios(cfg, None, {})
+
+
 def test_the_table_by_hand(distiller_config):
     cfg = distiller_config("retinanet")
     found = {"box": Found(0.02, 10.0, 40.0, {"p3": 20.0}), "attention": Found(0.5, 1.0, 2.0, {})}
