@@ -21,6 +21,7 @@ from gkd_d2.engine.preflight import PreflightError, check_inputs
 from gkd_d2.engine.resume import ResumeError
 from gkd_d2.engine.sentences import ending_in_a_sentence
 from gkd_d2.engine.setup import set_up_run
+from gkd_d2.lazy.methods import places_of_methods
 from gkd_d2.lazy.names import in_lazy_words, speaking_lazily
 from gkd_d2.lazy.read import read_lazy, warn_of_keys_without_effect
 from gkd_d2.lazy.run import LazyRun
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace):
     # A LazyConfig can hold what can't be sent to another process: each reads it.
     cfg = read(args)
     folder = cfg.train.output_dir
-    with speaking_lazily():
+    with speaking_lazily(places_of_methods(cfg.model)):
         with ending_in_a_sentence(folder, OSError, ResumeError, ValueError):
             settle_lazy_seed(cfg, resume=args.resume)
             set_up_run(LazyRun(cfg), args)
@@ -83,5 +84,5 @@ if __name__ == "__main__":
         run = LazyRun(cfg, eval_only=args.eval_only)
         check_inputs(run, eval_only=args.eval_only, resume=args.resume, processes=processes, writes=True)
     except (PreflightError, OSError, ValueError) as error:
-        sys.exit(in_lazy_words(str(error)))
+        sys.exit(in_lazy_words(str(error), places_of_methods(cfg.model)))
     launch(main, args, (args,), device=cfg.train.device)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from gkd_d2.analysis.cost import Cost
 from gkd_d2.analysis.roles import find_baselines, find_teacher, training_differences
 from gkd_d2.analysis.runs import HEADLINE, Run
+from gkd_d2.config import method_title
 
 METRICS = {
     HEADLINE: "AP",
@@ -101,9 +102,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
             continue
         names = ", ".join(baseline.name for baseline in baselines)
         mean = "the mean of " if len(baselines) > 1 else ""
-        method = run.config.GKD.METHOD
         lines.append(
-            f"{run.name}: the method is {method}; alone is {mean}{names}; "
+            f"{run.name}: the method is {method_title(run.config)}; alone is {mean}{names}; "
             f"teacher is {teacher.name if teacher else 'no run here'}."
         )
         for baseline in baselines:

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
+from gkd_d2.config import method_title
 from gkd_d2.methods import CALIBRATE, Method, Term, build_method
 from gkd_d2.modeling.balance import Balance
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -57,7 +58,7 @@ def wanted_ratios(cfg: CfgNode, ratio: float | None, given: Mapping[str, float])
     """
     method, terms = build_method(cfg), build_method(to_measure(cfg, cfg.GKD.RATIOS)).terms
     if not terms:
-        raise ValueError(f"GKD.METHOD is {cfg.GKD.METHOD}, which has no loss to weigh")
+        raise ValueError(f"the method {method_title(cfg)} has no loss to weigh")
     names = [term.name for term in terms.values()]
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -68,7 +69,7 @@ def wanted_ratios(cfg: CfgNode, ratio: float | None, given: Mapping[str, float])
         wanted[term.name] = given.get(term.name, own if key in method.active() else 0.0)
     if not any(wanted.values()):
         raise ValueError(
-            f"all losses of GKD.METHOD {cfg.GKD.METHOD} are off, or their ratios 0: name some by --term {names[0]}=0.3"
+            f"all losses of {method_title(cfg)} are off, or their ratios 0: name some by --term {names[0]}=0.3"
         )
     return wanted
 

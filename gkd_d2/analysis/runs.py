@@ -16,7 +16,7 @@ from detectron2.utils.logger import log_first_n
 from fvcore.nn import parameter_count
 from torch import nn
 
-from gkd_d2.config import DISTILLER, detector_config, read_config
+from gkd_d2.config import DISTILLER, detector_config, method_names, read_config
 from gkd_d2.modeling.student import build_student, load_student
 from gkd_d2.utils.last_checkpoint import has_checkpoint
 from gkd_d2.utils.text import counted, listed
@@ -54,7 +54,7 @@ class Run:
     @property
     def distilled(self) -> bool:
         """Whether it trained a student under a teacher."""
-        return self.config.MODEL.META_ARCHITECTURE == DISTILLER and self.config.GKD.METHOD != "none"
+        return self.config.MODEL.META_ARCHITECTURE == DISTILLER and method_names(self.config) != ["none"]
 
     @cached_property
     def architecture(self) -> CfgNode:

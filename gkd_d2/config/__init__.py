@@ -10,6 +10,7 @@ from gkd_d2.config.detectors import (
 )
 from gkd_d2.config.differences import config_differences
 from gkd_d2.config.keys import DISTILLER, add_gkd_config
+from gkd_d2.config.method_names import method_names, method_title
 from gkd_d2.config.read import read_config, read_distiller_config, with_absolute_teacher
 from gkd_d2.config.spec import DetectorSpec, YacsSpec
 
@@ -22,6 +23,8 @@ __all__ = [
     "config_differences",
     "detector_architecture",
     "detector_config",
+    "method_names",
+    "method_title",
     "read_config",
     "read_distiller_config",
     "teacher_config",

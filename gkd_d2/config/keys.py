@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 
 # MODEL.META_ARCHITECTURE of a config of this project.
 DISTILLER = "GKDDistiller"
+# GKD.METHOD of a config that does not set it.
+DEFAULT_METHOD = "gkd"
 
 
 def add_gkd_config(cfg: CfgNode) -> None:
@@ -59,7 +61,10 @@ def add_gkd_config(cfg: CfgNode) -> None:
     # (foreground and background by the teacher's attention, and relations), pkd (correlation of channels),
     # crosskd (what the teacher's heads predict from the student's features), logits (what the heads of both predict),
     # none (nothing: the student is trained alone), or a method of your own, see docs/own_method.md.
-    cfg.GKD.METHOD = "gkd"
+    cfg.GKD.METHOD = DEFAULT_METHOD
+    # Several methods at once, such as ["gkd", "fitnet"], in place of GKD.METHOD. The student learns by the losses of
+    # all of them, each with its own options and weights or ratios: docs/loss_weights.md. Empty: GKD.METHOD alone.
+    cfg.GKD.METHODS = []
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)
 

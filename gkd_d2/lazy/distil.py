@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -14,15 +13,12 @@ from torch import nn
 from gkd_d2.config import DetectorSpec, YacsSpec, detector_config, without_backbone_weights
 from gkd_d2.config.lazy_spec import LazySpec, is_called, load_lazy_spec, plain_model
 from gkd_d2.config.read import file_of_model_zoo, merged_config
-from gkd_d2.losses import LossWeights
-from gkd_d2.methods import FGD, FGFI, GKD, PKD, FitNet, Method, Nothing, keys_without_effect, settle_weights
+from gkd_d2.lazy.methods import method_call, title_of
+from gkd_d2.methods import Method, keys_without_effect, settle_weights
 from gkd_d2.modeling.backbone import check_timm_images
 from gkd_d2.modeling.build import join
 from gkd_d2.modeling.distiller import GKDDistiller
 from gkd_d2.modeling.pairing import channels_swapped
-from gkd_d2.utils.text import did_you_mean
-
-_METHODS = {"gkd": GKD, "fitnet": FitNet, "fgfi": FGFI, "fgd": FGD, "pkd": PKD, "none": Nothing}
 
 
 def distil(
@@ -31,7 +27,7 @@ def distil(
     teacher: DictConfig | str,
     teacher_weights: str,
     teacher_opts: Sequence[str] = (),
-    method: DictConfig | str = "gkd",
+    method: DictConfig | str | Sequence[str] | Mapping[str, DictConfig | str] = "gkd",
     balance: str = "fixed",
     ratios: Mapping[str, float] = MappingProxyType({}),
     features: Sequence[str] = (),
@@ -56,7 +52,8 @@ def distil(
             Detectron2's model zoo.
         teacher_weights: its checkpoint.
         teacher_opts: changes to a teacher's file: "key=value" for a ``.py``, KEY, VALUE for a ``.yaml``.
-        method: LazyCall of a :class:`gkd_d2.Method`, or the name of one of this project's.
+        method: LazyCall of a :class:`gkd_d2.Method`, or the name of one of this project's. Several at once: a list of
+            such names, or a mapping from names to LazyCalls; each is then an argument of ``model.method``.
         balance: GKD.BALANCE.
         ratios: GKD.RATIOS, by names of losses such as "box".
         features: GKD.FEATURES.
@@ -84,7 +81,7 @@ def distil(
         student=ours.model,
         teacher=node,
         teacher_weights=teacher_weights,
-        method=_method(method),
+        method=method_call(method),
         balance=balance,
         ratios=dict(ratios),
         features=list(features),
@@ -161,7 +158,7 @@ def build_distiller(
         lambda: teacher,
         teacher_weights,
         method,
-        method_name=next((name for name, kind in _METHODS.items() if type(method) is kind), type(method).__name__),
+        method_name=title_of(method),
         features=features,
         teacher_features=teacher_features,
         classes=checked_class_names(classes) if teacher_classes else (),
@@ -257,16 +254,3 @@ def _file(name: str) -> str:
             "of Detectron2's model zoo"
         )
     return os.path.abspath(path)
-
-
-def _method(method: DictConfig | str) -> DictConfig:
-    if not isinstance(method, str):
-        return method
-    if method not in _METHODS:
-        raise ValueError(
-            f"method is {method!r}, which is none of {', '.join(_METHODS)}{did_you_mean(method, _METHODS)}; "
-            "one of your own is given as LazyCall of its class"
-        )
-    # Written out, for `model.method.weights.box=0.02` to find it.
-    options = {"weights": dataclasses.asdict(LossWeights())} if method == "gkd" else {}
-    return LazyCall(_METHODS[method])(**options)

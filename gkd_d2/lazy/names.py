@@ -7,11 +7,12 @@ import dataclasses
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from gkd_d2.losses.options import LossOptions
 
-# What is not here and no option of the method has no counterpart.
+# What is neither here nor among the options of a method has no counterpart.
 _NAMES = {
     "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
@@ -22,29 +23,16 @@ _NAMES = {
     "GKD.BALANCE_ITERS": "train.balance.iters",
     "GKD.BALANCE_MAX": "train.balance.max",
     "GKD.FEATURES": "model.features",
-    "GKD.FGD.ATTENTION_WEIGHT": "model.method.attention",
-    "GKD.FGD.BACKGROUND_WEIGHT": "model.method.background",
-    "GKD.FGD.FOREGROUND_WEIGHT": "model.method.foreground",
-    "GKD.FGD.RELATION_WEIGHT": "model.method.relation",
-    "GKD.FGD.TEMPERATURE": "model.method.temperature",
-    "GKD.FGFI.LEVELS": "model.method.levels",
-    "GKD.FGFI.THRESHOLD": "model.method.threshold",
-    "GKD.FGFI.WEIGHT": "model.method.weight",
-    "GKD.FITNET.WEIGHT": "model.method.weight",
-    "GKD.LOSS_WEIGHTS.ATTENTION": "model.method.weights.attention",
-    "GKD.LOSS_WEIGHTS.BOX": "model.method.weights.box",
-    "GKD.LOSS_WEIGHTS.GRADIENT": "model.method.weights.gradient",
-    "GKD.LOSS_WEIGHTS.IMAGE": "model.method.weights.image",
-    "GKD.LOSS_WEIGHTS.RELATION": "model.method.relation",
     "GKD.METHOD": "model.method",
+    "GKD.METHODS": "model.method",
     "GKD.ONE_PASS": "model.one_pass",
-    "GKD.PKD.WEIGHT": "model.method.weight",
     "GKD.RATIOS": "model.ratios",
     "GKD.STUDENT.INIT_FROM_TEACHER": "model.init_from_teacher",
     "GKD.TEACHER.CLASSES": "model.teacher_classes",
     "GKD.TEACHER.CONFIG_FILE": "model.teacher",
     "GKD.TEACHER.OPTS": "teacher_opts of distil",
     "GKD.TEACHER.FEATURES": "model.teacher_features",
+    "GKD.TEACHER.PROPOSALS": "model.proposals",
     "GKD.TEACHER.ROI_BATCH_SIZE": "model.teacher.roi_heads.batch_size_per_image",
     "GKD.TEACHER.WEIGHTS": "model.teacher_weights",
     "GKD.VIS_PERIOD": "train.vis_period",
@@ -87,8 +75,46 @@ _NAMES = {
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "SOLVER.MAX_ITER": "train.max_iter",
 }
-# Options of the method, such as GKD.MAP_REGION.
-_OF_METHOD = {f"GKD.{field.name.upper()}" for field in dataclasses.fields(LossOptions)} | {"GKD.IMPLEMENTATION"}
+# Of each method, below its own place.
+_OF_METHODS = {
+    "crosskd": {
+        "GKD.CROSSKD.BOX_WEIGHT": "box_weight",
+        "GKD.CROSSKD.CLASS_WEIGHT": "class_weight",
+    },
+    "fgd": {
+        "GKD.FGD.ATTENTION_WEIGHT": "attention",
+        "GKD.FGD.BACKGROUND_WEIGHT": "background",
+        "GKD.FGD.FOREGROUND_WEIGHT": "foreground",
+        "GKD.FGD.RELATION_WEIGHT": "relation",
+        "GKD.FGD.TEMPERATURE": "temperature",
+    },
+    "fgfi": {
+        "GKD.FGFI.LEVELS": "levels",
+        "GKD.FGFI.THRESHOLD": "threshold",
+        "GKD.FGFI.WEIGHT": "weight",
+    },
+    "fitnet": {
+        "GKD.FITNET.WEIGHT": "weight",
+    },
+    "gkd": {
+        "GKD.LOSS_WEIGHTS.ATTENTION": "weights.attention",
+        "GKD.LOSS_WEIGHTS.BOX": "weights.box",
+        "GKD.LOSS_WEIGHTS.GRADIENT": "weights.gradient",
+        "GKD.LOSS_WEIGHTS.IMAGE": "weights.image",
+        "GKD.LOSS_WEIGHTS.RELATION": "relation",
+        # As GKD.MAP_REGION.
+        **{f"GKD.{field.name.upper()}": field.name for field in dataclasses.fields(LossOptions)},
+        "GKD.IMPLEMENTATION": "implementation",
+    },
+    "logits": {
+        "GKD.LOGITS.BOX_WEIGHT": "box_weight",
+        "GKD.LOGITS.CLASS_WEIGHT": "class_weight",
+        "GKD.LOGITS.TEMPERATURE": "temperature",
+    },
+    "pkd": {
+        "GKD.PKD.WEIGHT": "weight",
+    },
+}
 # Not within a path.
 _KEY = re.compile(r"(?<![\w./-])(?:[A-Z][A-Z_]*(?:\.[A-Z][A-Z0-9_]*)+|OUTPUT_DIR|SEED)(?![\w/-]|\.\w)")
 # What is said of a run of yacs, and what instead.
@@ -102,26 +128,41 @@ _PHRASES = {
 _PAIR = re.compile(rf"`({_KEY.pattern}) ([^`]+)`")
 
 
-def in_lazy_words(text: str) -> str:
-    """A message with the names that a LazyConfig has for the keys of yacs in it."""
+def in_lazy_words(text: str, places: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A message with the names that a LazyConfig has for the keys of yacs in it.
+
+    Args:
+        text: the message.
+        places: see :func:`lazy_name`.
+    """
     for phrase, other in _PHRASES.items():
         text = text.replace(phrase, other)
-    text = _PAIR.sub(lambda pair: f"`{lazy_name(pair[1])}={pair[2]}`", text)
-    return _KEY.sub(lambda key: lazy_name(key[0]), text)
+    text = _PAIR.sub(lambda pair: f"`{lazy_name(pair[1], places)}={pair[2]}`", text)
+    return _KEY.sub(lambda key: lazy_name(key[0], places), text)
 
 
-def lazy_name(key: str) -> str:
-    """The name of a key of yacs in a LazyConfig; the key itself where it has no counterpart."""
-    if key in _OF_METHOD:
-        return f"model.method.{key.removeprefix('GKD.').lower()}"
+def lazy_name(key: str, places: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The name of a key of yacs in a LazyConfig; the key itself where it has no counterpart.
+
+    Args:
+        key: as GKD.FITNET.WEIGHT.
+        places: name of a method -> where it stands, from :func:`gkd_d2.lazy.methods.places_of_methods`; "model.method"
+            for a method that is not named.
+    """
+    for method, names in _OF_METHODS.items():
+        if key in names:
+            return f"{places.get(method, 'model.method')}.{names[key]}"
     if key.startswith("GKD.RATIOS."):
         return f"model.ratios.{key.removeprefix('GKD.RATIOS.').lower()}"
     return _NAMES.get(key, key)
 
 
 @contextlib.contextmanager
-def speaking_lazily() -> Iterator[None]:
+def speaking_lazily(places: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Have what this project logs, and the sentence that ends a process, name the keys of a LazyConfig.
+
+    Args:
+        places: see :func:`lazy_name`.
 
     Raises:
         SystemExit: as in the statements of the ``with``.
@@ -131,7 +172,7 @@ def speaking_lazily() -> Iterator[None]:
     def translated(*args, **kwargs) -> logging.LogRecord:
         record = make(*args, **kwargs)
         if record.name.startswith("gkd_d2."):
-            record.msg, record.args = in_lazy_words(record.getMessage()), ()
+            record.msg, record.args = in_lazy_words(record.getMessage(), places), ()
         return record
 
     logging.setLogRecordFactory(translated)
@@ -139,7 +180,7 @@ def speaking_lazily() -> Iterator[None]:
         yield
     except SystemExit as end:
         if isinstance(end.code, str):
-            sys.exit(in_lazy_words(end.code))
+            sys.exit(in_lazy_words(end.code, places))
         raise
     finally:
         logging.setLogRecordFactory(make)

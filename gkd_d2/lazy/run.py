@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog, build_detection_train_loader
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gkd_d2.config import DetectorSpec
 from gkd_d2.config.lazy_spec import (
@@ -74,10 +74,10 @@ class LazyRun(Run):
         return names
 
     def method(self) -> Method:
-        if isinstance(name := self.cfg.model.method, str):
+        if isinstance(named := self.cfg.model.method, str | ListConfig):
             raise ValueError(
-                f"model.method is {name!r}, a name, which only distil(method=...) takes: name it there, or give "
-                "LazyCall of a class of gkd_d2.methods"
+                f"model.method is {named!r}, but only distil(method=...) takes names: name it there, or give LazyCall "
+                "of a class of gkd_d2.methods"
             )
         method = instantiate(self.cfg.model.method)
         if not isinstance(method, Method):

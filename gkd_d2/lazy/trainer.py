@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from gkd_d2.engine.model_ema import ModelEMA, named_ema
 from gkd_d2.engine.output import naming_output
 from gkd_d2.engine.resume import draw_seed
 from gkd_d2.engine.writers import build_writers
+from gkd_d2.lazy.methods import places_of_methods
 from gkd_d2.lazy.names import lazy_name
 from gkd_d2.lazy.run import LazyRun, is_distilled
 from gkd_d2.modeling.backbone import check_timm_images
@@ -85,7 +87,7 @@ class LazyTrainer(ExactTrainer):
             balance_start=_balance_start(cfg),
             balance_iters=train.balance.iters,
             balance_max=train.balance.max,
-            place=lazy_name,
+            place=functools.partial(lazy_name, places=places_of_methods(cfg.model)),
         )
         add_distillation_hooks(self, options)
 

@@ -1,8 +1,9 @@
-"""What a student can imitate: one file a method, each registered under the name that GKD.METHOD gives it.
+"""What a student can imitate: one file a method, each registered under the name that GKD.METHOD or METHODS gives it.
 
 docs/own_method.md shows how to add one.
 """
 
+from gkd_d2.methods.build import build_method
 from gkd_d2.methods.crosskd import CrossKD
 from gkd_d2.methods.fgd import FGD
 from gkd_d2.methods.fgfi import FGFI
@@ -18,12 +19,12 @@ from gkd_d2.methods.method import (
     LevelwiseMethod,
     Method,
     Term,
-    build_method,
     settle_weights,
 )
 from gkd_d2.methods.none import Nothing
 from gkd_d2.methods.pkd import PKD
 from gkd_d2.methods.predictions import BoxPredictions, Predictions, Responses
+from gkd_d2.methods.several import Several
 
 __all__ = [
     "BALANCES",
@@ -43,6 +44,7 @@ __all__ = [
     "PKD",
     "Predictions",
     "Responses",
+    "Several",
     "Term",
     "build_method",
     "keys_without_effect",

@@ -1,4 +1,4 @@
-"""What a method of distillation is, and the registry of those that GKD.METHOD can name."""
+"""What a method of distillation is, and the registry of those that GKD.METHOD and GKD.METHODS can name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
-from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from gkd_d2.losses.options import LossOptions, check_weight
 from gkd_d2.losses.reference import accumulation_dtype
 from gkd_d2.methods.predictions import Responses
-from gkd_d2.utils.registries import not_registered
 from gkd_d2.utils.text import did_you_mean
 
 # How the weights of the losses are given: by ratios of gradients, or as they are.
@@ -24,7 +22,7 @@ BALANCES = (CALIBRATE, "fixed")
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = """
 Registry of the methods of distillation. A registered function is called with the config and returns a
-:class:`Method`; its name is what GKD.METHOD is set to.
+:class:`Method`; its name is what GKD.METHOD is set to, or one of GKD.METHODS.
 """
 
 
@@ -39,8 +37,8 @@ class Level:
         boxes: N tensors K,4 of ground truth, xyxy, pixels of the padded batch; K may be 0.
         image_size: (height, width) of the padded batch in pixels.
         student_grad: N,C,H,W, the gradient of the student's own detection loss with respect to ``student``, times a
-            positive number that all levels share; where channels differ N,C,1,1, its spatial mean, unless the method
-            needs the gradient of each cell. None where the method does not need it.
+            positive number that all levels share; where channels differ N,C,1,1, its spatial mean, unless the method,
+            or one that runs beside it, needs the gradient of each cell. None where the method does not need it.
         teacher_grad: the same of the teacher.
         anchors: the student's own at all distilled levels, one tensor H,W,A,4 a level, xyxy in pixels of the padded
             batch: A anchors in each cell. None where the method does not need them.
@@ -165,8 +163,8 @@ class Method(nn.Module):
             # A method without a loss trains the student alone, which any config may be asked for.
             if names and name not in names:
                 raise ValueError(
-                    f"GKD.RATIOS.{name.upper()} is set, but {type(self).__name__} has no loss of this name: its losses "
-                    f"are {', '.join(names)}{did_you_mean(name, names)}"
+                    f"GKD.RATIOS.{name.upper()} is set, but no loss has this name: the losses are "
+                    f"{', '.join(names)}{did_you_mean(name, names)}"
                 )
             if name in given:
                 raise ValueError(
@@ -262,27 +260,6 @@ class LevelwiseMethod(Method, ABC):
                 f"{', '.join(self.terms)}"
             )
         return losses
-
-
-def build_method(cfg: CfgNode) -> Method:
-    """The method that GKD.METHOD names.
-
-    Args:
-        cfg: a distiller's.
-
-    Raises:
-        ValueError: there is no such method, or an option is out of range.
-        TypeError: what is registered under the name returns no Method.
-    """
-    name = cfg.GKD.METHOD
-    if name not in METHOD_REGISTRY:
-        known = [other for other, _ in METHOD_REGISTRY]
-        raise ValueError(f"GKD.METHOD is {name!r}, which {not_registered(name, known)}")
-    method = METHOD_REGISTRY.get(name)(cfg)
-    if not isinstance(method, Method):
-        raise TypeError(f"what is registered as the method {name} returned {method!r}, but must return a Method")
-    settle_weights(method, cfg.GKD.BALANCE, cfg.GKD.RATIOS)
-    return method
 
 
 def settle_weights(method: Method, balance: str, ratios: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from detectron2.config import CfgNode
 from torch import nn
 
-from gkd_d2.config import YacsSpec, architecture_key, detector_config, teacher_spec
+from gkd_d2.config import YacsSpec, architecture_key, detector_config, method_title, teacher_spec
 from gkd_d2.config.differences import flattened
 from gkd_d2.config.spec import EXTRA_HEADS
 from gkd_d2.methods import Method, build_method, keys_without_effect
@@ -49,7 +49,7 @@ def build_parts(cfg: CfgNode) -> dict:
         theirs.without(unlabelled).build,
         cfg.GKD.TEACHER.WEIGHTS,
         method,
-        method_name=cfg.GKD.METHOD,
+        method_name=method_title(cfg),
         features=cfg.GKD.FEATURES,
         teacher_features=cfg.GKD.TEACHER.FEATURES,
         classes=student_class_names(ours.train_sets) if teacher_classes else (),
@@ -98,7 +98,7 @@ def join(
         make_teacher: makes the teacher, with random weights.
         teacher_weights: its checkpoint.
         method: of distillation.
-        method_name: as GKD.METHOD names it.
+        method_name: as the config names it; of several, their names with " + " between them.
         features: see GKD.FEATURES.
         teacher_features: see GKD.TEACHER.FEATURES.
         classes: names of the student's classes, where ``teacher_classes`` are given.

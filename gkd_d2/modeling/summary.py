@@ -26,7 +26,7 @@ class Summary:
     To be called at the first training step, when weights are loaded, within an EventStorage.
 
     Attributes:
-        method_name: as GKD.METHOD names it.
+        method_name: as the config names it; of several, their names with " + " between them.
         method: of distillation.
         warmup_iters: over which its weights grow.
         student: the student.

@@ -42,4 +42,7 @@ def test_notes_say_what_is_compared_and_what_else_differs(runs):
         "distilled: the method is gkd; alone is the mean of alone, again; teacher is teacher.",
         "distilled and again were configured differently beside distillation: SEED 7 here, 8 there.",
     ]
+    runs[3].config.defrost()
+    runs[3].config.GKD.METHODS = ["gkd", "fitnet"]
+    assert notes(runs)[0].startswith("distilled: the method is gkd + fitnet; alone is")
     assert notes([runs[3]]) == ["distilled: no run here trained the same MODEL alone, so its gain is not known."]

@@ -82,7 +82,32 @@ def test_the_ratios_that_are_asked_for(distiller_config):
     assert wanted_ratios(cfg, None, {}) == own | {"box": 0.7}
     assert wanted_ratios(cfg, 0.4, {}) == {name: 0.4 if ratio else 0.0 for name, ratio in own.items()}
     cfg.GKD.METHOD = "fgd"
-    with pytest.raises(ValueError, match="GKD.RATIOS.BOX is set, but FGD has no loss of this name"):
+    with pytest.raises(ValueError, match="GKD.RATIOS.BOX is set, but no loss has this name"):
+        wanted_ratios(cfg, None, {})
+
+
+def test_each_of_several_methods_has_the_weights_that_it_has_alone(distiller_config):
+    cfg = distiller_config("retinanet", channels=8)
+    batches = [training_batch(((90, 120), (96, 100))) for _ in range(2)]
+
+    def found(*methods):
+        cfg.GKD.METHODS = list(methods)
+        seed_everything(1)
+        distiller = build_model(to_measure(cfg, wanted_ratios(cfg, None, {})))
+        return {name: loss.weight for name, loss in measure_weights(distiller, batches, seed=4).items()}
+
+    alone = {name: found(name) for name in ("gkd", "fgd")}
+    shared = {"attention": "fgd_attention", "relation": "fgd_relation"}
+    # They are off in gkd by default.
+    expected = alone["gkd"] | {shared.get(name, name): weight for name, weight in alone["fgd"].items()}
+    assert found("gkd", "fgd") == pytest.approx(expected, rel=1e-5) and len(expected) == 7
+    assert wanted_ratios(cfg, None, {"gkd_attention": 0.7})["gkd_attention"] == 0.7
+    with pytest.raises(ValueError, match="--term names attention, but the method's losses are .*, gkd_attention, "):
+        wanted_ratios(cfg, None, {"attention": 0.7})
+    terms = build_method(cfg).terms.values()
+    assert "RATIOS: {GRADIENT: 0, BOX: 0, GKD_ATTENTION: 0, IMAGE: 0" in ratios_as_yaml(terms, {})
+    cfg.GKD.METHODS, cfg.GKD.FITNET.WEIGHT, cfg.GKD.PKD.WEIGHT = ["fitnet", "pkd"], 0.0, 0.0
+    with pytest.raises(ValueError, match=r"all losses of fitnet \+ pkd are off, .*: name some by --term fitnet=0.3"):
         wanted_ratios(cfg, None, {})
 
 

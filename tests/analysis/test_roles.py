@@ -23,8 +23,10 @@ def test_with_the_method_none_a_student_is_trained_alone(make_run, distiller_con
         cfg = distiller_config("retinanet")
         cfg.GKD.METHOD = method
         runs.append(make_run(method, cfg, []))
-    assert [run.distilled for run in runs] == [True, True, False]
-    assert find_baselines(runs[1], runs) == [runs[2]]
+    cfg.GKD.METHOD, cfg.GKD.METHODS = "gkd", ["gkd", "fgd"]
+    runs.append(make_run("both", cfg, []))
+    assert [run.distilled for run in runs] == [True, True, False, True]
+    assert find_baselines(runs[1], runs) == find_baselines(runs[3], runs) == [runs[2]]
 
 
 @pytest.fixture

@@ -30,6 +30,16 @@ def test_a_resumed_runs_later_rows_win(make_run, evaluated_config):
     assert run.losses() == ["total_loss", "loss_box_reg", "loss_cls"]
 
 
+def test_a_run_of_before_several_methods_is_read(make_run, distiller_config):
+    cfg = distiller_config("retinanet")
+    cfg.GKD.METHOD = "pkd"
+    run = make_run("run", cfg, [])
+    path = run.folder / "config.yaml"
+    assert "  METHODS: []\n" in path.read_text()
+    path.write_text(path.read_text().replace("  METHODS: []\n", ""))
+    assert run.distilled and run.config.GKD.METHODS == [] and run.config.GKD.METHOD == "pkd"
+
+
 def test_several_datasets_have_their_own_metrics(make_run, evaluated_config):
     rows = [{"iteration": 9, "a/bbox/AP": 1.0, "b/bbox/AP": 2.0, "b/bbox/AP50": 3.0, "total_loss": 1.0}]
     run = make_run("both", evaluated_config("a", "b"), rows)

@@ -6,11 +6,13 @@ import typing
 from collections.abc import Mapping
 
 import pytest
+import yaml
 from documents import fenced_blocks
 
 from gkd_d2.analysis.study.plan import Study
 from gkd_d2.analysis.study.processes import prepare_data
 from gkd_d2.analysis.study.read import BASE, read_study
+from gkd_d2.config import method_names
 
 
 @pytest.fixture
@@ -50,6 +52,20 @@ def test_the_second_example_has_what_is_said_of_the_first(studies):
         assert getattr(second, same) == getattr(first, same)
     assert second.tuning.seeds == first.tuning.seeds
     assert (second.seeds, second.tuning.scales) == ((4, 5, 6), (5, 25))
+
+
+def test_settings_of_several_methods(document, studies, tmp_path):
+    """The two that stand there, where all students have two methods."""
+    text = re.sub(r"\s+", " ", document.read_text())
+    both, alone = re.findall(r"`((?:both|alone): {options: {GKD.METHOD.*?})`", text)
+    content = yaml.safe_load((tmp_path / "my_study.yaml").read_text())
+    content["settings"] = yaml.safe_load(alone) | yaml.safe_load(both)
+    content["options"]["GKD.METHODS"] = ["pkd", "fgd"]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    study = read_study(tmp_path / "both.yaml", tmp_path / "both")
+    found = {name: method_names(study.student_config("frcnn", name)) for name in study.settings}
+    assert found == {"alone": ["none"], "both": ["gkd", "fitnet"]}
+    assert {"GKD.LOSS_WEIGHTS.BOX", "GKD.FITNET.WEIGHT"} < study.weights("frcnn", "both").keys()
 
 
 def keys(kind, place=""):

@@ -164,7 +164,7 @@ def test_unknown_method(ready, distiller_config):
         ("RATIOS.box", "much", "GKD.RATIOS.BOX is 'much', but must be a finite number >= 0"),
         ("RATIOS.BOX", True, "GKD.RATIOS.BOX is True, but must be a finite number >= 0"),
         ("RATIOS.BOX", None, "GKD.RATIOS.BOX is None, but must be a finite number >= 0"),
-        ("RATIOS.BOY", 0.1, "GKD.RATIOS.BOY is set, but GKD has no loss of this name"),
+        ("RATIOS.BOY", 0.1, "GKD.RATIOS.BOY is set, but no loss has this name"),
     ],
 )
 def test_options_of_the_calibration(key, value, message, ready, distiller_config):

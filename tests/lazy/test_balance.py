@@ -118,7 +118,7 @@ def test_the_start_without_a_warm_up(read, config):
         (["model.balance=calibrat"], "model.balance is 'calibrat', but must be one of calibrate, fixed"),
         (
             ["model.ratios.bx=1"],
-            "model.ratios.bx is set, but GKD has no loss of this name: its losses are gradient, box, attention, image, "
+            "model.ratios.bx is set, but no loss has this name: the losses are gradient, box, attention, image, "
             "relation: did you mean box?",
         ),
         (["model.ratios.box=-1"], "model.ratios.box is -1, but must be a finite number >= 0"),

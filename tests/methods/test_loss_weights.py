@@ -69,7 +69,7 @@ def test_ratios_of_a_config():
     [
         (
             {"fitnett": 1},
-            "GKD.RATIOS.FITNETT is set, but FitNet has no loss of this name: its losses are fitnet: did you",
+            "GKD.RATIOS.FITNETT is set, but no loss has this name: the losses are fitnet: did you",
         ),
         ({"FITNET": 1, "fitnet": 1}, "GKD.RATIOS has FITNET twice, in capitals and in small letters"),
         ({"fitnet": -1}, "GKD.RATIOS.FITNET is -1, but must be a finite number >= 0"),

@@ -55,7 +55,7 @@ def workplace(project, tmp_path_factory) -> Path:
         "seeds": [1],
         "settings": {
             "alone": {"options": {"GKD.METHOD": "none"}},
-            "fitnet": {"options": {"GKD.METHOD": "fitnet"}},
+            "combined": {"options": {"GKD.METHODS": ["fitnet", "fgd"]}},
         },
     }
     (folder / "Base-Two.yaml").write_text(yaml.safe_dump(base))
@@ -153,23 +153,23 @@ def measured(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def first(start, workplace, runs) -> dict[str, Path]:
     """The two trainings of the study, which was killed in one and stopped in the other, and then ended."""
-    folders = {name: runs / name / "weights_x1" / "seed_1" for name in ("alone", "fitnet")}
+    folders = {name: runs / name / "weights_x1" / "seed_1" for name in ("alone", "combined")}
     study = start("--at-once", "1")
     wait_for(folders["alone"] / "last_checkpoint", study)
     kill(study)
     # Its training has not gone on by itself.
     assert not (folders["alone"] / "model_final.pth").exists()
     study = start("--at-once", "1")
-    wait_for(folders["fitnet"] / "last_checkpoint", study)
+    wait_for(folders["combined"] / "last_checkpoint", study)
     study.send_signal(signal.SIGTERM)
     assert "Stopped; the same command goes on." in finish(study, 128 + signal.SIGTERM)
-    assert not (folders["fitnet"] / "model_final.pth").exists()
+    assert not (folders["combined"] / "model_final.pth").exists()
     assert not (workplace / "runs" / "two" / "report.md").exists()
     both = [start("--at-once", "1", report=()) for _ in range(2)]
     outputs = {study.returncode: (study.pid, output) for study, (output, _) in [(s, s.communicate()) for s in both]}
     assert outputs.keys() == {0, 1}, outputs
     pid, output = outputs[0]
-    assert f"runs/two/frcnn/fitnet/weights_x1/seed_1: 3 of 3, AP {measured(folders['fitnet'])}\n" in output
+    assert f"runs/two/frcnn/combined/weights_x1/seed_1: 3 of 3, AP {measured(folders['combined'])}\n" in output
     # The other one found the folder taken.
     refused = (
         f"error: runs/two: another run_study.py trains there, process {pid} on {platform.node()}: wait for its end"
@@ -187,7 +187,7 @@ def test_an_interrupted_study_goes_on(first, workplace, runs):
         assert max(row["iteration"] for row in rows if "total_loss" in row) == ITERATIONS - 1
         # What was saved to go on with has served its purpose.
         assert [path.name for path in folder.glob("*.pth")] == ["model_final.pth"]
-    assert "Stopped by SIGTERM after iteration" in (first["fitnet"] / "console.txt").read_text()
+    assert "Stopped by SIGTERM after iteration" in (first["combined"] / "console.txt").read_text()
     for name, folder in first.items():
         assert reported(workplace / "runs" / "two" / "report.md", name) == [measured(folder)]
 
@@ -245,4 +245,4 @@ def test_a_seed_is_added_beside_a_training_that_fails(first, start, workplace, r
     assert starts(added) == [0]
     assert reported(report, "alone") == ["12.3", measured(added)]
     assert "Not trained yet: broken." in report.read_text()
-    assert report.read_text().endswith(PROSE) and "fitnet" not in report.read_text()
+    assert report.read_text().endswith(PROSE) and "combined" not in report.read_text()

@@ -115,7 +115,7 @@ def test_a_loss_that_is_off_is_measured_where_it_is_named(suggest):
     assert list(table(output)) == ["attention", "relation"]
     assert [name for name, weight in proposed(output).items() if weight > 0] == ["ATTENTION", "RELATION"]
     said = suggest("--batches", 1, *(argument for key in off for argument in (key, 0.0)), status=1)
-    assert "all losses of GKD.METHOD gkd are off, or their ratios 0: name some by --term gradient=0.3" in said
+    assert "all losses of gkd are off, or their ratios 0: name some by --term gradient=0.3" in said
 
 
 def test_progress_is_shown(suggest, monkeypatch):
@@ -130,7 +130,7 @@ def test_progress_is_shown(suggest, monkeypatch):
         (["GKD.TEACHER.WEIGHTS", "nowhere.pth"], "GKD.TEACHER.WEIGHTS is nowhere.pth: there is no such file"),
         (["DATALOADER.NUM_WORKERS"], "the config key DATALOADER.NUM_WORKERS has no value: give pairs KEY VALUE"),
         (["--term", "fgd=1"], "--term names fgd, but the method's losses are gradient, box, attention, image, rel"),
-        (["GKD.METHOD", "none"], "GKD.METHOD is none, which has no loss to weigh"),
+        (["GKD.METHOD", "none"], "the method none has no loss to weigh"),
     ],
 )
 def test_bad_input(arguments, message, suggest):

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from gkd_d2.analysis.study.plan import Setting, Study
-from gkd_d2.config import DISTILLER
+from gkd_d2.config import DISTILLER, method_title
 
 # What the study, or the command line, gives each training.
 _GIVEN = ("OUTPUT_DIR", "SEED", "GKD.TEACHER.WEIGHTS", "MODEL.DEVICE")
@@ -125,7 +125,7 @@ def _check_configs(study: Study, detector: str) -> None:
         except (TypeError, ValueError) as error:
             raise StudyError(f"{place}: {error}") from None
         if not weights and (setting.tune or setting.scale_of or setting.scale != 1):
-            raise StudyError(f"{place}: the method {cfg.GKD.METHOD} has no weights to scale")
+            raise StudyError(f"{place}: the method {method_title(cfg)} has no weights to scale")
 
 
 def _check_config(study: Study, place: str, read: Callable[..., CfgNode], *names: str) -> CfgNode:

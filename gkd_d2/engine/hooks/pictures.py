@@ -15,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from PIL import Image
 from torch import Tensor, nn
 
-from gkd_d2.losses import box_context_mask, gradient_map
+from gkd_d2.losses import LossOptions, box_context_mask, gradient_map
 from gkd_d2.losses.reference import cell_importance
 from gkd_d2.methods import GKD, Method
 from gkd_d2.modeling.distiller import GKDDistiller
@@ -85,7 +85,7 @@ def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
         seen: by its :meth:`~gkd_d2.GKDDistiller.observe`, with the gradients of both networks.
     """
     options = distiller.method.map_options
-    weighs_otherwise = _weighs_by_other_than_maps(distiller.method)
+    other = _other_importance(distiller.method)
     boxes = [seen.batched_inputs[0]["instances"].gt_boxes.tensor.float().cpu()]
     levels = []
     for level, (name, stride) in enumerate(distiller.strides.items()):
@@ -97,19 +97,20 @@ def take_picture(distiller: GKDDistiller, seen: Observation) -> Picture:
             for feature, gradient in ((student, student_grad), (teacher, teacher_grad))
         )
         importance = None
-        if weighs_otherwise:
-            importance = cell_importance(teacher, teacher_grad, student_grad, options)[0].float().cpu()
+        if other is not None:
+            importance = cell_importance(teacher, teacher_grad, student_grad, other)[0].float().cpu()
         mask = box_context_mask(boxes, seen.image_size, tuple(ours.shape))[0]
         levels.append(LevelMaps(name, stride, teacher=theirs, student=ours, mask=mask, importance=importance))
     return picture_with(distiller, seen, levels)
 
 
-def _weighs_by_other_than_maps(method: Method) -> bool:
-    """Whether gradients weigh the cells in the imitation, but not by the maps."""
-    if not isinstance(method, GKD):
-        return False
-    options = method.options
-    return options.importance != options.map_importance and options.weighs_by_gradient(method.weights)
+def _other_importance(method: Method) -> LossOptions | None:
+    """The options by which gradients weigh the cells in the imitation, where they do, but not by the maps."""
+    for part in method.modules():
+        # Beside other methods gkd is a part of what is run.
+        if isinstance(part, GKD) and part.options.importance != part.options.map_importance:
+            return part.options if part.options.weighs_by_gradient(part.weights) else None
+    return None
 
 
 def picture_with(

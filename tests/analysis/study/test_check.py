@@ -33,6 +33,18 @@ ALONE = {"options": {"GKD.METHOD": "none"}}
         ({"options": {"SOLVER.EPOCHS": 1}}, "settings.alone of retinanet: there is no config key 'SOLVER.EPOCHS'"),
         ({"options": {"SOLVER.MAX_ITER": "many"}}, "settings.alone of retinanet: .*SOLVER.MAX_ITER"),
         ({"options": {"GKD.METHOD": "gdk"}}, "settings.gkd of retinanet: GKD.METHOD is 'gdk', which is not registered"),
+        (
+            {"options": {"GKD.METHODS": ["gkd", "fitnet"]}},
+            r"settings.alone of retinanet: GKD.METHOD is 'none', but GKD.METHODS is \['gkd', 'fitnet'\], which takes",
+        ),
+        (
+            {"settings": {"alone": ALONE, "x": {"options": {"GKD.METHODS": ["gkd", "none"]}}}},
+            "settings.x of retinanet: GKD.METHODS has none, which has no loss, beside gkd",
+        ),
+        (
+            {"settings": {"alone": ALONE, "x": {"options": {"GKD.METHODS": ["gkd", "pkdd"]}}}},
+            "settings.x of retinanet: GKD.METHODS names 'pkdd', which is not registered: did you mean pkd",
+        ),
         ({"options": {"SEED": 1}}, "options: SEED is given to each training by the study itself"),
     ],
 )

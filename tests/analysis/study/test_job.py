@@ -36,6 +36,19 @@ def test_a_weight_that_differs_by_rounding_is_the_same_training(make_study, fini
     assert written.finished()
 
 
+def test_a_folder_is_that_of_its_methods(make_study, finish):
+    def job(*methods):
+        other = {"options": {"GKD.METHODS": list(methods)}}
+        return make_study(beside={"other": other}).student_jobs("retinanet", "other")[1]
+
+    both = job("gkd", "fitnet")
+    assert both.config.GKD.METHODS == ["gkd", "fitnet"]
+    finish(both, 20.0)
+    assert job("gkd", "fitnet").finished()
+    with pytest.raises(ValueError, match=r"GKD.METHODS \['gkd', 'fitnet'\] there, \['gkd', 'pkd'\] here"):
+        job("gkd", "pkd").finished()
+
+
 def test_a_teacher_stays_when_the_defaults_of_distillation_change(make_study, finish):
     job = make_study().teacher_job("retinanet")
     finish(job, 60.0)

@@ -16,6 +16,7 @@ WEIGHTS = {
     "fgfi": ["GKD.FGFI.WEIGHT"],
     "fgd": [f"GKD.FGD.{name}_WEIGHT" for name in ("FOREGROUND", "BACKGROUND", "ATTENTION", "RELATION")],
     "pkd": ["GKD.PKD.WEIGHT"],
+    "gkd + fitnet": [*LOSSES, "GKD.FITNET.WEIGHT"],
 }
 PLACE = ("OUTPUT_DIR", "SEED", "GKD.TEACHER.WEIGHTS")
 
@@ -29,7 +30,7 @@ def value(cfg, key):
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_a_scale_multiplies_the_weights_of_the_method_and_changes_nothing_else(method, make_study, small_study):
     # A key that has a weight by default, and one that has none.
-    options = {"GKD.METHOD": method, "GKD.LOSS_WEIGHTS.BOX": 0.003, "GKD.LOSS_WEIGHTS.ATTENTION": 0.004}
+    options = {"GKD.METHODS": method.split(" + "), "GKD.LOSS_WEIGHTS.BOX": 0.003, "GKD.LOSS_WEIGHTS.ATTENTION": 0.004}
     study = make_study(beside={"other": {"options": options, "scale": 5}})
     job = study.student_jobs("retinanet", "other")[1]
     opts = [str(part) for pair in options.items() for part in pair]
@@ -41,8 +42,8 @@ def test_a_scale_multiplies_the_weights_of_the_method_and_changes_nothing_else(m
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_under_calibrate_a_scale_multiplies_the_ratios(method, make_study, small_study):
-    options = {"GKD.METHOD": method, "GKD.BALANCE": "calibrate"}
-    if method == "gkd":
+    options = {"GKD.METHODS": method.split(" + "), "GKD.BALANCE": "calibrate"}
+    if "gkd" in method:
         options |= {"GKD.RATIOS.BOX": 0.5, "GKD.RATIOS.IMAGE": 0}
     study = make_study(beside={"other": {"options": options, "tune": True}})
     before = build_method(study.student_config("retinanet", "other")).terms
@@ -57,7 +58,7 @@ def test_under_calibrate_a_scale_multiplies_the_ratios(method, make_study, small
         changed = config_differences(job.config, unscaled, PLACE)
         # At 1 the config is the one that is written.
         assert set(changed) <= {term.ratio_key for term in before.values()} and bool(changed) == (scale != 1)
-    if method == "gkd":
+    if "gkd" in method:
         assert build_method(jobs[5].config).terms["loss_bmfi_box"].ratio == 2.5
         assert build_method(jobs[5].config).terms["loss_bmfi_image"].ratio == 0
 

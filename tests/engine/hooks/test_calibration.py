@@ -175,7 +175,7 @@ class Pair(Method):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["gkd", "fitnet", "fgfi", "fgd", "pkd", "own"])
+@pytest.mark.parametrize("method", ["gkd", "fitnet", "fgfi", "fgd", "pkd", "own", "gkd + fgd + fitnet"])
 def test_every_method_reaches_its_ratios(method, kind, calibrating, registered):
     """Through the training's own graph: its losses on the batches that were measured, with the weights that were found.
 
@@ -183,11 +183,13 @@ def test_every_method_reaches_its_ratios(method, kind, calibrating, registered):
     """
     cfg = calibrating(kind, iterations=4, channels=8)
     cfg.SOLVER.BASE_LR = 0.0
-    cfg.GKD.METHOD = method
+    cfg.GKD.METHODS = method.split(" + ")
     if method == "gkd":
         cfg.GKD.RATIOS.RELATION = cfg.GKD.RATIOS.ATTENTION = 0.2
     if method == "own":
         registered(cfg, lambda cfg: Pair())
+    if method == "gkd + fgd + fitnet":
+        cfg.GKD.RATIOS.GKD_ATTENTION, cfg.GKD.RATIOS.FGD_RELATION = 0.2, 0.4
     trainer = Trainer(cfg)
     model, seen = trainer.model, []
 

@@ -151,8 +151,12 @@ def test_differences_add_up_to_the_loss_of_an_aligned_student(importance, distil
         ("norm", "uniform", None),
     ],
 )
-def test_a_picture_shows_what_the_config_makes_of_the_gradients(importance, weighting, weighs, distiller_config):
+@pytest.mark.parametrize("methods", [["gkd"], ["fitnet", "gkd"]])
+def test_a_picture_shows_what_the_config_makes_of_the_gradients(
+    importance, weighting, weighs, methods, distiller_config
+):
     cfg = distiller_config("retinanet")
+    cfg.GKD.METHODS = methods
     cfg.GKD.IMPORTANCE, cfg.GKD.WEIGHTING, cfg.GKD.RECTIFIER = importance, weighting, "relu"
     distiller = build_model(cfg).train()
     with EventStorage():
