@@ -41,6 +41,7 @@ _NAMES = {
     "GKD.WATCH_PATIENCE": "train.watch.patience",
     "GKD.WATCH_PERIOD": "train.watch.period",
     "INPUT.FORMAT": "image_format",
+    "MODEL.ANCHOR_GENERATOR": "the anchor_generator",
     "MODEL_EMA": "train.model_ema",
     "MODEL_EMA.DECAY": "train.model_ema.decay",
     "MODEL_EMA.DEVICE": "train.model_ema.device",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from gkd_d2.methods.method import METHOD_REGISTRY
+from gkd_d2.methods.method import METHOD_REGISTRY, Term
 from gkd_d2.methods.response import ResponseMethod, divergence, quality_focal_loss
 
 
@@ -38,7 +38,10 @@ class CrossKD(ResponseMethod):
     needs_cross_predictions = True
 
     def __init__(self, class_weight: float = 1.0, box_weight: float = 1.0):
-        super().__init__("crosskd", class_weight, box_weight, "GKD.CROSSKD")
+        super().__init__(
+            Term("crosskd_class", class_weight, "GKD.CROSSKD.CLASS_WEIGHT"),
+            Term("crosskd_box", box_weight, "GKD.CROSSKD.BOX_WEIGHT"),
+        )
 
     def student_side(self, level):
         return level.responses.cross

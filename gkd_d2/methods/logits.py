@@ -6,7 +6,7 @@ import math
 
 from detectron2.config import CfgNode
 
-from gkd_d2.methods.method import METHOD_REGISTRY
+from gkd_d2.methods.method import METHOD_REGISTRY, Term
 from gkd_d2.methods.response import ResponseMethod, divergence
 
 
@@ -40,7 +40,10 @@ class Logits(ResponseMethod):
     def __init__(self, class_weight: float = 1.0, box_weight: float = 1.0, temperature: float = 1.0):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"GKD.LOGITS.TEMPERATURE is {temperature}, but must be a finite number > 0")
-        super().__init__("logits", class_weight, box_weight, "GKD.LOGITS")
+        super().__init__(
+            Term("logits_class", class_weight, "GKD.LOGITS.CLASS_WEIGHT"),
+            Term("logits_box", box_weight, "GKD.LOGITS.BOX_WEIGHT"),
+        )
         self.temperature = temperature
 
     def describe(self):

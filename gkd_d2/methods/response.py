@@ -25,20 +25,13 @@ class ResponseMethod(LevelwiseMethod):
     predicted for this class. GIoU: arXiv 1902.09630.
 
     Args:
-        name: of the method; its losses are loss_NAME_class and loss_NAME_box.
-        class_weight: of the loss of the classes.
-        box_weight: of the loss of the boxes.
-        node: of the config that holds the weights.
+        classes: the loss of the classes, whose name is NAME_class.
+        boxes: that of the boxes, NAME_box.
     """
 
-    def __init__(self, name: str, class_weight: float, box_weight: float, node: str):
-        self._class_key, self._box_key = f"loss_{name}_class", f"loss_{name}_box"
-        super().__init__(
-            {
-                self._class_key: Term(f"{name}_class", class_weight, f"{node}.CLASS_WEIGHT"),
-                self._box_key: Term(f"{name}_box", box_weight, f"{node}.BOX_WEIGHT"),
-            }
-        )
+    def __init__(self, classes: Term, boxes: Term):
+        self._class_key, self._box_key = f"loss_{classes.name}", f"loss_{boxes.name}"
+        super().__init__({self._class_key: classes, self._box_key: boxes})
 
     @abstractmethod
     def student_side(self, level: Level) -> Predictions:

@@ -19,8 +19,10 @@ from gkd_d2.methods import (
     GKD,
     METHOD_REGISTRY,
     PKD,
+    CrossKD,
     FitNet,
     LevelwiseMethod,
+    Logits,
     Method,
     Nothing,
     Term,
@@ -178,7 +180,7 @@ def test_defaults_of_config_and_class_agree(name, cfg):
 
 
 def test_all_methods_of_the_project_are_compared():
-    assert set(REGISTERED) == {"gkd", "fitnet", "fgfi", "fgd", "pkd", "none"}
+    assert set(REGISTERED) == {"gkd", "fitnet", "fgfi", "fgd", "pkd", "crosskd", "logits", "none"}
     # The comparison sees every option.
     for changed in (
         GKD(temperature=0.75),
@@ -190,6 +192,9 @@ def test_all_methods_of_the_project_are_compared():
         FGFI(threshold=0.25),
         FGFI(levels="separate"),
         FGD(temperature=0.75),
+        Logits(temperature=0.75),
+        Logits(box_weight=0.5),
+        CrossKD(class_weight=0.5),
         PKD(1.0),
         FitNet(2.0),
     ):
