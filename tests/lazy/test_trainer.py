@@ -257,7 +257,7 @@ def test_a_run_that_can_start(config, read):
         (["model.teacher_weights="], "model.teacher_weights is empty: a teacher needs its checkpoint"),
         (["model.teacher_weights=null"], "model.teacher_weights is empty: a teacher needs its checkpoint"),
         (["dataloader.train.mapper=null"], "dataloader.train has no mapper"),
-        (["model.method=fitnet"], r"model.method is 'fitnet', a name, which only distil\(method=...\) takes"),
+        (["model.method=fitnet"], r"model.method is 'fitnet', but only distil\(method=...\) takes"),
         (
             ["dataloader.test.dataset.names=[toy_kitti_val]"],
             r"dataset_name is \['toy_kitti_val'\], but an",
