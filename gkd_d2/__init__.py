@@ -40,7 +40,7 @@ options that are not given are a config's defaults, by which the attention loss 
 
 Where to go next: ``python -m gkd_d2.config_docs`` lists the config's keys, ``python -m gkd_d2.collect_env`` says what
 is installed; ``register_split`` adds meta-architectures other than GeneralizedRCNN, RetinaNet and FCOS,
-``METHOD_REGISTRY`` methods of distillation other than gkd, fitnet, fgfi, fgd and pkd; a ``Listener`` is told what both
+``METHOD_REGISTRY`` methods of distillation beside those of this project; a ``Listener`` is told what both
 networks make of each batch. In the source folder README.md leads through a training, docs/method.md has the formulas
 and docs/datasets.md the data.
 """
