@@ -22,7 +22,22 @@ def write_config(distiller_config, toy_scenes, tmp_path):
     return path
 
 
-def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
+# Ratios of fgd and of what it shares with gkd.
+FGD = "foreground 0.1, background 0.1, fgd_attention 0.1, fgd_relation 0.1"
+
+
+@pytest.mark.parametrize(
+    ("methods", "relation", "said"),
+    [
+        (["gkd"], "relation", "gkd, weights calibrated to the ratios gradient 0.3, box 0.6, image 0.3, relation 0.2 ("),
+        (
+            ["gkd", "fgd"],
+            "gkd_relation",
+            f"gkd + fgd, weights calibrated to the ratios gradient 0.3, box 0.6, image 0.3, gkd_relation 0.2, {FGD} (",
+        ),
+    ],
+)
+def test_every_tool_reads_it(methods, relation, said, write_config, run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def tool(name, *arguments):
@@ -30,9 +45,10 @@ def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
         assert status == 0, printed
         return printed
 
-    options = ["GKD.BALANCE", "calibrate", "GKD.RATIOS.BOX", "0.6", "GKD.RATIOS.relation", "0.2"]
+    options = ["GKD.METHODS", str(methods), "GKD.BALANCE", "calibrate"]
+    options += ["GKD.RATIOS.BOX", "0.6", f"GKD.RATIOS.{relation}", "0.2"]
     printed = tool("train_net.py", "--config-file", write_config, *options)
-    assert "gkd, weights calibrated to the ratios gradient 0.3, box 0.6, image 0.3, relation 0.2" in printed
+    assert said in printed
     run = tmp_path / "run"
     # What it found are the weights of a config without calibration.
     fixed = tmp_path / "fixed.yaml"
@@ -43,7 +59,7 @@ def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
         # Of the last iteration that is measured.
         assert term.weight == pytest.approx(last.get(f"gkd_weight/{term.name}", 0), rel=1e-3)
     assert not method.by_ratio and method.terms["loss_bmfi_relation"].weight > 0
-    assert yaml.safe_load((run / "config.yaml").read_text())["GKD"]["RATIOS"] == {"BOX": 0.6, "relation": 0.2}
+    assert yaml.safe_load((run / "config.yaml").read_text())["GKD"]["RATIOS"] == {"BOX": 0.6, relation: 0.2}
 
     config, weights = run / "config.yaml", ("MODEL.WEIGHTS", run / "model_final.pth")
     assert "copypaste: " in tool("train_net.py", "--config-file", config, "--eval-only", *weights)
@@ -52,7 +68,7 @@ def test_every_tool_reads_it(write_config, run_here, tmp_path, monkeypatch):
     tool("visualize_gkd.py", "--config-file", config, *report, *weights)
     assert (tmp_path / "pictures" / "index.html").exists() and (tmp_path / "importance" / "importance.md").exists()
     measured = tool("suggest_weights.py", "--config-file", config, "--batches", 1, *weights)
-    assert "RATIOS: {GRADIENT: 0.3, BOX: 0.6, ATTENTION: 0, IMAGE: 0.3, RELATION: 0.2}" in measured
+    assert "RATIOS: {GRADIENT: 0.3, BOX: 0.6, " in measured and f"IMAGE: 0.3, {relation.upper()}: 0.2" in measured
     options = ("--input-size", 64, 96, "--repeats", 1, "--images", 1, "--device", "cpu")
     assert "| run " in tool("compare_runs.py", run, "--output", "compared", *options)
     tool("export_student.py", "--weights", run, "--output", "exported")
