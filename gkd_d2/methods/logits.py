@@ -35,6 +35,8 @@ class Logits(ResponseMethod):
         ValueError: an option is out of range.
     """
 
+    # Each network's heads see its own features.
+    needs_features = False
     needs_student_predictions = True
 
     def __init__(self, class_weight: float = 1.0, box_weight: float = 1.0, temperature: float = 1.0):

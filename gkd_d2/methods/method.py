@@ -107,6 +107,8 @@ class Method(nn.Module):
     Attributes:
         terms: the same; :meth:`weigh_by_ratio` changes their weights.
         by_ratio: whether the weights of the losses are to be calibrated, see :meth:`weigh_by_ratio`.
+        needs_features: whether :attr:`Level.student` must have the teacher's channels. Without it the distiller builds
+            no convolutions to align them.
         needs_student_grad: whether :attr:`Level.student_grad` is asked for.
         needs_teacher_grad: whether :attr:`Level.teacher_grad` is asked for.
         needs_cell_grads: whether the mean over cells of :attr:`Level.student_grad` would not do.
@@ -121,6 +123,7 @@ class Method(nn.Module):
         TypeError: the class has neither forward nor __call__ of its own.
     """
 
+    needs_features: bool = True
     needs_student_grad: bool = False
     needs_teacher_grad: bool = False
     needs_cell_grads: bool = False

@@ -126,7 +126,7 @@ class GKDDistiller(nn.Module):
         # Where no loss would train them, nothing is built.
         channels = self._channels() if method else {}
         with separate_random_stream(torch.device("cpu"), seed):
-            self.align = AlignConvs(channels)
+            self.align = AlignConvs(channels if method.needs_features else {})
             if method:
                 method.build_parameters({name: wanted for name, (_, wanted) in channels.items()})
         self.method = method

@@ -61,7 +61,7 @@ class Summary:
         replaced = differing_heads(self.teacher, self.student, self.inherited) if started else []
         lines = {
             "method": self._method(),
-            "levels": _levels(self.student, self.teacher, self.pairs),
+            "levels": _levels(self.student, self.teacher, self.pairs, aligned=self.method.needs_features),
             "losses": f"computed by {self.method.implementation(self.student.model.device)}",
             "heads": _heads(self.inherited, replaced),
             "teacher": self._teacher(),
@@ -106,12 +106,14 @@ class Summary:
         return text
 
 
-def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]]) -> str:
+def _levels(student: SplitDetector, teacher: SplitDetector, pairs: list[tuple[str, str]], *, aligned: bool) -> str:
     ours, theirs = student.output_shape(), teacher.output_shape()
     texts = []
     for name, other in pairs:
         width, wanted = ours[name].channels, theirs[other].channels
-        channels = f"{width} channels" if width == wanted else f"{width} to {wanted} channels, aligned"
+        channels = f"{width} channels"
+        if width != wanted:
+            channels = f"{width} to {wanted} channels, aligned" if aligned else f"{channels}, the teacher's {wanted}"
         texts.append(f"{name if name == other else f'{name} from {other}'} ({channels})")
     return ", ".join(texts)
 

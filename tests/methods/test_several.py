@@ -21,7 +21,9 @@ from gkd_d2.methods import (
     FGFI,
     GKD,
     PKD,
+    CrossKD,
     FitNet,
+    Logits,
     Nothing,
     Several,
     build_method,
@@ -75,12 +77,14 @@ def first_step(cfg):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("names", [("gkd", "fitnet"), ("fgfi", "fgd", "gkd")])
+@pytest.mark.parametrize(
+    "names", [("gkd", "fitnet"), ("fgfi", "fgd", "gkd"), ("gkd", "crosskd"), ("logits", "fitnet", "crosskd")]
+)
 def test_losses_and_parameters_are_those_of_each_method_alone(names, kind, distiller_config):
     """Bit for bit, the relation blocks of two methods and the gradients that they get included."""
     cfg = distiller_config(kind, channels=8)
     cfg.GKD.WARMUP_ITERS = 4
-    cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5 if len(names) > 2 else 0.0
+    cfg.GKD.LOSS_WEIGHTS.RELATION = 1e-5 if "fgd" in names else 0.0
     expected, gradients, state = {}, {}, {}
     for name in names:
         cfg.GKD.METHOD = name
@@ -88,7 +92,7 @@ def test_losses_and_parameters_are_those_of_each_method_alone(names, kind, disti
         expected |= losses
         gradients |= {f"{name}.{key}": value for key, value in found.items()}
         state |= {f"{name}.{key}": value for key, value in before.items()}
-    assert len(state) == (2 * 14 * len(build_model(cfg).student_features) if len(names) > 2 else 0)
+    assert len(state) == (2 * 14 * len(build_model(cfg).student_features) if "fgd" in names else 0)
     cfg.GKD.METHOD, cfg.GKD.METHODS = "gkd", list(names)
     losses, found, before = first_step(cfg)
     for ours, alone in ((losses, expected), (found, gradients), (before, state)):
@@ -239,10 +243,13 @@ def test_it_needs_what_the_methods_that_are_on_need():
         method = Several(**methods)
         return {name for name in needs if getattr(method, name)}
 
-    assert wanted(fitnet=FitNet(), pkd=PKD()) == set()
-    assert wanted(fitnet=FitNet(), fgfi=FGFI()) == {"needs_anchors"}
-    assert wanted(gkd=GKD(), fgfi=FGFI()) == {"needs_anchors", "needs_student_grad", "needs_teacher_grad"}
-    assert wanted(gkd=GKD(), fgfi=FGFI(0.0)) == {"needs_student_grad", "needs_teacher_grad"}
+    features, gradients = {"needs_features"}, {"needs_features", "needs_student_grad", "needs_teacher_grad"}
+    assert wanted(fitnet=FitNet(), pkd=PKD()) == features
+    assert wanted(fitnet=FitNet(), fgfi=FGFI()) == features | {"needs_anchors"}
+    assert wanted(gkd=GKD(), fgfi=FGFI()) == gradients | {"needs_anchors"}
+    assert wanted(gkd=GKD(), fgfi=FGFI(0.0)) == gradients
+    assert wanted(fitnet=FitNet(), crosskd=CrossKD()) == features | {"needs_cross_predictions", "needs_predictions"}
+    assert wanted(fitnet=FitNet(0.0), logits=Logits()) == {"needs_student_predictions", "needs_predictions"}
     assert "needs_cell_grads" in wanted(fitnet=FitNet(), gkd=GKD(importance="element"))
     # The ratios decide under calibrate.
     method = Several(gkd=GKD({"gradient": 0, "box": 0, "image": 0}), fgfi=FGFI())

@@ -79,10 +79,10 @@ def test_what_the_losses_train(kind, name, trains_heads, distiller_config):
     else:
         assert not heads & trained
     assert "backbone.bottom_up.stem.conv1.weight" in trained
-    # Features are compared after the heads: they need no common number of channels for their own.
+    # Where each network's heads see its own features, these need no common number of channels.
     align = [parameter.grad for parameter in distiller.align.parameters()]
-    assert len(align) == len(distiller.student_features)
-    assert all((gradient is not None and gradient.any()) == (name == "crosskd") for gradient in align)
+    assert len(align) == (len(distiller.student_features) if name == "crosskd" else 0)
+    assert all(gradient.any() for gradient in align)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
