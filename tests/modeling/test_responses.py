@@ -4,7 +4,10 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.utils.events import EventStorage
+from devices import DEVICES
+from distributed_steps import nms
 from tiny import ARCHITECTURES, detector_config, train, training_batch, watched, with_sure_teacher
 
 from gkd_d2.modeling.responses import TeacherResponses
@@ -83,6 +86,25 @@ def test_what_the_losses_train(kind, name, trains_heads, distiller_config):
     align = [parameter.grad for parameter in distiller.align.parameters()]
     assert len(align) == (len(distiller.student_features) if name == "crosskd" else 0)
     assert all(gradient.any() for gradient in align)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_losses_of_every_device_are_those_of_the_cpu(kind, device, distiller_config, monkeypatch):
+    """In float64, but for the boxes, which Detectron2 decodes in float32."""
+    monkeypatch.setattr(proposal_utils, "batched_nms", nms)
+    cfg = with_sure_teacher(distiller_config(kind, channels=8))
+    cfg.GKD.METHODS = list(RESPONSE_METHODS)
+    batch, found = training_batch(SIZES), []
+    for place in ("cpu", device):
+        cfg.MODEL.DEVICE = place
+        torch.manual_seed(3)
+        distiller = build(cfg, "gkd").double()
+        found.append(method_losses(distiller, batch))
+    assert len(found[0]) == 4
+    for key, loss in found[0].items():
+        assert found[1][key].device.type == device and loss > 0
+        assert found[1][key].item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
