@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from gkd_d2.methods import Predictions
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
+
+_WANTS = "GKD.METHOD compares what the heads predict"
+_INSTEAD = "choose a method that compares features alone, such as gkd or fitnet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,51 +94,51 @@ def _statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
             norm._buffers.update(kept)
 
 
-def check_responses(
-    method_name: str,
-    student: SplitDetector,
-    teacher: SplitDetector,
-    pairs: Sequence[tuple[str, str]],
-    unknown_classes: Sequence[str] = (),
-) -> None:
+def check_responses(student: SplitDetector, teacher: SplitDetector, pairs: Iterable[tuple[str, str]]) -> None:
     """Refuse detectors whose predictions can't be compared.
 
     Args:
-        method_name: of the method that compares them, as GKD.METHOD names it.
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
-        unknown_classes: names of the student's classes that GKD.TEACHER.CLASSES does not name.
 
     Raises:
-        ValueError: the heads of one predict nothing that is known, the two predict for other anchors, or the teacher
-            does not know all of the student's classes.
+        ValueError: what the heads of one predict is not known, or the two predict for other anchors.
     """
-    wants = f"GKD.METHOD {method_name} compares what the heads predict"
-    instead = "choose a method that compares features alone, such as gkd or fitnet"
     for who, split in (("student", student), ("teacher", teacher)):
         try:
             split.check_predictions()
         except ValueError as error:
-            raise ValueError(f"{wants}, but of the {who} {error}: {instead}") from error
+            raise ValueError(f"{_WANTS}, but of the {who} {error}: {_INSTEAD}") from error
     if student.two_stage != teacher.two_stage:
         kinds = ["two-stage" if split.two_stage else "one-stage" for split in (student, teacher)]
         raise ValueError(
-            f"{wants}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
-            f"{kinds[1]} one, {type(teacher.model).__name__}: {instead}"
-        )
-    if unknown_classes:
-        raise ValueError(
-            f"{wants}, but GKD.TEACHER.CLASSES does not name the student's {listed(unknown_classes)}: correct the "
-            f"names, or {instead}"
+            f"{_WANTS}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
+            f"{kinds[1]} one, {type(teacher.model).__name__}: {_INSTEAD}"
         )
     for ours, theirs in pairs:
         found = [_anchors(student, ours), _anchors(teacher, theirs)]
         if found[0].shape != found[1].shape or not torch.allclose(*found, rtol=0.0, atol=1e-3):
             raise ValueError(
-                f"{wants}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
-                f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {instead}"
+                f"{_WANTS}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
+                f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {_INSTEAD}"
             )
+
+
+def check_known_classes(unknown: Sequence[str]) -> None:
+    """Refuse a teacher that does not predict all of the student's classes.
+
+    Args:
+        unknown: names of the student's classes that GKD.TEACHER.CLASSES does not name.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if unknown:
+        raise ValueError(
+            f"{_WANTS}, but GKD.TEACHER.CLASSES does not name the student's {listed(unknown)}: correct the names, or "
+            f"{_INSTEAD}"
+        )
 
 
 def _anchors(split: SplitDetector, level: str) -> Tensor:

@@ -235,7 +235,7 @@ def test_other_anchors_are_refused(name, distiller_config):
     cfg = distiller_config("retinanet")
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[24], [32], [64], [128], [256]]
     message = (
-        f"GKD.METHOD {name} compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
+        "GKD.METHOD compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
         "16.97, 24 x 24, 16.97 x 33.94 pixels, each 8 pixels from .* on, the teacher at p3 has 3 anchors a cell, of "
         "22.63 x 11.31, .*: give both the same anchors"
     )

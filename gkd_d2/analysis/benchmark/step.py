@@ -208,8 +208,8 @@ def _build_method(cfg: CfgNode, name: str, distiller: GKDDistiller) -> Method:
             f"--method {name} has parameters of its own: give it by GKD.METHOD instead, in a run of its own"
         )
     if method.needs_predictions:
-        pairs = list(zip(distiller.student_features, distiller.teacher_features))
-        check_responses(name, distiller._split, distiller._teacher.split, pairs)
+        pairs = zip(distiller.student_features, distiller.teacher_features)
+        check_responses(distiller._split, distiller._teacher.split, pairs)
     # As of the config's own method.
     distiller.factors.update(dict.fromkeys(method.active().values(), 1.0))
     return method
