@@ -64,6 +64,7 @@ def add_gkd_config(cfg: CfgNode) -> None:
     cfg.GKD.METHOD = DEFAULT_METHOD
     # Several methods at once, such as ["gkd", "fitnet"], in place of GKD.METHOD. The student learns by the losses of
     # all of them, each with its own options and weights or ratios: docs/loss_weights.md. Empty: GKD.METHOD alone.
+    # On the command line: GKD.METHODS "['gkd','fitnet']".
     cfg.GKD.METHODS = []
     # Options of a method of your own: whatever keys it reads.
     cfg.GKD.METHOD_OPTIONS = CfgNode(new_allowed=True)

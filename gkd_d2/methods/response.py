@@ -59,6 +59,11 @@ class ResponseMethod(LevelwiseMethod):
         return losses
 
     def _losses(self, student: BoxPredictions, teacher: BoxPredictions, norm: float) -> dict[str, Tensor]:
+        if student.logits.shape != teacher.logits.shape:
+            raise ValueError(
+                f"the student's heads predict {tuple(student.logits.shape)} logits of boxes and classes, the teacher's "
+                f"{tuple(teacher.logits.shape)}: they can't be compared"
+            )
         dtype = accumulation_dtype(student.logits)
         ours, theirs = student.logits.to(dtype), teacher.logits.detach().to(dtype)
         losses = {}

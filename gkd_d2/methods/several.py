@@ -13,7 +13,7 @@ from gkd_d2.methods.method import Level, Method, Term
 # What a method can ask for.
 _NEEDS = [name for name, value in vars(Method).items() if name.startswith("needs_") and isinstance(value, bool)]
 # Those of it that stand in a Level, under the same names.
-_GIVEN = {field.name: f"needs_{field.name}" for field in dataclasses.fields(Level)}
+_GIVEN = {field.name: f"needs_{field.name}" for field in dataclasses.fields(Level)} | {"responses": "needs_predictions"}
 
 
 class Several(Method):
@@ -158,6 +158,6 @@ def _name_apart(methods: Mapping[str, Method]) -> dict[str, list[str]]:
 
 def _as_alone(part: Method, levels: Sequence[Level]) -> Iterator[Level]:
     """Levels without what other methods alone have asked for."""
-    spared = {name: None for name, need in _GIVEN.items() if need in _NEEDS and not getattr(part, need)}
+    spared = {name: None for name, need in _GIVEN.items() if not getattr(part, need, True)}
     for level in levels:
         yield dataclasses.replace(level, **spared)

@@ -14,7 +14,6 @@ from gkd_d2.methods import Method, build_method, keys_without_effect
 from gkd_d2.modeling.class_map import are_the_same, map_classes, student_class_names, warn_of_unknown_classes
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
-from gkd_d2.modeling.responses import check_known_classes
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.summary import Summary
 from gkd_d2.modeling.teacher import build_teacher
@@ -128,8 +127,6 @@ def join(
     teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels, classes=class_map)
     check_pair(split, teacher.split, classes, teacher_classes)
     student_features, teacher_features = pair_levels(split, teacher.split, list(features), list(teacher_features))
-    if method.needs_predictions:
-        check_known_classes([name for name, number in zip(classes, class_map or ()) if number is None])
     same_classes = are_the_same(class_map, teacher.split.num_classes)
     inherited = copy_heads(teacher.split, split, same_classes=same_classes) if init_from_teacher else []
     if inherited:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -123,8 +123,14 @@ class GKDDistiller(nn.Module):
         if method.needs_anchors:
             # A level without any is refused here, before the first step.
             self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
-        if method.needs_predictions:
-            check_responses(self._split, teacher.split, zip(student_features, teacher_features))
+        if method and method.needs_predictions:
+            check_responses(
+                self._split,
+                teacher.split,
+                zip(student_features, teacher_features),
+                classes=teacher.classes,
+                of_student=method.needs_student_predictions,
+            )
         # Where no loss would train them, nothing is built.
         channels = self._channels() if method else {}
         with separate_random_stream(torch.device("cpu"), seed):
@@ -294,38 +300,29 @@ class GKDDistiller(nn.Module):
         Raises:
             RuntimeError: the method is weighted by ratios, and nothing calibrates it.
         """
-        losses = self.method_losses(seen)
+        losses = self.method_losses(self.levels(seen))
         if not self.method.by_ratio:
             return losses
         if self.factors is None:
             raise RuntimeError(_NOT_CALIBRATED)
         return {key: self.factors[self.method.terms[key].name] * loss for key, loss in losses.items()}
 
-    def method_losses(self, seen: Observation, features: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
-        """The method's losses of a batch by its own weights, those of its config or, if they are calibrated, 1.
+    def levels(self, seen: Observation) -> list[Level]:
+        """The distilled levels of a batch, as the method sees them.
 
         Args:
             seen: by :meth:`observe`, with the gradients that the method needs.
-            features: number of a distilled level -> the student's feature there, N,C,H,W, before alignment; of these
-                levels alone. By default all levels, as they were seen.
-
-        Returns:
-            Key of a loss -> scalar, for the losses of a weight above 0.
         """
-        levels, student = zip(*(enumerate(seen.student) if features is None else features.items()))
-        names = [self.student_features[level] for level in levels]
-        teacher = [seen.teacher[level] for level in levels]
-        student_grad = teacher_grad = None
+        names, teacher, student_grad, teacher_grad = self.student_features, seen.teacher, None, None
         if self.method.needs_student_grad:
-            gradients = [seen.student_grad[level] for level in levels]
-            student_grad = self.align.align_gradients(names, gradients, of_cells=self.method.needs_cell_grads)
+            student_grad = self.align.align_gradients(names, seen.student_grad, of_cells=self.method.needs_cell_grads)
         if self.method.needs_teacher_grad:
-            teacher_grad = [seen.teacher_grad[level] for level in levels]
+            teacher_grad = seen.teacher_grad
         aligned, teacher, student_grad, teacher_grad = in_one_dtype(
-            self.align.align_features(names, student), teacher, student_grad, teacher_grad
+            self.align.align_features(names, seen.student), teacher, student_grad, teacher_grad
         )
-        responses = self._level_responses(seen, levels, student, aligned)
-        parts = [
+        responses = self._responses(seen, aligned) if self.method.needs_predictions else None
+        return [
             Level(
                 student=aligned[index],
                 teacher=teacher[index],
@@ -334,13 +331,23 @@ class GKDDistiller(nn.Module):
                 student_grad=student_grad and student_grad[index],
                 teacher_grad=teacher_grad and teacher_grad[index],
                 anchors=seen.anchors,
-                index=level,
-                name=names[index],
+                index=index,
+                name=name,
                 responses=responses and responses[index],
             )
-            for index, level in enumerate(levels)
+            for index, name in enumerate(names)
         ]
-        losses = self.method(parts, self.warmup_factor())
+
+    def method_losses(self, levels: list[Level]) -> dict[str, Tensor]:
+        """The method's losses by its own weights, those of its config or, if they are calibrated, 1.
+
+        Args:
+            levels: some of :meth:`levels`, at least one.
+
+        Returns:
+            Key of a loss -> scalar, for the losses of a weight above 0.
+        """
+        losses = self.method(levels, self.warmup_factor())
         # A method may compute a loss of weight 0 along with others: it is neither logged nor drawn.
         return {key: losses[key] for key in self.method.active()}
 
@@ -360,7 +367,7 @@ class GKDDistiller(nn.Module):
         check_finite(self.method, "the method's")
 
     def teacher_is_finite(self, batched_inputs: list[dict]) -> bool:
-        """Whether the teacher's features of a training batch are, and their gradients where the method needs them."""
+        """Whether the teacher's features of a training batch are, and what else of it the method needs."""
         try:
             seen = self._teacher.observe(
                 batched_inputs,
@@ -369,10 +376,12 @@ class GKDDistiller(nn.Module):
                 scale=self.gradient_scale,
                 size=self._common_size.of(batched_inputs),
             )
+            predicted = self._teacher.responses(seen, self._proposals) if self.method.needs_predictions else None
         except FloatingPointError:
             return False
         features, gradients = seen.at(self.teacher_features)
-        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ())))
+        outputs = predicted.outputs() if predicted else ()
+        return all(tensor.isfinite().all() for tensor in (*features, *(gradients or ()), *outputs))
 
     def _begin(self) -> None:
         """In the first training forward, when weights are loaded: look at them, and say what is distilled."""
@@ -421,28 +430,18 @@ class GKDDistiller(nn.Module):
             cell_norm=self._split.cell_norm(len(theirs.images)),
         )
 
-    def _level_responses(
-        self, seen: Observation, levels: Sequence[int], student: Sequence[Tensor], aligned: Sequence[Tensor]
-    ) -> list[Responses] | None:
-        """What the heads predict at some levels, from the student's features there; None where it is not needed."""
-        if not self.method.needs_predictions:
-            return None
-        cross = ours = [None] * len(levels)
-        names, teacher = [self.teacher_features[level] for level in levels], seen.heads.teacher
+    def _responses(self, seen: Observation, aligned: list[Tensor]) -> list[Responses]:
+        """What the heads predict from the student's features, beside what the teacher's do from their own."""
+        teacher, norm = seen.heads.teacher, seen.heads.cell_norm
+        cross = ours = [None] * len(aligned)
         if self.method.needs_cross_predictions:
-            cross = self._teacher.cross_predictions(dict(zip(names, aligned)), teacher)
+            cross = self._teacher.cross_predictions(dict(zip(self.teacher_features, aligned)), teacher)
         if self.method.needs_student_predictions:
-            given = dict(zip([self.student_features[level] for level in levels], student))
+            given = dict(zip(self.student_features, seen.student))
             ours = predictions_of_levels(self._split, given, seen.heads.student_features, teacher.proposals)
         return [
-            Responses(
-                teacher=teacher.predictions[name],
-                cross=cross[index],
-                student=ours[index],
-                cell_norm=seen.heads.cell_norm,
-                region_norm=teacher.region_norm,
-            )
-            for index, name in enumerate(names)
+            Responses(teacher.predictions[name], *sides, cell_norm=norm, region_norm=teacher.region_norm)
+            for name, *sides in zip(self.teacher_features, cross, ours)
         ]
 
     def _apply(self, fn, recurse=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -94,7 +94,7 @@ def pooled(reports: Sequence[TermReport]) -> TermReport:
 
 
 def measure_terms(
-    losses: Callable[[int, Tensor], dict[str, Tensor]],
+    losses: Callable[[list[Tensor]], Iterable[dict[str, Tensor]]],
     features: dict[str, Tensor],
     detection_grad: list[Tensor],
     *,
@@ -109,7 +109,7 @@ def measure_terms(
     be too large for half precision.
 
     Args:
-        losses: number and feature N,C,H,W of a level -> the weighted losses of this level.
+        losses: features N,C,H,W of all levels -> the weighted losses of each level by itself.
         features: level name -> N,C,H,W of the student.
         detection_grad: of its own losses with respect to them, times ``scale``.
         terms: key of a loss -> its name in the report.
@@ -118,9 +118,11 @@ def measure_terms(
         factor: as in the report.
     """
     values, norms = {}, {}
-    for index, (level, feature) in enumerate(features.items()):
-        leaf = feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
-        level_losses = losses(index, leaf)
+    leaves = [
+        feature.detach().to(torch.promote_types(feature.dtype, torch.float32)).requires_grad_()
+        for feature in features.values()
+    ]
+    for level, leaf, level_losses in zip(features, leaves, losses(leaves)):
         for key, term in terms.items():
             values[term, level] = level_losses[key].detach()
             norms[term, level] = _norm(_gradient(level_losses[key], leaf))
@@ -166,7 +168,10 @@ class Measurement(Listener):
     def __call__(self, distiller: GKDDistiller, seen: Observation) -> None:
         with torch.autocast(distiller.device.type, enabled=False):
             report = measure_terms(
-                lambda level, feature: distiller.method_losses(seen, {level: feature}),
+                lambda student: (
+                    distiller.method_losses([level])
+                    for level in distiller.levels(dataclasses.replace(seen, student=student))
+                ),
                 dict(zip(distiller.student_features, seen.student)),
                 seen.student_grad,
                 terms=distiller.method.active(),

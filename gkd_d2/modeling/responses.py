@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -14,8 +15,8 @@ from gkd_d2.methods import Predictions
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
 
-_WANTS = "GKD.METHOD compares what the heads predict"
-_INSTEAD = "choose a method that compares features alone, such as gkd or fitnet"
+_WANTS = "The method compares what the heads predict"
+_INSTEAD = "choose a method that compares features, such as gkd or fitnet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class TeacherResponses:
     predictions: dict[str, Predictions]
     features: dict[str, Tensor]
     proposals: list[Tensor]
+
+    def outputs(self) -> list[Tensor]:
+        """What the heads gave, as logits and deltas."""
+        parts = [part for level in self.predictions.values() for part in (level.cells, level.regions) if part]
+        return [tensor for part in parts for tensor in (part.logits, part.deltas)]
 
     @property
     def region_norm(self) -> float:
@@ -60,7 +66,7 @@ def predictions_of_levels(
     proposals: Sequence[Tensor],
     classes: Sequence[int] | None = None,
 ) -> list[Predictions]:
-    """What heads predict from features of some levels. Batch norms of the heads keep their statistics.
+    """What heads predict from features of some levels, leaving no trace in the training of their detector.
 
     Args:
         split: of the detector whose heads these are.
@@ -75,35 +81,54 @@ def predictions_of_levels(
     """
     dtype = next(iter(given.values())).dtype
     features = {name: given.get(name, feature.detach().to(dtype)) for name, feature in others.items()}
-    with _statistics_kept(split.head_modules()):
+    with _without_trace(split.head_modules()):
         found = split.predictions(features, proposals, classes)
     return [found[name] for name in given]
 
 
 @contextlib.contextmanager
-def _statistics_kept(heads: list[nn.Module]) -> Iterator[None]:
-    """Within it, norms in training mode update copies of their running statistics."""
-    norms = [module for head in heads for module in head.modules() if isinstance(module, _NormBase) and module.training]
+def _without_trace(heads: list[nn.Module]) -> Iterator[None]:
+    """Have heads in training mode leave their detector's training as it is.
+
+    Norms update copies of their running statistics. Layers without weights, such as dropout, are in evaluation mode:
+    they would draw from its random stream.
+    """
+    modules = [module for head in heads for module in head.modules() if module.training and module not in heads]
+    norms = [module for module in modules if isinstance(module, _NormBase)]
+    plain = [m for m in modules if next(itertools.chain(m.children(), m.parameters()), None) is None and m not in norms]
     buffers = [dict(norm._buffers) for norm in norms]
     for norm, kept in zip(norms, buffers):
         norm._buffers.update({name: None if tensor is None else tensor.clone() for name, tensor in kept.items()})
+    for module in plain:
+        module.training = False
     try:
         yield
     finally:
         for norm, kept in zip(norms, buffers):
             norm._buffers.update(kept)
+        for module in plain:
+            module.training = True
 
 
-def check_responses(student: SplitDetector, teacher: SplitDetector, pairs: Iterable[tuple[str, str]]) -> None:
+def check_responses(
+    student: SplitDetector,
+    teacher: SplitDetector,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    classes: Sequence[int | None] | None,
+    of_student: bool,
+) -> None:
     """Refuse detectors whose predictions can't be compared.
 
     Args:
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
+        classes: the teacher's number of each of the student's classes; None: both have the same classes.
+        of_student: whether the student's own heads are asked.
 
     Raises:
-        ValueError: what the heads of one predict is not known, or the two predict for other anchors.
+        ValueError: what the heads of one predict is not known, or they predict for other anchors, regions or classes.
     """
     for who, split in (("student", student), ("teacher", teacher)):
         try:
@@ -116,28 +141,40 @@ def check_responses(student: SplitDetector, teacher: SplitDetector, pairs: Itera
             f"{_WANTS}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
             f"{kinds[1]} one, {type(teacher.model).__name__}: {_INSTEAD}"
         )
+    unknown = [str(number) for number, theirs in enumerate(classes or ()) if theirs is None]
+    if unknown:
+        raise ValueError(
+            f"{_WANTS}, but GKD.TEACHER.CLASSES does not name the student's classes {listed(unknown)}, counted from 0: "
+            f"correct the names, or {_INSTEAD}"
+        )
     for ours, theirs in pairs:
-        found = [_anchors(student, ours), _anchors(teacher, theirs)]
-        if found[0].shape != found[1].shape or not torch.allclose(*found, rtol=0.0, atol=1e-3):
+        _check_level(student, ours, teacher, theirs)
+    if not of_student:
+        return
+    settings = student.region_settings(), teacher.region_settings()
+    for name, ours in settings[0].items():
+        if ours != settings[1][name]:
             raise ValueError(
-                f"{_WANTS}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
-                f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {_INSTEAD}"
+                f"{_WANTS} of the same proposals, but {name} of the student is {ours}, of the teacher "
+                f"{settings[1][name]}: give both box heads the same, or {_INSTEAD}"
             )
 
 
-def check_known_classes(unknown: Sequence[str]) -> None:
-    """Refuse a teacher that does not predict all of the student's classes.
-
-    Args:
-        unknown: names of the student's classes that GKD.TEACHER.CLASSES does not name.
-
-    Raises:
-        ValueError: there is one.
-    """
-    if unknown:
+def _check_level(student: SplitDetector, ours: str, teacher: SplitDetector, theirs: str) -> None:
+    """Refuse a level whose cells have no anchors in one of the detectors, or others in each."""
+    for who, split, level in (("student", student, ours), ("teacher", teacher, theirs)):
+        generator, levels = split.anchor_generator() or (None, [])
+        if level not in levels:
+            raise ValueError(
+                f"{_WANTS}, but the {who}'s {type(split.model).__name__} predicts nothing for the cells of {level}, "
+                f"only for those of {', '.join(levels)} (MODEL.RPN.IN_FEATURES of a Faster R-CNN): choose distilled "
+                f"levels among these by GKD.FEATURES, or {_INSTEAD}"
+            )
+    found = _anchors(student, ours), _anchors(teacher, theirs)
+    if found[0].shape != found[1].shape or not torch.allclose(*found, rtol=0.0, atol=1e-3):
         raise ValueError(
-            f"{_WANTS}, but GKD.TEACHER.CLASSES does not name the student's {listed(unknown)}: correct the names, or "
-            f"{_INSTEAD}"
+            f"{_WANTS}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
+            f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {_INSTEAD}"
         )
 
 

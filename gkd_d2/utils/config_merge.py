@@ -287,7 +287,8 @@ def _wanted(cfg: CfgNode, key: str) -> str:
     default = _value(cfg, key)
     if isinstance(default, CfgNode):
         return "must be a group of keys"
-    return f"must be of the type {type(default).__name__}, such as {default!r}"
+    example = default or ["a", "b"] if isinstance(default, list) else default
+    return f"must be of the type {type(default).__name__}, such as {example!r}"
 
 
 def _unknown(key: str, keys: Sequence[str]) -> str:

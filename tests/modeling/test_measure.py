@@ -53,8 +53,8 @@ def test_a_loss_that_is_constant_has_no_gradient():
     """As one of objects in a batch without any, or of one level alone; another may depend on parameters instead."""
     parameter = torch.ones((), requires_grad=True)
 
-    def losses(index, feature):
-        return {"loss_a": feature.new_zeros(()), "loss_b": 2 * parameter, "loss_c": 3 * feature.sum()}
+    def losses(features):
+        return [{"loss_a": f.new_zeros(()), "loss_b": 2 * parameter, "loss_c": 3 * f.sum()} for f in features]
 
     terms = {"loss_a": "a", "loss_b": "b", "loss_c": "c"}
     report = measure_terms(

@@ -114,7 +114,7 @@ def test_crosskd_is_what_the_teachers_heads_say(kind, distiller_config):
     batch = training_batch(SIZES)
     with EventStorage():
         seen = distiller.observe(batch, student_grad=False, teacher_grad=False)
-        (level, *_), features = distiller.student_features, dict(zip(distiller.student_features, seen.student))
+        features = dict(zip(distiller.student_features, seen.student))
         teacher = distiller.teacher
         if kind == "faster":
             theirs = teacher.backbone(teacher.preprocess_image(batch).tensor)
@@ -123,8 +123,8 @@ def test_crosskd_is_what_the_teachers_heads_say(kind, distiller_config):
         else:
             logits, _ = teacher.head(list(features.values()))
             expected = logits[0].unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2).reshape(-1)
-        responses = distiller._level_responses(seen, [0], [features[level]], [features[level]])
-    assert torch.equal(responses[0].cross.cells.logits.flatten(), expected)
+        levels = distiller.levels(seen)
+    assert torch.equal(levels[0].responses.cross.cells.logits.flatten(), expected)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -225,7 +225,7 @@ def test_a_class_that_the_teacher_does_not_know_is_refused(name, distiller_confi
     cfg = distiller_config("retinanet")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("responses_student",), ()
     cfg.GKD.TEACHER.CLASSES = ["bus", "dog", "car"]
-    message = "compares what the heads predict, but GKD.TEACHER.CLASSES does not name the student's person: correct the"
+    message = "but GKD.TEACHER.CLASSES does not name the student's classes 1, counted from 0: correct the names"
     with pytest.raises(ValueError, match=message):
         build(cfg, name)
 
@@ -235,7 +235,7 @@ def test_other_anchors_are_refused(name, distiller_config):
     cfg = distiller_config("retinanet")
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[24], [32], [64], [128], [256]]
     message = (
-        "GKD.METHOD compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
+        "The method compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
         "16.97, 24 x 24, 16.97 x 33.94 pixels, each 8 pixels from .* on, the teacher at p3 has 3 anchors a cell, of "
         "22.63 x 11.31, .*: give both the same anchors"
     )
@@ -246,6 +246,81 @@ def test_other_anchors_are_refused(name, distiller_config):
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 20], [32, 40], [64, 80], [128, 160], [256, 300]]
     with pytest.raises(ValueError, match="the student has 6 anchors a cell"):
         build(cfg, name)
+
+
+def test_box_heads_that_can_not_be_compared_are_refused(distiller_config):
+    """By logits alone: crosskd has the teacher's box head twice."""
+    cfg = distiller_config("faster")
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p3", "p4", "p5"]
+    message = (
+        r"predict of the same proposals, but the strides of the levels that regions are pooled from "
+        r"\(MODEL.ROI_HEADS.IN_FEATURES\) of the student is \[8, 16, 32\], of the teacher \[4, 8, 16, 32\]: give"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(cfg, "logits")
+    assert all(loss > 0 for loss in method_losses(build(cfg, "crosskd"), training_batch(SIZES)).values())
+
+
+@pytest.mark.parametrize("name", RESPONSE_METHODS)
+def test_levels_without_cells_are_refused(name, distiller_config):
+    cfg = distiller_config("faster")
+    cfg.MODEL.RPN.IN_FEATURES = ["p3", "p4", "p5", "p6"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128]]
+    message = "the student's GeneralizedRCNN predicts nothing for the cells of p2, only for those of p3, p4, p5, p6 "
+    with pytest.raises(ValueError, match=message):
+        build(cfg, name)
+    cfg.GKD.FEATURES = ["p3", "p4", "p5"]
+    build(cfg, name)
+    # Without a loss nothing is compared.
+    cfg.GKD.FEATURES, cfg.MODEL.RPN.IN_FEATURES = [], ["p3", "p4", "p5", "p6"]
+    cfg.GKD[name.upper()].CLASS_WEIGHT = cfg.GKD[name.upper()].BOX_WEIGHT = 0.0
+    build(cfg, name)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_dropout_of_heads_draws_nothing_more(kind, distiller_config):
+    draws = []
+    for name in ("none", *RESPONSE_METHODS):
+        torch.manual_seed(3)
+        distiller = build(distiller_config(kind), name)
+        head = distiller.student.roi_heads.box_head if kind == "faster" else distiller.student.head.cls_subnet
+        head.add_module("dropout", torch.nn.Dropout(0.5))
+        torch.manual_seed(4)
+        with EventStorage():
+            distiller(training_batch(SIZES))
+        assert head.dropout.training
+        draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("name", RESPONSE_METHODS)
+def test_a_measured_batch_runs_the_heads_once(kind, name, distiller_config):
+    """And not once a level."""
+    distiller = build(distiller_config(kind), name)
+    calls = []
+    for model in (distiller.student, distiller.teacher):
+        part = model.proposal_generator.rpn_head if kind == "faster" else model.head
+        part.register_forward_hook(lambda module, *_: calls.append(module))
+    for watch in (False, True):
+        if watch:
+            watched(distiller)
+        calls.clear()
+        with EventStorage():
+            distiller(training_batch(SIZES))
+        # The student's own losses, the teacher's predictions and what is compared with them; that once more.
+        assert len(calls) == (4 if watch else 3)
+
+
+@pytest.mark.parametrize("name", RESPONSE_METHODS)
+def test_predictions_of_the_teacher_that_are_not_finite_are_seen(name, distiller_config):
+    cfg = distiller_config("retinanet")
+    distiller, batch = build(cfg, name), training_batch(SIZES)
+    with EventStorage():
+        assert distiller.teacher_is_finite(batch)
+        with torch.no_grad():
+            distiller.teacher.head.bbox_pred.weight.mul_(float("inf"))
+        assert not distiller.teacher_is_finite(batch)
 
 
 def test_two_kinds_and_cascades_are_refused(distiller_config, tmp_path):

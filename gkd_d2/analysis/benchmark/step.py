@@ -201,6 +201,8 @@ def _build_method(cfg: CfgNode, name: str, distiller: GKDDistiller) -> Method:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.GKD.METHOD, cfg.GKD.METHODS = "gkd", name.split("+")
+    # What ratios the config's own method has says nothing about others; a step of any weights costs as much.
+    cfg.GKD.BALANCE, cfg.GKD.RATIOS = "fixed", CfgNode()
     method = build_method(cfg)
     method.build_parameters(dict.fromkeys(distiller.student_features, 1))
     if any(True for _ in method.parameters()):
@@ -208,10 +210,13 @@ def _build_method(cfg: CfgNode, name: str, distiller: GKDDistiller) -> Method:
             f"--method {name} has parameters of its own: give it by GKD.METHOD instead, in a run of its own"
         )
     if method.needs_predictions:
-        pairs = zip(distiller.student_features, distiller.teacher_features)
-        check_responses(distiller._split, distiller._teacher.split, pairs)
-    # As of the config's own method.
-    distiller.factors.update(dict.fromkeys(method.active().values(), 1.0))
+        check_responses(
+            distiller._split,
+            distiller._teacher.split,
+            zip(distiller.student_features, distiller.teacher_features),
+            classes=distiller._teacher.classes,
+            of_student=method.needs_student_predictions,
+        )
     return method
 
 

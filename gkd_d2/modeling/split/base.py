@@ -216,6 +216,10 @@ class SplitDetector(ABC):
         """
         return {}
 
+    def region_settings(self) -> dict[str, object]:
+        """What two detectors must share for their :meth:`region_predictions` to be compared one by one, by its name."""
+        return {}
+
     def predictions(
         self,
         features: Mapping[str, Tensor],

@@ -108,9 +108,9 @@ class SplitGeneralizedRCNN(SplitDetector):
         boxes = [Boxes(tensor) for tensor in proposals]
         pooled = heads.box_pooler([features[name] for name in heads.box_in_features], boxes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        # A sigmoid for each class, of Detectron2 after 0.5, has no use for the last column, the background.
-        softmax = not getattr(heads.box_predictor, "use_sigmoid_ce", False)
+        softmax = self._has_softmax()
         whole = BoxPredictions(
+            # Sigmoids have no use for the last column, the background.
             logits=logits if softmax else logits[:, :-1],
             deltas=deltas,
             boxes=torch.cat(list(proposals)),
@@ -124,6 +124,23 @@ class SplitGeneralizedRCNN(SplitDetector):
             boxes, pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
         )
         return {name: whole.rows(places == index) for index, name in enumerate(heads.box_in_features)}
+
+    def region_settings(self):
+        heads, strides = self.model.roi_heads, self.output_shape()
+        return {
+            "the strides of the levels that regions are pooled from (MODEL.ROI_HEADS.IN_FEATURES)": [
+                strides[name].stride for name in heads.box_in_features
+            ],
+            "the size of a region that is pooled from the level of a number": (
+                heads.box_pooler.canonical_box_size,
+                heads.box_pooler.canonical_level,
+            ),
+            "the probability of a class": "a softmax" if self._has_softmax() else "a sigmoid (USE_SIGMOID_CE)",
+        }
+
+    def _has_softmax(self) -> bool:
+        """Whether the classes of the box head share a softmax; Detectron2 after 0.5 may give each a sigmoid."""
+        return not getattr(self.model.roi_heads.box_predictor, "use_sigmoid_ce", False)
 
     def cell_norm(self, images):
         return float(self.model.proposal_generator.batch_size_per_image * images)

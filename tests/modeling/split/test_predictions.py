@@ -177,6 +177,20 @@ def test_all_classes_in_another_order_leave_the_probabilities():
             assert torch.equal(level.regions.logits[:, [2, 0, 1, 3]], turned[name].regions.logits)
 
 
+def test_a_box_head_with_a_sigmoid_for_each_class():
+    """As Detectron2 after 0.5 has it: the column of the background means nothing."""
+    split, _, _, features = prepared("faster")
+    proposals = [torch.tensor([[0.0, 0.0, 20.0, 20.0], [3, 4, 90, 80]])] * 3
+    whole, settings = split.region_predictions(features, proposals)["p2"], split.region_settings()
+    split.model.roi_heads.box_predictor.use_sigmoid_ce = True
+    found = split.region_predictions(features, proposals)["p2"]
+    assert whole.softmax and not found.softmax
+    assert torch.equal(found.logits, whole.logits[:, :-1])
+    confidence, _ = found.confidence()
+    torch.testing.assert_close(confidence, whole.logits[:, :-1].sigmoid().amax(dim=1))
+    assert settings != split.region_settings()
+
+
 @pytest.mark.parametrize("kind", ["cascade", "scorer"])
 def test_detectors_whose_predictions_are_not_known(kind):
     model = build_model(detector_config(kind))
