@@ -63,6 +63,8 @@ _NAMES = {
     "MODEL.TIMM.OUT_INDICES": "the backbone's out_indices",
     "MODEL.TIMM.PRETRAINED": "the backbone's pretrained",
     "MODEL.TIMM.WEIGHTS": "the backbone's weights",
+    "MODEL.ROI_HEADS.IN_FEATURES": "roi_heads.box_in_features",
+    "MODEL.RPN.IN_FEATURES": "proposal_generator.in_features",
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "OUTPUT_DIR": "train.output_dir",
     "SEED": "train.seed",
