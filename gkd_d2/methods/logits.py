@@ -43,8 +43,9 @@ class Logits(ResponseMethod):
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"GKD.LOGITS.TEMPERATURE is {temperature}, but must be a finite number > 0")
         super().__init__(
-            Term("logits_class", class_weight, "GKD.LOGITS.CLASS_WEIGHT"),
-            Term("logits_box", box_weight, "GKD.LOGITS.BOX_WEIGHT"),
+            # About what the weights that docs/results.md arrived at are as ratios.
+            Term("logits_class", class_weight, "GKD.LOGITS.CLASS_WEIGHT", ratio=0.5),
+            Term("logits_box", box_weight, "GKD.LOGITS.BOX_WEIGHT", ratio=0.1),
         )
         self.temperature = temperature
 

@@ -14,6 +14,7 @@ from gkd_d2.methods import Method, build_method, keys_without_effect
 from gkd_d2.modeling.class_map import are_the_same, map_classes, student_class_names, warn_of_unknown_classes
 from gkd_d2.modeling.initialize import copy_heads, warn_of_other_heads
 from gkd_d2.modeling.pairing import channels_swapped, check_classes, check_pair, pair_levels
+from gkd_d2.modeling.responses import check_responses
 from gkd_d2.modeling.split import split_detector
 from gkd_d2.modeling.summary import Summary
 from gkd_d2.modeling.teacher import build_teacher
@@ -127,6 +128,9 @@ def join(
     teacher = build_teacher(make_teacher, teacher_weights, seed, swap_channels=swap_channels, classes=class_map)
     check_pair(split, teacher.split, classes, teacher_classes)
     student_features, teacher_features = pair_levels(split, teacher.split, list(features), list(teacher_features))
+    if method and method.needs_predictions:
+        # Ahead of the heads to copy, which a pair that is refused has no use for.
+        check_responses(method, split, teacher.split, zip(student_features, teacher_features), class_map)
     same_classes = are_the_same(class_map, teacher.split.num_classes)
     inherited = copy_heads(teacher.split, split, same_classes=same_classes) if init_from_teacher else []
     if inherited:

@@ -20,7 +20,7 @@ from gkd_d2.modeling.common_size import CommonSize, sized_features
 from gkd_d2.modeling.observation import Listener, Observation, boxes_of
 from gkd_d2.modeling.one_pass import detection_losses
 from gkd_d2.modeling.pairing import check_sizes, check_trained
-from gkd_d2.modeling.responses import HeadsObservation, check_responses, predictions_of_levels
+from gkd_d2.modeling.responses import HeadsObservation, predictions_of_levels
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.modeling.state_names import name_as_student
 from gkd_d2.modeling.teacher import FrozenTeacher, TeacherObservation
@@ -123,14 +123,6 @@ class GKDDistiller(nn.Module):
         if method.needs_anchors:
             # A level without any is refused here, before the first step.
             self._split.anchors({name: torch.empty(0, 0, 1, 1) for name in student_features})
-        if method and method.needs_predictions:
-            check_responses(
-                self._split,
-                teacher.split,
-                zip(student_features, teacher_features),
-                classes=teacher.classes,
-                of_student=method.needs_student_predictions,
-            )
         # Where no loss would train them, nothing is built.
         channels = self._channels() if method else {}
         with separate_random_stream(torch.device("cpu"), seed):

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gkd_d2.methods import Predictions
+from gkd_d2.methods import Method, Predictions, Several
 from gkd_d2.modeling.split import SplitDetector
 from gkd_d2.utils.text import counted, listed
 
-_WANTS = "The method compares what the heads predict"
 _INSTEAD = "choose a method that compares features, such as gkd or fitnet"
 
 
@@ -111,69 +110,76 @@ def _without_trace(heads: list[nn.Module]) -> Iterator[None]:
 
 
 def check_responses(
+    method: Method,
     student: SplitDetector,
     teacher: SplitDetector,
     pairs: Iterable[tuple[str, str]],
-    *,
     classes: Sequence[int | None] | None,
-    of_student: bool,
 ) -> None:
-    """Refuse detectors whose predictions can't be compared.
+    """Refuse detectors whose predictions a method can't compare.
 
     Args:
+        method: that compares them, alone or as one of several.
         student: the student.
         teacher: the teacher.
         pairs: the student's and the teacher's name of each distilled level.
         classes: the teacher's number of each of the student's classes; None: both have the same classes.
-        of_student: whether the student's own heads are asked.
 
     Raises:
         ValueError: what the heads of one predict is not known, or they predict for other anchors, regions or classes.
     """
+    wants = f"{_comparing(method)} what the heads predict"
     for who, split in (("student", student), ("teacher", teacher)):
         try:
             split.check_predictions()
         except ValueError as error:
-            raise ValueError(f"{_WANTS}, but of the {who} {error}: {_INSTEAD}") from error
+            raise ValueError(f"{wants}, but of the {who} {error}: {_INSTEAD}") from error
     if student.two_stage != teacher.two_stage:
         kinds = ["two-stage" if split.two_stage else "one-stage" for split in (student, teacher)]
         raise ValueError(
-            f"{_WANTS}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
+            f"{wants}, but the student is a {kinds[0]} detector, {type(student.model).__name__}, and the teacher a "
             f"{kinds[1]} one, {type(teacher.model).__name__}: {_INSTEAD}"
         )
     unknown = [str(number) for number, theirs in enumerate(classes or ()) if theirs is None]
     if unknown:
         raise ValueError(
-            f"{_WANTS}, but GKD.TEACHER.CLASSES does not name the student's classes {listed(unknown)}, counted from 0: "
+            f"{wants}, but GKD.TEACHER.CLASSES does not name the student's classes {listed(unknown)}, counted from 0: "
             f"correct the names, or {_INSTEAD}"
         )
     for ours, theirs in pairs:
-        _check_level(student, ours, teacher, theirs)
-    if not of_student:
+        _check_level(wants, student, ours, teacher, theirs)
+    if not method.needs_student_predictions:
         return
     settings = student.region_settings(), teacher.region_settings()
     for name, ours in settings[0].items():
         if ours != settings[1][name]:
             raise ValueError(
-                f"{_WANTS} of the same proposals, but {name} of the student is {ours}, of the teacher "
+                f"{wants} of the same proposals, but {name} of the student is {ours}, of the teacher "
                 f"{settings[1][name]}: give both box heads the same, or {_INSTEAD}"
             )
 
 
-def _check_level(student: SplitDetector, ours: str, teacher: SplitDetector, theirs: str) -> None:
+def _comparing(method: Method) -> str:
+    """The methods that compare predictions, as the subject of a sentence with its verb."""
+    alone = [part for part in method.modules() if isinstance(part, Method) and not isinstance(part, Several)]
+    names = [type(part).__name__ for part in alone if part.needs_predictions]
+    return f"{' and '.join(names)} {'compares' if len(names) == 1 else 'compare'}"
+
+
+def _check_level(wants: str, student: SplitDetector, ours: str, teacher: SplitDetector, theirs: str) -> None:
     """Refuse a level whose cells have no anchors in one of the detectors, or others in each."""
     for who, split, level in (("student", student, ours), ("teacher", teacher, theirs)):
         generator, levels = split.anchor_generator() or (None, [])
         if level not in levels:
             raise ValueError(
-                f"{_WANTS}, but the {who}'s {type(split.model).__name__} predicts nothing for the cells of {level}, "
+                f"{wants}, but the {who}'s {type(split.model).__name__} predicts nothing for the cells of {level}, "
                 f"only for those of {', '.join(levels)} (MODEL.RPN.IN_FEATURES of a Faster R-CNN): choose distilled "
                 f"levels among these by GKD.FEATURES, or {_INSTEAD}"
             )
     found = _anchors(student, ours), _anchors(teacher, theirs)
     if found[0].shape != found[1].shape or not torch.allclose(*found, rtol=0.0, atol=1e-3):
         raise ValueError(
-            f"{_WANTS}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
+            f"{wants}, but at {ours} the student has {_described(found[0])}, the teacher at {theirs} has "
             f"{_described(found[1])}: give both the same anchors (MODEL.ANCHOR_GENERATOR), or {_INSTEAD}"
         )
 

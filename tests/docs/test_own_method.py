@@ -21,6 +21,7 @@ from gkd_d2.methods import METHOD_REGISTRY, build_method
 from gkd_d2.modeling.measure import Measurement
 
 MODULE = "cosine_method"
+SCORES = "scores_method"
 OTHER = "regression_method"
 
 
@@ -30,9 +31,9 @@ def student(project, distiller_config, tmp_path, monkeypatch):
     monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    code, config, other = fenced_blocks(project / "docs" / "own_method.md")
-    assert (code.language, config.language, other.language) == ("python", "yaml", "python")
-    for name, block in ((MODULE, code), (OTHER, other)):
+    code, config, scores, other = fenced_blocks(project / "docs" / "own_method.md")
+    assert [block.language for block in (code, config, scores, other)] == ["python", "yaml", "python", "python"]
+    for name, block in ((MODULE, code), (SCORES, scores), (OTHER, other)):
         (tmp_path / f"{name}.py").write_text(block.text)
         monkeypatch.delitem(sys.modules, name, raising=False)
 
@@ -43,13 +44,13 @@ def student(project, distiller_config, tmp_path, monkeypatch):
         return str(tmp_path / "config.yaml")
 
     yield write
-    for name in (MODULE, OTHER):
+    for name in (MODULE, SCORES, OTHER):
         sys.modules.pop(name, None)
 
 
 def test_it_is_as_short_as_promised(project):
-    code, _, other = fenced_blocks(project / "docs" / "own_method.md")
-    assert all(sum(bool(line.strip()) for line in block.text.splitlines()) <= 30 for block in (code, other))
+    code, _, *others = fenced_blocks(project / "docs" / "own_method.md")
+    assert all(sum(bool(line.strip()) for line in block.text.splitlines()) <= 30 for block in (code, *others))
 
 
 def test_its_losses_equal_an_independent_computation(student):
@@ -88,6 +89,19 @@ def test_it_trains(kind, student):
         assert 0 < history[-1][key] < 0.8 * history[0][key], key
     scalars = measurement.report.scalars()
     assert scalars["gkd_ratio/cosine"] > 0 and scalars["gkd_ratio/cosine_objects/p3"] > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_one_of_predictions_runs_beside_another(kind, student):
+    path = student(kind, IMPORTS=[SCORES], METHOD="gkd", METHODS=["gkd", "scores"])
+    distiller = build_model(read_config(path, [])).train()
+    measurement = Measurement()
+    distiller.listen(measurement)
+    measurement.ask(0)
+    with EventStorage():
+        losses = distiller(training_batch(((90, 120), (96, 100), (64, 64))))
+    values = [value for (name, _), value in measurement.report.values.items() if name == "scores"]
+    assert losses["loss_scores"] > 0 and losses["loss_scores"].item() == pytest.approx(sum(values), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, detector_config, train, training_batch, watched,
 from gkd_d2.modeling.responses import TeacherResponses
 
 RESPONSE_METHODS = ("crosskd", "logits")
+CLASSES = {"crosskd": "CrossKD", "logits": "Logits"}
 SIZES = ((90, 120), (96, 100), (64, 64))
 
 
@@ -235,7 +236,7 @@ def test_other_anchors_are_refused(name, distiller_config):
     cfg = distiller_config("retinanet")
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[24], [32], [64], [128], [256]]
     message = (
-        "The method compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
+        f"{CLASSES[name]} compares what the heads predict, but at p3 the student has 3 anchors a cell, of 33.94 x "
         "16.97, 24 x 24, 16.97 x 33.94 pixels, each 8 pixels from .* on, the teacher at p3 has 3 anchors a cell, of "
         "22.63 x 11.31, .*: give both the same anchors"
     )
@@ -333,6 +334,12 @@ def test_two_kinds_and_cascades_are_refused(distiller_config, tmp_path):
         match="the student is a one-stage detector, RetinaNet, and the teacher a two-stage one, Generali.*gkd",
     ):
         build(cfg, "logits")
+    # Of several, those that compare predictions are named, and ahead of the heads, which do not fit either.
+    cfg.GKD.METHODS, cfg.GKD.STUDENT.INIT_FROM_TEACHER = ["gkd", "logits", "crosskd"], True
+    with pytest.raises(
+        ValueError, match="^Logits and CrossKD compare what the heads predict, but the student is a one"
+    ):
+        build_model(cfg)
     cfg = distiller_config("cascade")
     with pytest.raises(ValueError, match="but of the student the ROI heads are CascadeROIHeads, which predict "):
         build(cfg, "crosskd")

@@ -210,13 +210,8 @@ def _build_method(cfg: CfgNode, name: str, distiller: GKDDistiller) -> Method:
             f"--method {name} has parameters of its own: give it by GKD.METHOD instead, in a run of its own"
         )
     if method.needs_predictions:
-        check_responses(
-            distiller._split,
-            distiller._teacher.split,
-            zip(distiller.student_features, distiller.teacher_features),
-            classes=distiller._teacher.classes,
-            of_student=method.needs_student_predictions,
-        )
+        teacher, pairs = distiller._teacher, zip(distiller.student_features, distiller.teacher_features)
+        check_responses(method, distiller._split, teacher.split, pairs, teacher.classes)
     return method
 
 
