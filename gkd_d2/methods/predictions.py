@@ -41,7 +41,7 @@ class BoxPredictions:
         chosen = torch.as_tensor(list(classes), device=self.logits.device)
         logits = self.logits[:, chosen]
         if self.softmax:
-            rest = [column for column in range(number + 1) if column not in set(classes)]
+            rest = sorted(set(range(number + 1)) - set(classes))
             logits = torch.cat([logits, self.logits[:, rest].logsumexp(dim=1, keepdim=True)], dim=1)
         deltas = self.deltas
         # With a single class, its own deltas are those of all.

@@ -68,16 +68,9 @@ class Several(Method):
             part.weigh_by_ratio({term.name: self.terms[key].ratio for key, term in part.terms.items()})
         self._settle()
 
-    def setting(self, term):
-        part = next(part for part in self.children() if term.name in (own.name for own in part.terms.values()))
-        return part.setting(term)
-
     def check_options(self):
         for part in self.children():
             part.check_options()
-
-    def active(self):
-        return {key: name for part in self._on().values() for key, name in part.active().items()}
 
     def describe(self):
         texts = {name: part.describe() for name, part in self._on().items()}

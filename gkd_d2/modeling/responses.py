@@ -79,10 +79,22 @@ def predictions_of_levels(
         but for heads with batch norms in training mode.
     """
     dtype = next(iter(given.values())).dtype
-    features = {name: given.get(name, feature.detach().to(dtype)) for name, feature in others.items()}
+    features = {name: given[name] if name in given else feature.detach().to(dtype) for name, feature in others.items()}
     with _without_trace(split.head_modules()):
         found = split.predictions(features, proposals, classes)
     return [found[name] for name in given]
+
+
+def norms_and_plain_layers(heads: Iterable[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The norms of heads, and their layers without weights, such as dropout and stochastic depth of any library."""
+    heads, norms, plain = list(heads), [], []
+    for module in itertools.chain.from_iterable(head.modules() for head in heads):
+        holds = itertools.chain(module.children(), module.parameters())
+        if isinstance(module, _NormBase):
+            norms.append(module)
+        elif next(holds, None) is None and module not in heads:
+            plain.append(module)
+    return norms, plain
 
 
 @contextlib.contextmanager
@@ -92,9 +104,7 @@ def _without_trace(heads: list[nn.Module]) -> Iterator[None]:
     Norms update copies of their running statistics. Layers without weights, such as dropout, are in evaluation mode:
     they would draw from its random stream.
     """
-    modules = [module for head in heads for module in head.modules() if module.training and module not in heads]
-    norms = [module for module in modules if isinstance(module, _NormBase)]
-    plain = [m for m in modules if next(itertools.chain(m.children(), m.parameters()), None) is None and m not in norms]
+    norms, plain = ([layer for layer in layers if layer.training] for layers in norms_and_plain_layers(heads))
     buffers = [dict(norm._buffers) for norm in norms]
     for norm, kept in zip(norms, buffers):
         norm._buffers.update({name: None if tensor is None else tensor.clone() for name, tensor in kept.items()})

@@ -12,12 +12,11 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from gkd_d2.methods import Predictions
 from gkd_d2.modeling.common_size import sized_features
 from gkd_d2.modeling.feature_gradients import feature_gradients
-from gkd_d2.modeling.responses import TeacherResponses, predictions_of_levels
+from gkd_d2.modeling.responses import TeacherResponses, norms_and_plain_layers, predictions_of_levels
 from gkd_d2.modeling.split import SplitDetector, split_detector
 from gkd_d2.utils.checkpoint import CompleteCheckpointer
 from gkd_d2.utils.finite import check_finite
@@ -63,10 +62,8 @@ def set_as_in_evaluation(split: SplitDetector) -> None:
     heads = split.head_modules()
     for head in heads:
         head.train()
-    for module in itertools.chain.from_iterable(head.modules() for head in heads):
-        holds = itertools.chain(module.children(), module.parameters())
-        if isinstance(module, _NormBase) or (next(holds, None) is None and module not in heads):
-            module.eval()
+    for module in itertools.chain(*norms_and_plain_layers(heads)):
+        module.eval()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,11 +207,9 @@ class FrozenTeacher:
         cells = self.split.cell_predictions(seen.features, self.classes)
         with _naming_teacher("proposals"):
             boxes = self.split.proposals(seen.images, cells, proposals)
-        regions = self.split.region_predictions(seen.features, boxes, self.classes) if boxes else {}
+        predictions = self.split.predictions(seen.features, boxes, self.classes, cells=cells)
         features = {name: seen.features[name] for name in self.split.head_features()}
-        return TeacherResponses(
-            {name: Predictions(cell, regions.get(name)) for name, cell in cells.items()}, features, boxes
-        )
+        return TeacherResponses(predictions, features, boxes)
 
     def cross_predictions(self, given: dict[str, Tensor], responses: TeacherResponses) -> list[Predictions]:
         """What its heads predict from the student's features.

@@ -225,6 +225,8 @@ class SplitDetector(ABC):
         features: Mapping[str, Tensor],
         proposals: Sequence[Tensor] = (),
         classes: Sequence[int] | None = None,
+        *,
+        cells: Mapping[str, BoxPredictions] | None = None,
     ) -> dict[str, Predictions]:
         """What the heads predict for the anchors at all cells and, in a two-stage detector, for given proposals.
 
@@ -232,11 +234,12 @@ class SplitDetector(ABC):
             features: level name -> N,C,H,W, of all levels that the heads use.
             proposals: N tensors K,4, xyxy in pixels of the padded batch; empty: the cells' alone.
             classes: numbers of the classes to keep, in this order; None: all.
+            cells: from :meth:`cell_predictions` with the same arguments, where they are known.
 
         Returns:
             Level name -> predictions, for all levels whose cells the heads predict for.
         """
-        cells = self.cell_predictions(features, classes)
+        cells = self.cell_predictions(features, classes) if cells is None else cells
         regions = self.region_predictions(features, proposals, classes) if proposals else {}
         return {name: Predictions(cell, regions.get(name)) for name, cell in cells.items()}
 
